@@ -1,0 +1,5 @@
+import sys
+
+from opsd.cli import main
+
+sys.exit(main())

@@ -1,0 +1,372 @@
+"""Every option of a run: one dataclass per section, one documented and validated field per option.
+
+An option is spelt ``section.option`` in errors, ``--section.option VALUE`` on the command line and as two nested keys
+in a YAML file. Values are checked when they are read, before a model is loaded.
+"""
+
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+class ConfigError(Exception):
+    """The run cannot start as asked: an option, a file or a combination of them is unusable."""
+
+
+def _opt(default: Any, help: str, *, low: float | None = None, high: float | None = None, above: float | None = None):
+    """A field with its documentation and its range: `low` <= value <= `high`, value > `above`."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "above": above})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str | None = _opt(None, "local directory or hub id; none: the embedded tiny model and its data")
+    dtype: Literal["float32", "bfloat16"] = _opt(
+        "float32",
+        "type of the weights; small updates vanish in bfloat16 weights, so use it for LoRA, not for full training",
+    )
+    autocast: Literal["none", "bfloat16"] = _opt("none", "compute in this type with weights of `dtype`")
+    gradient_checkpointing: bool = _opt(False, "recompute activations in the backward pass to save memory")
+    attn_implementation: str | None = _opt(
+        None, "as in transformers: sdpa, eager, flash_attention_2 ...; none: its choice"
+    )
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    enabled: bool = _opt(False, "train low-rank adapters (needs peft); the base teacher then costs no second copy")
+    r: int = _opt(64, "rank", low=1)
+    alpha: int = _opt(128, "scale of the update is alpha / r", low=1)
+    dropout: float = _opt(0.0, "dropout before the adapters, student's scoring pass only", low=0, high=0.999)
+    target_modules: tuple[str, ...] = _opt(("all-linear",), "all-linear (the head excepted), or names of modules")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str | None = _opt(None, "JSONL file: problem, solution, and optionally answer and teacher_prompt")
+    eval: str | None = _opt(None, "JSONL file: problem, answer, and solution if the teacher is to be evaluated too")
+    max_prompt_tokens: int = _opt(4096, "longest prompt, student's or teacher's, template included", low=1)
+    too_long: Literal["error", "drop"] = _opt("error", "what to do with a row whose prompt is longer; never cut")
+    skip_bad_rows: bool = _opt(False, "count and skip rows that cannot be used instead of stopping")
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    student: str = _opt(
+        "{problem}\n\nWork through this step by step and finish with the final answer in \\boxed{}.",
+        "template of what the student reads; {problem} is replaced",
+    )
+    teacher: str = _opt(
+        "{problem}\n\nA correct solution, for your eyes only:\n\n{solution}\n\nLet it inform you, then answer the "
+        "problem afresh: work through it step by step and finish with the final answer in \\boxed{}.",
+        "template of what the teacher reads; {problem} and {solution} are replaced",
+    )
+    chat: Literal["auto", "on", "off"] = _opt(
+        "auto", "wrap the text as a user message in the tokenizer's chat template; auto: if it has one"
+    )
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    max_new_tokens: int = _opt(1024, "longest rollout", low=1)
+    temperature: float = _opt(1.0, "sampling temperature", above=0)
+    top_p: float = _opt(
+        1.0, "nucleus sampling; 1: off, so that rollouts come from the student's own distribution", above=0, high=1
+    )
+    top_k: int = _opt(0, "sample among the k likeliest tokens; 0: off", low=0)
+    min_p: float = _opt(0.0, "drop tokens below this share of the likeliest; 0: off", low=0, high=1)
+    batch_size: int = _opt(32, "prompts generated together", low=1)
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    kind: Literal["base", "live"] = _opt("base", "base: the initial weights, frozen; live: the weights being trained")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    form: Literal["full", "sampled_token"] = _opt(
+        "full", "divergence over the vocabulary, or on the sampled token only"
+    )
+    beta: float = _opt(
+        0.5, "0: forward KL; 1: reverse KL; between: JSD, bounded and so safe without a clip", low=0, high=1
+    )
+    temperature: float = _opt(1.0, "of both distributions in the loss", above=0)
+    entry_clip: float | None = _opt(None, "upper bound of each vocabulary entry's term (nats)", above=0)
+    token_clip: float | None = _opt(None, "upper bound of each token's divergence (nats)", above=0)
+    top_k: int | None = _opt(None, "compare the k likeliest tokens only", low=1)
+    top_k_from: Literal["teacher", "student"] = _opt("teacher", "whose k likeliest tokens")
+    tail_bucket: bool = _opt(False, "with top_k: one more entry for the rest of the mass, instead of renormalising")
+    reduction: Literal["mean", "sequence_mean"] = _opt(
+        "mean", "over all rollout tokens, or over rollouts of their means"
+    )
+    backend: Literal["auto", "torch", "triton", "native"] = _opt("auto", "of opsd_kernels")
+    workspace_bytes: int | None = _opt(None, "memory bound of the loss's workspace; none: opsd_kernels decides", low=1)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float | None = _opt(
+        None, "peak learning rate; none: 5e-6 for LoRA; 1e-6 for full training, where every weight moves", above=0
+    )
+    betas: tuple[float, float] = _opt((0.9, 0.999), "of AdamW", low=0, high=0.999999)
+    weight_decay: float = _opt(0.0, "of AdamW; never on norms and biases", low=0)
+    steps: int = _opt(100, "optimiser steps", low=1)
+    batch_size: int = _opt(32, "prompts per step, one rollout each", low=1)
+    micro_batch_size: int = _opt(4, "rollouts scored together; changes memory and speed, not the gradient", low=1)
+    warmup_steps: int = _opt(10, "steps of linear warm-up", low=0)
+    schedule: Literal["constant", "linear", "cosine"] = _opt("constant", "of the learning rate after the warm-up")
+    max_grad_norm: float | None = _opt(1.0, "clip the gradient's norm to this; none: off", above=0)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = _opt(0, "evaluate every so many steps, besides before and after; 0: off", low=0)
+    max_problems: int | None = _opt(None, "use the first so many problems; none: all", low=1)
+    samples: int = _opt(1, "answers per problem, averaged", low=1)
+    temperature: float = _opt(0.0, "0: greedy", low=0)
+    max_new_tokens: int | None = _opt(None, "none: that of rollout", low=1)
+    answer_pattern: str = _opt(
+        r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}",
+        "regular expression with one group; its last match is the answer",
+    )
+    batch_size: int = _opt(32, "prompts generated together", low=1)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    dir: str | None = _opt(None, "output directory, new or empty; none: runs/<model>-<number>")
+    seed: int = _opt(0, "of everything random", low=0)
+    device: Literal["auto", "cpu", "cuda"] = _opt("auto", "auto: cuda if there is one")
+    threads: int | None = _opt(None, "of the CPU; none: torch's choice, too many on a shared machine", low=1)
+    log_every: int = _opt(1, "steps between printed lines; every step is in metrics.jsonl", low=1)
+    sample_every: int = _opt(10, "steps between rollouts written to samples.jsonl; 0: off", low=0)
+    save: bool = _opt(True, "save the trained model, or the adapter, in <dir>/model")
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+SECTIONS: dict[str, type] = {f.name: f.default_factory for f in fields(Config)}  # type: ignore[misc]
+
+
+def load_config(path: str | Path | None = None, overrides: Iterable[tuple[str, Any]] = ()) -> Config:
+    """The configuration of a run: defaults, below a YAML file, below `overrides`.
+
+    Args:
+        path: YAML file of nested sections, or None.
+        overrides: (dotted option, value) pairs, later ones win; values may be text, dashes may stand for underscores.
+
+    Without a `model.path` the settings of the embedded tiny set-up lie between the defaults and the user's options.
+
+    Raises:
+        ConfigError: naming the option, its value and what is accepted.
+    """
+    user: dict[str, dict[str, Any]] = {}
+    for name, value in [*_yaml_options(path), *overrides]:
+        section, option = _find(name)
+        user.setdefault(section, {})[option.name] = _coerce(f"{section}.{option.name}", value, option)
+    model_path, train = user.get("model", {}).get("path"), user.get("data", {}).get("train")
+    if train and not model_path:
+        raise ConfigError("data.train is given without model.path: the embedded tiny model only fits its own data")
+    if not model_path and user.get("data", {}).get("eval"):
+        raise ConfigError("data.eval is given without model.path: the embedded tiny model only fits its own data")
+    if model_path and not train:
+        raise ConfigError("model.path is given without data.train: name a JSONL file with problem and solution")
+    if not model_path:
+        from opsd import tiny
+
+        for name, value in _flatten(tiny.SETTINGS, "the embedded set-up"):
+            section, option = _find(name)
+            user.setdefault(section, {}).setdefault(option.name, _coerce(name, value, option))
+    config = Config(**{name: section(**user.get(name, {})) for name, section in SECTIONS.items()})
+    _check_together(config)
+    if config.optim.lr is None:
+        object.__setattr__(config.optim, "lr", 5e-6 if config.lora.enabled else 1e-6)
+    return config
+
+
+def describe() -> str:
+    """All options with their defaults, as the help of the command line shows them."""
+    lines = []
+    for section, cls in SECTIONS.items():
+        lines.append(f"\n{section}:")
+        for option in fields(cls):
+            default = "none" if option.default is None else option.default
+            default = ",".join(map(str, default)) if isinstance(default, tuple) else default
+            lines.append(f"  --{section}.{option.name.replace('_', '-')}  [{_accepted(option)}]  default {default!s}")
+            lines.append(f"      {option.metadata['help']}")
+    return "\n".join(lines)
+
+
+def to_yaml(config: Config) -> str:
+    """`config` as YAML that `load_config` reads back."""
+    plain = {s: {k: list(v) if isinstance(v, tuple) else v for k, v in d.items()} for s, d in asdict(config).items()}
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def is_flag(name: str) -> bool:
+    """Whether the option `name` (dotted) is true or false, so that it may stand alone on a command line."""
+    _, option = _find(name)
+    return option.type is bool
+
+
+def _yaml_options(path: str | Path | None) -> list[tuple[str, Any]]:
+    if path is None:
+        return []
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+    return _flatten({} if loaded is None else loaded, str(path))
+
+
+def _flatten(nested: Any, source: str) -> list[tuple[str, Any]]:
+    if not isinstance(nested, Mapping):
+        raise ConfigError(f"{source}: expected sections ({', '.join(SECTIONS)}), got {nested!r}")
+    options = []
+    for section, values in nested.items():
+        if section not in SECTIONS:
+            raise ConfigError(f"{source}: unknown section {section!r}; {_nearest(str(section), SECTIONS)}")
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{source}: section {section} should hold options, got {values!r}")
+        options += [(f"{section}.{name}", value) for name, value in values.items()]
+    return options
+
+
+def _find(name: str) -> tuple[str, Field]:
+    section, _, option = name.replace("-", "_").partition(".")
+    if section in SECTIONS:
+        for candidate in fields(SECTIONS[section]):
+            if candidate.name == option:
+                return section, candidate
+    known = [f"{s}.{f.name}" for s, cls in SECTIONS.items() for f in fields(cls)]
+    raise ConfigError(f"unknown option {name!r}; {_nearest(name.replace('-', '_'), known)}")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    # The option's own name counts too: optim.temperature should suggest rollout.temperature.
+    same = [k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2]]
+    close = list(dict.fromkeys(difflib.get_close_matches(name, known, n=4, cutoff=0.6) + same))
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
+
+
+def _split(option: Field) -> tuple[Any, bool]:
+    """The option's type without `| None`, and whether None is allowed."""
+    hint: Any = option.type
+    if isinstance(hint, types.UnionType):
+        (kind,) = (a for a in typing.get_args(hint) if a is not type(None))
+        return kind, True
+    return hint, False
+
+
+def _accepted(option: Field) -> str:
+    kind, optional = _split(option)
+    if typing.get_origin(kind) is Literal:
+        text = "|".join(typing.get_args(kind))
+    elif typing.get_origin(kind) is tuple:
+        args = typing.get_args(kind)
+        text = f"{args[0].__name__}s separated by commas" if args[-1] is ... else ",".join(a.__name__ for a in args)
+    else:
+        text = {bool: "true|false", str: "text"}.get(kind, kind.__name__)
+    m = option.metadata
+    bounds = [
+        f"{sign} {m[key]:g}" for key, sign in (("low", ">="), ("above", ">"), ("high", "<=")) if m[key] is not None
+    ]
+    return " ".join([text, " and ".join(bounds)]).strip() + ("|none" if optional else "")
+
+
+def _coerce(name: str, value: Any, option: Field) -> Any:
+    """`value`, text or YAML, as the type of `option`, within its range."""
+    kind, optional = _split(option)
+    error = ConfigError(f"{name} is {value!r}; accepted: {_accepted(option)}")
+    if value is None or (optional and isinstance(value, str) and value.lower() in ("none", "null")):
+        if optional:
+            return None
+        raise error
+    if typing.get_origin(kind) is Literal:
+        if isinstance(value, bool):  # YAML reads a bare on or off as a truth value
+            value = "on" if value else "off"
+        if value not in typing.get_args(kind):
+            raise error
+        return value
+    if typing.get_origin(kind) is tuple:
+        items = [v.strip() for v in value.split(",")] if isinstance(value, str) else value
+        args = typing.get_args(kind)
+        if not isinstance(items, list | tuple) or not items or (args[-1] is not ... and len(items) != len(args)):
+            raise error
+        return tuple(_scalar(v, args[0], option, error) for v in items)
+    return _scalar(value, kind, option, error)
+
+
+def _scalar(value: Any, kind: type, option: Field, error: ConfigError) -> Any:
+    if kind is str:
+        if not isinstance(value, str):
+            raise error
+        return value
+    if kind is bool:
+        word = str(value).lower()
+        if word not in ("true", "false", "yes", "no", "on", "off", "1", "0"):
+            raise error
+        return word in ("true", "yes", "on", "1")
+    if isinstance(value, bool):
+        raise error
+    try:
+        # PyYAML reads 1e-6 as text, so text is a number here too; an int must not be a rounded float.
+        number = int(str(value)) if kind is int else float(value)
+    except (TypeError, ValueError):
+        raise error from None
+    m = option.metadata
+    inside = (m["low"] is None or number >= m["low"]) and (m["high"] is None or number <= m["high"])
+    if not math.isfinite(number) or not inside or (m["above"] is not None and number <= m["above"]):
+        raise error
+    return number
+
+
+def _check_together(config: Config) -> None:
+    """What no single option can tell."""
+    o = config.objective
+    if o.tail_bucket and o.top_k is None:
+        raise ConfigError("objective.tail_bucket is true without objective.top_k: it holds the mass outside the top k")
+    if o.form == "sampled_token":
+        for name in ("entry_clip", "token_clip", "top_k"):
+            if getattr(o, name) is not None:
+                raise ConfigError(f"objective.{name} has no meaning with objective.form sampled_token")
+    for name, required in (("student", ("{problem}",)), ("teacher", ("{problem}", "{solution}"))):
+        for placeholder in required:
+            if placeholder not in getattr(config.prompts, name):
+                raise ConfigError(f"prompts.{name} lacks {placeholder}: {getattr(config.prompts, name)!r}")
+    if "{solution}" in config.prompts.student:
+        raise ConfigError("prompts.student contains {solution}, which only the teacher may see")
+    try:
+        groups = re.compile(config.eval.answer_pattern).groups
+    except re.error as error:
+        raise ConfigError(
+            f"eval.answer_pattern {config.eval.answer_pattern!r} is no regular expression: {error}"
+        ) from error
+    if groups != 1:
+        raise ConfigError(
+            f"eval.answer_pattern {config.eval.answer_pattern!r} has {groups} groups; accepted: exactly 1"
+        )
+    if config.eval.samples > 1 and config.eval.temperature == 0:
+        raise ConfigError("eval.samples > 1 with eval.temperature 0: greedy answers are all the same")

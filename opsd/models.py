@@ -1,0 +1,121 @@
+"""A causal language model of transformers, with or without peft: loading, its body, its modes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from opsd.config import Config, ConfigError
+
+
+def load_tokenizer(config: Config) -> Any:
+    """The tokenizer of `model.path`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(config.model.path)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConfigError(f"model.path {config.model.path!r}: no tokenizer can be loaded: {error}") from error
+
+
+def load_model(config: Config, device: torch.device) -> nn.Module:
+    """The model to train, on `device` and with adapters where asked for.
+
+    Raises:
+        ConfigError: no model can be loaded from `model.path`, or the adapters do not fit it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            config.model.path,  # type: ignore[arg-type]
+            dtype=getattr(torch, config.model.dtype),
+            attn_implementation=config.model.attn_implementation,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConfigError(f"model.path {config.model.path!r}: no model can be loaded: {error}") from error
+    model.to(device)
+    if config.lora.enabled:
+        model = _add_adapters(model, config)
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _add_adapters(model: nn.Module, config: Config) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ConfigError("lora.enabled needs the package peft") from error
+    targets = config.lora.target_modules
+    try:
+        return get_peft_model(
+            model,
+            LoraConfig(
+                r=config.lora.r,
+                lora_alpha=config.lora.alpha,
+                lora_dropout=config.lora.dropout,
+                target_modules="all-linear" if targets == ("all-linear",) else list(targets),
+                task_type="CAUSAL_LM",
+            ),
+        )
+    except ValueError as error:
+        raise ConfigError(f"lora.target_modules {','.join(targets)}: {error}") from error
+
+
+def causal_lm(model: nn.Module) -> Any:
+    """The transformers model itself, adapters within its layers, out of a peft wrapper."""
+    return model.get_base_model() if is_adapted(model) else model  # type: ignore[operator]
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether `model` is a peft wrapper."""
+    return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
+
+
+def body(model: nn.Module) -> nn.Module:
+    """The part of `model` that ends with the final norm: everything but the lm_head."""
+    lm = causal_lm(model)
+    if lm.base_model is lm:
+        raise ConfigError(f"{type(lm).__name__} has no separate body below its lm_head")
+    return lm.base_model
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off, then every module back in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def autocast(config: Config, device: torch.device) -> AbstractContextManager:
+    """The context of `model.autocast`. Enter it anew for each phase: weights it has cast without a gradient stay so."""
+    if config.model.autocast == "none":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def end_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+    """Every token id that ends an answer: those of the model's generation config and the tokenizer's."""
+    configured = getattr(causal_lm(model).generation_config, "eos_token_id", None)
+    ids = set(configured if isinstance(configured, list | tuple) else [configured]) | {tokenizer.eos_token_id}
+    return sorted(i for i in ids if i is not None)
+
+
+def decoder_limit(model: nn.Module) -> int | None:
+    """The longest context `model` has positions for, or None if it does not say."""
+    text = causal_lm(model).config.get_text_config()
+    return getattr(text, "max_position_embeddings", None)

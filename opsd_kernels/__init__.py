@@ -1,0 +1,6 @@
+"""Fused teacher–student divergences over the whole vocabulary that never hold the logits."""
+
+from .head import Head, lm_head_of
+from .losses import TokenStats, jsd_loss, jsd_loss_from_logits, token_logprobs
+
+__all__ = ["Head", "TokenStats", "jsd_loss", "jsd_loss_from_logits", "lm_head_of", "token_logprobs"]

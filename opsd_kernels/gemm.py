@@ -1,0 +1,60 @@
+"""Matrix products that read the compute dtype and accumulate and write in the accumulation dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK_ELEMENTS = 1 << 21  # elements of the wide operand that are converted at a time where there is no mixed product
+
+
+def accumulation_dtype(compute: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32."""
+    return torch.float64 if compute == torch.float64 else torch.float32
+
+
+def project(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """out = x·weightᵀ + bias. Shapes (n, V), (n, H), (V, H), (V,); out and bias in the accumulation dtype."""
+    if x.dtype == out.dtype:
+        torch.mm(x, weight.t(), out=out)
+    elif out.is_cuda:
+        torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
+    else:
+        wide = x.to(out.dtype)
+        for rows in _blocks(weight):
+            out[:, rows] = wide @ weight[rows].to(out.dtype).t()
+    if bias is not None:
+        out += bias
+
+
+def back_project(out: Tensor, dz: Tensor, weight: Tensor) -> None:
+    """out = dz·weight, the gradient of `project` for x. Shapes (n, H), (n, V), (V, H)."""
+    if dz.dtype == out.dtype:
+        torch.mm(dz, weight, out=out)
+    elif out.is_cuda:
+        torch.mm(dz, weight, out_dtype=out.dtype, out=out)
+    else:
+        out.zero_()
+        for rows in _blocks(weight):
+            out.addmm_(dz[:, rows].to(out.dtype), weight[rows].to(out.dtype))
+
+
+def accumulate_weight_gradient(out: Tensor, dz: Tensor, x: Tensor, *, first: bool) -> None:
+    """out (+)= dzᵀ·x, the gradient of `project` for the weight. Shapes (V, H), (n, V), (n, H)."""
+    if dz.dtype == out.dtype:
+        torch.addmm(out, dz.t(), x, beta=0 if first else 1, out=out)
+    elif out.is_cuda:
+        if first:
+            torch.mm(dz.t(), x, out_dtype=out.dtype, out=out)
+        else:
+            torch.addmm(out, dz.t(), x, out_dtype=out.dtype, out=out)
+    else:
+        wide = x.to(out.dtype)
+        for rows in _blocks(out):
+            part = dz[:, rows].to(out.dtype).t()
+            torch.addmm(out[rows], part, wide, beta=0 if first else 1, out=out[rows])
+
+
+def _blocks(wide: Tensor) -> list[slice]:
+    step = max(1, BLOCK_ELEMENTS // max(1, wide.shape[1]))
+    return [slice(a, a + step) for a in range(0, wide.shape[0], step)]

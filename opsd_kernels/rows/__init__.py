@@ -1,0 +1,33 @@
+"""The row pass: from a chunk's logits to per-token values and their gradient. One file per backend, one signature.
+
+    divergence_rows(student, teacher, objective, *, targets, table, dz, row_scale)
+    logprob_rows(logits, targets, transform, temperature, *, table, dz, row_scale)
+
+student, teacher, logits: (n, V) float32 or float64, the head's output before scale, cap and temperature; not kept.
+table: (C, n) in the logits' dtype, filled with the first C of the columns below.
+dz: None, or (n, V) in any floating dtype, filled with d loss / d student (the un-transformed logits) times `row_scale`
+    (n,); it may be `student` (or `logits`) itself.
+"""
+
+from enum import IntEnum
+
+
+class Column(IntEnum):
+    """Rows of the table that `divergence_rows` fills: the loss alone, or all of them where statistics are wanted."""
+
+    LOSS = 0
+    DIVERGENCE = 1
+    STUDENT_ENTROPY = 2
+    TEACHER_ENTROPY = 3
+    ENTRY_CLIPPED = 4
+    CLIPPED_AMOUNT = 5
+    TOKEN_CLIPPED = 6
+    STUDENT_LOGPROB = 7
+    TEACHER_LOGPROB = 8
+
+
+class LogprobColumn(IntEnum):
+    """Rows of the table that `logprob_rows` fills."""
+
+    LOGPROB = 0
+    ENTROPY = 1

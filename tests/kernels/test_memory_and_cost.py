@@ -1,0 +1,125 @@
+"""What the fused loss allocates and computes: the reason for it to exist."""
+
+import itertools
+
+import pytest
+import torch
+from _helpers import allocations, leaf, peak, problem
+from torch.utils.flop_counter import FlopCounterMode
+
+import opsd_kernels
+from opsd_kernels.workspace import budget_bytes, plan_chunks
+
+N, H, V = 512, 32, 4096
+BUDGET = 2 << 20  # a quarter of one (N, V) float32 matrix
+
+
+def run(
+    *, dtype=torch.float32, trainable=False, reduction="mean", call=opsd_kernels.jsd_loss, budget=BUDGET, **options
+):
+    student, teacher, weight = problem(N, H, V, dtype=dtype)
+    inputs = [leaf(student), teacher, leaf(weight).requires_grad_(trainable)]
+    upstream = torch.ones(N) if reduction == "none" else torch.tensor(1.0)
+
+    def step():
+        loss = call(*inputs, reduction=reduction, workspace_bytes=budget, **options)
+        loss = loss[0] if isinstance(loss, tuple) else loss
+        loss.backward(upstream)
+        inputs[0].grad = inputs[2].grad = None
+
+    return step
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"beta": 0.0}, {"beta": 1.0, "entry_clip": 0.05}, {"reduction": "none"}, {"return_stats": True, "softcap": 9.0},
+        {"top_k": 8, "tail_bucket": True, "return_stats": True}, {"dtype": torch.bfloat16, "entry_clip": 0.05},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_nothing_of_the_size_of_the_logits_ever_exists(options, trainable):
+    sizes = allocations(run(trainable=trainable, **options))
+    assert max(sizes) < N * V * 2  # bytes of the logits even in half precision
+    assert max(sizes) >= N * H * 4  # the recorder sees what there is: dX at least
+    weight_gradient = 2 * V * H * 4 if trainable else 0
+    assert peak(sizes) <= BUDGET + weight_gradient + 2 * N * H * 4 + 64 * N  # 64: the table and per-token vectors
+
+
+def test_the_recorder_sees_dense_logits():
+    student, _, weight = problem(N, H, V, dtype=torch.float32)
+    assert max(allocations(lambda: (student @ weight.T).softmax(-1))) >= N * V * 4
+
+
+def test_masked_tokens_cost_nothing():
+    def flops(mask):
+        step = run(mask=mask)
+        with FlopCounterMode(display=False) as counter:
+            step()
+        return counter.get_total_flops()
+
+    assert flops(torch.arange(N) < N // 4) * 4 == flops(torch.ones(N, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("trainable", "reduction", "units"), [(False, "mean", 3), (False, "none", 3), (True, "mean", 4), (True, "none", 6)]
+)
+def test_flops_in_units_of_one_product(trainable, reduction, units):
+    """2 + 1 with a frozen head; one more for dW; only unreduced losses with a trainable head pay the logits twice."""
+    step = run(trainable=trainable, reduction=reduction)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    assert counter.get_total_flops() == units * 2 * N * H * V
+
+
+def test_token_logprobs_holds_no_logits():
+    student, _, weight = problem(N, H, V, dtype=torch.float32)
+    x, targets = leaf(student), torch.randint(V, (N,))
+
+    def step():
+        opsd_kernels.token_logprobs(x, weight, targets, workspace_bytes=BUDGET, return_entropy=True)[0].sum().backward()
+        x.grad = None
+
+    sizes = allocations(step)
+    assert max(sizes) < N * V * 2
+    with FlopCounterMode(display=False) as counter:
+        step()
+    assert counter.get_total_flops() == 2 * 2 * N * H * V
+
+
+def test_any_workspace_gives_the_same_result():
+    student, teacher, weight = problem(37, 8, 101)
+    results = []
+    for budget in (1 << 15, 1 << 17, 1 << 30):
+        x = leaf(student)
+        loss = opsd_kernels.jsd_loss(x, teacher, weight, workspace_bytes=budget)
+        results.append((loss, *torch.autograd.grad(loss, x)))
+    for a, b in itertools.combinations(results, 2):
+        assert all(torch.allclose(x, y, rtol=1e-12, atol=1e-15) for x, y in zip(a, b, strict=True))
+
+
+def test_chunks_are_even_and_within_the_budget():
+    for tokens, rows in itertools.product([1, 7, 100, 1000], [1, 3, 64, 999]):
+        plan = plan_chunks(tokens, 1 << 20, torch.device("cpu"), torch.float32, 1 << 20, (rows << 20) + (80 << 20))
+        sizes = [c.stop - c.start for c in plan]
+        assert sum(sizes) == tokens
+        assert max(sizes) <= rows
+        assert max(sizes) - min(sizes) < len(sizes) + 1
+        assert len(sizes) == plan.count
+
+
+def test_a_workspace_too_small_for_one_token_is_an_error():
+    student, teacher, weight = problem(3, 4, 1000)
+    with pytest.raises(ValueError, match="workspace_bytes must be at least"):
+        opsd_kernels.jsd_loss(student, teacher, weight, workspace_bytes=1000)
+
+
+def test_the_environment_sets_the_default_budget(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("OPSD_WORKSPACE_BYTES", "12345")
+    assert budget_bytes(cpu, None) == 12345
+    assert budget_bytes(cpu, 99) == 99
+    monkeypatch.setenv("OPSD_WORKSPACE_BYTES", "lots")
+    with pytest.raises(ValueError, match=r"OPSD_WORKSPACE_BYTES must be .* got 'lots'"):
+        budget_bytes(cpu, None)

@@ -1,0 +1,215 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from _models import model, write_model, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import opsd.trainer
+from opsd.cli import main
+from opsd.config import OptimConfig, load_config
+from opsd.evaluate import extract, wilson
+from opsd.step import StepResult, opsd_step, supervised_loss
+from opsd.trainer import NonFiniteError, learning_rate, make_optimizer, train
+
+
+@pytest.fixture
+def setup(tmp_path):
+    """A model directory, data, and the options that train on them quickly."""
+    options = {
+        "model.path": write_model(tmp_path / "base"),
+        "data.train": write_rows(tmp_path / "train.jsonl"),
+        "data.eval": write_rows(tmp_path / "eval.jsonl", 3),
+        "optim.steps": 2,
+        "optim.batch_size": 3,
+        "optim.micro_batch_size": 2,
+        "optim.lr": 1e-3,
+        "optim.warmup_steps": 0,
+        "rollout.max_new_tokens": 8,
+        "run.device": "cpu",
+        "run.dir": tmp_path / "out",
+    }
+    return {name: str(value) for name, value in options.items()}
+
+
+def words(options):
+    return ["train", *(f"--{name}={value}" for name, value in options.items())]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_train_saves_a_model_that_loads_and_has_changed(setup, tmp_path, adapted, capsys):
+    setup["lora.enabled"] = str(adapted)
+    assert main(words(setup)) == 0
+    out = tmp_path / "out"
+    shown = capsys.readouterr().out
+    assert "first student prompt" in shown
+    assert "first teacher prompt" in shown
+    assert "trained" in shown
+    steps = lines(out / "metrics.jsonl")
+    assert [record["step"] for record in steps] == [1, 2]
+    expected = "loss divergence student_entropy teacher_entropy entry_clipped token_clipped rollout_length truncated "
+    expected += "grad_norm lr tokens_per_second seconds_rollout seconds_teacher seconds_student seconds_optimizer"
+    assert set(expected.split()) <= steps[0].keys()
+    assert steps[0]["divergence"] > 0
+    assert steps[0]["loss"] == pytest.approx(steps[0]["divergence"], rel=1e-4)
+    assert {"rollout", "problem", "truncated"} <= lines(out / "samples.jsonl")[0].keys()
+    summary = json.loads((out / "summary.json").read_text())
+    assert set(summary["evaluations"]) == {"base", "teacher", "trained"}
+    assert summary["train_rows"] == 8
+    assert load_config(out / "config.yaml").optim.lr == 1e-3
+
+    ids = torch.tensor([[5, 6, 7]])
+    before = AutoModelForCausalLM.from_pretrained(setup["model.path"])(ids).logits
+    after = AutoModelForCausalLM.from_pretrained(out / "model")(ids).logits
+    assert not torch.allclose(before, after, atol=1e-4)
+    assert (out / "model" / "adapter_config.json").exists() == adapted
+    assert AutoTokenizer.from_pretrained(out / "model").decode([4]) == "1"
+
+
+def test_the_same_seed_gives_the_same_run(setup, tmp_path):
+    for name, options in (("a", {}), ("b", {}), ("c", {"run.seed": "1"})):
+        train(load_config(None, {**setup, "run.dir": str(tmp_path / name), **options}.items()), quiet=True)
+    losses = [[record["loss"] for record in lines(tmp_path / name / "metrics.jsonl")] for name in "abc"]
+    assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_non_finite_stops_before_the_weights_change(setup, monkeypatch, where, capsys):
+    models = []
+
+    def step(run, batch, number):
+        result = opsd_step(run, batch, number)
+        models[:] = [run.model, {n: p.detach().clone() for n, p in run.model.named_parameters()}]
+        if number == 2 and where == "loss":
+            result.loss = result.loss * float("nan")
+        elif number == 2:
+            next(run.model.parameters()).grad[0, 0] = float("inf")
+        return result
+
+    with pytest.raises(NonFiniteError, match=r"step 2"):
+        train(load_config(None, setup.items()), step=step, quiet=True)
+    student, before = models
+    assert all(torch.equal(p, before[n]) for n, p in student.named_parameters())
+
+    monkeypatch.setattr("opsd.trainer.train", lambda config: train(config, step=step, quiet=True))
+    assert main(words({**setup, "run.dir": setup["run.dir"] + "2"})) == 1
+    assert "step 2" in capsys.readouterr().err
+
+
+def test_another_step_can_be_trained_by_the_same_loop(setup):
+    def supervised(run, batch, number):
+        completions = [[*run.tokenizer(e.row.solution)["input_ids"], run.tokenizer.eos_token_id] for e in batch]
+        tokens = sum(map(len, completions))
+        loss = supervised_loss(run.model, [e.student for e in batch], completions, tokens)
+        loss.backward()
+        return StepResult(loss.detach(), tokens)
+
+    config = load_config(None, {**setup, "optim.steps": "30", "optim.lr": "0.01", "run.save": "false"}.items())
+    result = train(config, step=supervised, quiet=True)
+    losses = [record["loss"] for record in lines(result.run_dir / "metrics.jsonl")]
+    assert losses[-1] < 0.7 * losses[0]
+    assert result.model_dir is None
+
+
+def test_weight_decay_spares_norms_and_biases(setup):
+    groups = make_optimizer(model(), load_config(None, {**setup, "optim.weight_decay": "0.1"}.items())).param_groups
+    assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
+    assert all(p.ndim >= 2 for p in groups[0]["params"])
+    assert all(p.ndim == 1 for p in groups[1]["params"])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("constant", [1, 2, 3, 3, 3, 3]), ("linear", [1, 2, 3, 2.25, 1.5, 0.75]), ("cosine", [1, 2, 3, 2.56, 1.5, 0.44])],
+)
+def test_learning_rate_warms_up_from_the_first_step_and_is_never_zero(schedule, expected):
+    options = OptimConfig(lr=3.0, steps=6, warmup_steps=2, schedule=schedule)
+    assert [learning_rate(options, n) for n in range(1, 7)] == pytest.approx(expected, abs=0.01)
+
+
+def test_interrupt_keeps_the_weights(setup, tmp_path, monkeypatch):
+    real = opsd.trainer._one_step
+
+    def one_step(run, batch, step, number, *rest):
+        if number == 2:
+            raise KeyboardInterrupt
+        return real(run, batch, step, number, *rest)
+
+    monkeypatch.setattr("opsd.trainer._one_step", one_step)
+    assert main(words(setup)) == 130
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model-after-step-1")
+
+
+def test_a_run_never_overwrites_another(setup, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").touch()
+    assert main(words(setup)) == 2
+    assert "run.dir" in capsys.readouterr().err
+    assert os.listdir(tmp_path / "out") == ["precious"]
+
+
+def test_default_run_directories_are_numbered(setup, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    del setup["run.dir"]
+    setup |= {"run.save": "false", "optim.steps": "1"}
+    del setup["data.eval"]
+    found = [train(load_config(None, setup.items()), quiet=True).run_dir.as_posix() for _ in range(2)]
+    assert found == ["runs/base-1", "runs/base-2"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"optim.stpes": "3"}, ["optim.stpes", "optim.steps"]),
+        ({"objective.beta": "2"}, ["objective.beta", "'2'"]),
+        ({"model.path": "/nowhere/at-all"}, ["model.path", "/nowhere/at-all"]),
+        ({"data.train": "/nowhere.jsonl"}, ["/nowhere.jsonl"]),
+        ({"data.max_prompt_tokens": "5"}, ["train.jsonl:1", "data.max_prompt_tokens"]),
+        ({"rollout.max_new_tokens": "5000"}, ["rollout.max_new_tokens", "2048"]),
+        ({"lora.enabled": "true", "lora.target_modules": "q_proj,lm_head"}, ["model.path", "adapters on the head"]),
+        ({"lora.enabled": "true", "lora.target_modules": "absent"}, ["lora.target_modules", "absent"]),
+    ],
+)
+def test_errors_come_without_a_traceback(setup, changes, parts, capsys):
+    assert main(words({**setup, **changes})) == 2
+    error = capsys.readouterr().err
+    assert all(part in error for part in parts), error
+    assert "Traceback" not in error
+
+
+def test_bad_row_stops_before_the_run_directory_exists(setup, tmp_path, capsys):
+    with open(setup["data.train"], "a") as file:
+        file.write("{oops\n")
+    assert main(words(setup)) == 2
+    assert "train.jsonl:9: not JSON" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(words({**setup, "data.skip-bad-rows": "true", "run.save": "false"})) == 0
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["train_rows_skipped"] == 1
+
+
+def test_module_entry_point():
+    done = subprocess.run(
+        [sys.executable, "-m", "opsd", "train", "--optim.lr", "fast"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("opsd: optim.lr is 'fast'")
+
+
+def test_answers_and_intervals():
+    assert extract("a \\boxed{1} then \\boxed{ \\frac{1}{2} } end", load_config_pattern()) == "\\frac{1}{2}"
+    assert extract("nothing", load_config_pattern()) is None
+    low, high = wilson(0.5, 10)
+    assert (low, high) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert wilson(0.0, 10)[0] == 0
+    assert 0.2 < wilson(0.0, 10)[1] < 0.3
+
+
+def load_config_pattern():
+    return load_config(None, [("model.path", "m"), ("data.train", "t")]).eval.answer_pattern
