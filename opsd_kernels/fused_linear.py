@@ -5,58 +5,195 @@ the gradient in the forward pass in the same way). Row i of dX depends on token 
 computed for a unit upstream gradient and saved; backward multiplies its rows by whatever upstream gradient arrives.
 With a trainable head and a scalar loss the row weights are known up front and go into dz. Only unreduced losses with
 a trainable head are recomputed in backward.
+
+The loop is a torch operator, opaque to torch.compile and with an autograd formula of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from . import backends
+from .across import Across, across_group
 from .gemm import accumulate_weight_gradient, accumulation_dtype, back_project, project
+from .objective import Objective
+from .rows import DROPPED, Column
 from .workspace import ChunkPlan, plan_chunks
 
-# (student logits, teacher logits or None, targets or None, table, dz or None, row_scale or None) → fills table and dz
-RowPass = Callable[[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None], None]
 
+@dataclass(frozen=True)
+class Spec:
+    """What a call computes, apart from its tensors."""
 
-@dataclass
-class Job:
-    """A loss over the counted tokens of flat inputs; everything but the tensors that may receive a gradient."""
-
-    row_pass: RowPass
-    columns: int  # of the table that the row pass fills; the first is the loss
+    kind: str  # "divergence", "logprob" or "cached" (a divergence from a teacher's stored top-k log-probabilities)
+    objective: Objective
+    columns: int  # of the table that is filled; the first is the loss
+    vocab: int  # the columns of the head from here on are padding and take no part; global with a group
     compute: torch.dtype
     budget: int  # bytes
-    vocab: int  # columns from here on are padding
-    rows: Tensor | None = None  # (n,) int64, the counted tokens; None: all of them
-    targets: Tensor | None = None  # (n,) int64
-    teacher: Tensor | None = None  # (N, H_t)
-    teacher_weight: Tensor | None = None  # (V, H_t); None: the student's
-    teacher_bias: Tensor | None = None  # (V,)
-    row_weight: Tensor | None = None  # (n,): the loss is Σ row_weight·loss; None: the (n,) losses themselves
-    wants_grad: bool = True
-    table: Tensor = field(default_factory=lambda: torch.empty(0))  # (columns, n), filled by the forward pass
+    backend: str = "torch"  # as asked for: resolved where the device is known and code runs, within the operators
+    gradient_filter: float | None = None
+    group: str = ""  # name of the process group over which the vocabulary is split
 
-    def constants(self) -> list[Tensor]:
-        return [t for t in (self.teacher, self.teacher_weight, self.teacher_bias) if t is not None]
+    @property
+    def accumulate(self) -> torch.dtype:
+        return accumulation_dtype(self.compute)
 
+    def encoded(self) -> tuple[list[float], list[int], str, torch.dtype]:
+        gradient_filter = math.nan if self.gradient_filter is None else self.gradient_filter
+        numbers = [*self.objective.encoded(), gradient_filter]
+        return (
+            numbers,
+            [self.columns, self.vocab, self.budget],
+            f"{self.kind},{self.backend},{self.group}",
+            self.compute,
+        )
 
-def fused_linear_loss(x: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> Tensor:
-    """Runs the job on x (N, H), weight (V, H) and bias (V,), filling `job.table`; differentiable once in those three.
-
-    Returns the (n,) losses of the counted tokens, or their weighted sum if `job.row_weight` is set.
-    """
-    job.wants_grad = torch.is_grad_enabled()
-    return _FusedLinear.apply(x, weight, bias, job)
+    @classmethod
+    def decoded(cls, numbers: Sequence[float], sizes: Sequence[int], names: str, compute: torch.dtype) -> Spec:
+        kind, backend, group = names.split(",")
+        columns, vocab, budget = sizes
+        gradient_filter = None if math.isnan(numbers[-1]) else numbers[-1]
+        objective = Objective.decoded(numbers[:-1])
+        return cls(kind, objective, columns, vocab, compute, budget, backend, gradient_filter, group)
 
 
 @dataclass
-class _Wanted:
+class Inputs:
+    """The tensors of a call: N tokens of which `mask` says which count, and a head of V rows."""
+
+    x: Tensor  # (N, H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None = None  # (V,)
+    teacher: Tensor | None = None  # (N, H_t), or for "cached" the (N, k) log-probabilities
+    teacher_weight: Tensor | None = None  # (V, H_t); None: the student's
+    teacher_bias: Tensor | None = None  # (V,)
+    support: Tensor | None = None  # (N, k) int64, for "cached"
+    mask: Tensor | None = None  # (N,) bool
+    targets: Tensor | None = None  # (N,) int64
+    row_weight: Tensor | None = None  # (N,); given, the gradients are those of Σ row_weight·loss
+
+    def all(self) -> list[Tensor | None]:
+        return [getattr(self, f.name) for f in dataclasses.fields(self)]
+
+
+def fused_linear_loss(inputs: Inputs, spec: Spec) -> tuple[Tensor, Tensor]:
+    """(losses or total, table): the (N,) losses, or with `row_weight` their weighted sum; differentiable once in x,
+    weight and bias. The table (columns, N) is detached, 0 where a token is not counted.
+    """
+    grad = torch.is_grad_enabled()
+    wanted = [grad and t is not None and t.requires_grad for t in (inputs.x, inputs.weight, inputs.bias)]
+    total, table, *_ = _fused_linear(*inputs.all(), *spec.encoded(), wanted)
+    return (table[0] if inputs.row_weight is None else total), table.detach()
+
+
+def weighted(losses: Tensor, weights: Tensor) -> Tensor:
+    """losses·weights, where a weight of 0 silences an infinite loss too."""
+    return torch.where(weights == 0, 0.0, losses * weights)
+
+
+@torch.library.custom_op("opsd::fused_linear", mutates_args=())
+def _fused_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    support: Tensor | None,
+    mask: Tensor | None,
+    targets: Tensor | None,
+    row_weight: Tensor | None,
+    numbers: Sequence[float],
+    sizes: Sequence[int],
+    names: str,
+    compute: torch.dtype,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(total (), table (columns, N), dX (N, H), dW (V, H), db (V,)); a gradient that is not wanted has no elements.
+
+    The arguments are the fields of `Inputs`, those of `Spec` encoded, and which of the three gradients are wanted. A
+    schema is flat; everything else in this module passes the two objects.
+    """
+    inputs = Inputs(x, weight, bias, teacher, teacher_weight, teacher_bias, support, mask, targets, row_weight)
+    spec = Spec.decoded(numbers, sizes, names, compute)
+    needs = Wanted(*wanted)
+    # an unreduced loss with a trainable head is recomputed in backward, when its upstream gradient is known
+    now = Wanted(False, False, False) if needs.head and row_weight is None else needs
+    with torch.autocast(x.device.type, enabled=False):
+        table, (dx, dw, db) = _Sweep(inputs, spec, now).run()
+    total = table.new_zeros(()) if row_weight is None else weighted(table[0], row_weight).sum()
+    return total, table, dx, dw, db
+
+
+@_fused_linear.register_fake
+def _(x, weight, bias, teacher, tw, tb, support, mask, targets, row_weight, numbers, sizes, names, compute, wanted):
+    accumulate = accumulation_dtype(compute)
+    needs = Wanted(*wanted)
+    now = Wanted(False, False, False) if needs.head and row_weight is None else needs
+    make = x.new_empty
+    return (
+        make((), dtype=accumulate),
+        make((sizes[0], x.shape[0]), dtype=accumulate),
+        make(x.shape if now.x else (0,), dtype=accumulate),
+        make(weight.shape if now.weight else (0,), dtype=accumulate),
+        make(weight.shape[:1] if now.bias else (0,), dtype=accumulate),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    tensors, (*spec, wanted) = inputs[:10], inputs[10:]
+    ctx.spec, ctx.wanted, ctx.dtypes = spec, wanted, [t.dtype if t is not None else None for t in tensors[:3]]
+    ctx.scalar = tensors[-1] is not None
+    ctx.recompute = Wanted(*wanted).head and not ctx.scalar
+    ctx.save_for_backward(*(tensors[:-1] if ctx.recompute else output[2:]))
+
+
+def _backward(ctx: Any, total: Tensor, table: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    upstream: Tensor | None = total if ctx.scalar else table[0]
+    if ctx.recompute:
+        _, _, *gradients = _fused_linear(*ctx.saved_tensors, upstream, *ctx.spec, ctx.wanted)
+        upstream = None
+    else:
+        gradients = ctx.saved_tensors
+    results = [
+        scaled(gradient, upstream, dtype) if wanted else None
+        for gradient, wanted, dtype in zip(gradients, ctx.wanted, ctx.dtypes, strict=True)
+    ]
+    return (*results, *[None] * 12)
+
+
+_fused_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("opsd::scaled", mutates_args=())
+def scaled(gradient: Tensor, upstream: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The saved gradient times the upstream one, 0-d or one a row, in a new tensor of `dtype`.
+
+    An operator without an autograd formula, so that a second derivative raises instead of being silently wrong.
+    """
+    out = torch.empty_like(gradient, dtype=dtype)
+    if upstream is None:
+        return out.copy_(gradient)
+    return torch.mul(gradient, upstream.unsqueeze(-1) if upstream.ndim else upstream, out=out)
+
+
+@scaled.register_fake
+def _(gradient, upstream, dtype):
+    return torch.empty_like(gradient, dtype=dtype)
+
+
+@dataclass
+class Wanted:
+    """Which gradients are computed."""
+
     x: bool
     weight: bool
     bias: bool
@@ -69,166 +206,259 @@ class _Wanted:
         return self.weight or self.bias
 
 
-@dataclass
-class _Gradients:
-    """In the accumulation dtype; x only for the counted rows (n, H), weight and bias up to job.vocab."""
-
-    x: Tensor | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-
-
-class _FusedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> Tensor:
-        wanted = _Wanted(*(job.wants_grad and need for need in ctx.needs_input_grad[:3]))
-        ctx.job, ctx.wanted = job, wanted
-        ctx.recompute = wanted.head and job.row_weight is None
-        now = _Wanted(False, False, False) if ctx.recompute else wanted
-        job.table, grads = _run(job, x, weight, bias, now, job.row_weight if wanted.head else None)
-        if ctx.recompute:
-            ctx.save_for_backward(x, weight, bias, *job.constants())
-        else:
-            ctx.save_for_backward(grads.x, grads.weight, grads.bias)
-            ctx.like = (x.new_empty(0), weight.new_empty(0), None if bias is None else bias.new_empty(0))
-            ctx.shapes = (x.shape, weight.shape)
-        losses = job.table[0]
-        return losses.clone() if job.row_weight is None else weighted(losses, job.row_weight).sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        job, wanted = ctx.job, ctx.wanted
-        if ctx.recompute:
-            x, weight, bias, *_ = ctx.saved_tensors  # the constants are only checked for in-place changes
-            _, grads = _run(job, x, weight, bias, wanted, upstream)
-            like, (x_shape, weight_shape) = (x, weight, bias), (x.shape, weight.shape)
-            scale = None
-        else:
-            grads = _Gradients(*ctx.saved_tensors)
-            like, (x_shape, weight_shape) = ctx.like, ctx.shapes
-            scale = upstream
-        grad_x = None if grads.x is None else _expanded(grads.x, scale, job, like[0].new_zeros(x_shape))
-        grad_weight = None if grads.weight is None else _padded(grads.weight, scale, like[1].new_empty(weight_shape))
-        grad_bias = None if grads.bias is None else _padded(grads.bias, scale, like[2].new_empty(weight_shape[:1]))
-        return grad_x, grad_weight, grad_bias, None
-
-
-def weighted(losses: Tensor, weights: Tensor) -> Tensor:
-    """losses·weights, where a weight of 0 silences an infinite loss too."""
-    return torch.where(weights == 0, 0.0, losses * weights)
-
-
-def _expanded(dx: Tensor, scale: Tensor | None, job: Job, out: Tensor) -> Tensor:
-    """The counted rows' gradient times the upstream one, in its place in `out`; by parts, to bound the memory."""
-    for start in range(0, dx.shape[0], 1024):
-        rows = slice(start, start + 1024)
-        piece = dx[rows]
-        if scale is not None:
-            piece = piece * (scale if scale.ndim == 0 else scale[rows].unsqueeze(-1))
-        if job.rows is None:
-            out[rows] = piece
-        else:
-            out[job.rows[rows]] = piece.to(out.dtype)
-    return out
-
-
-def _padded(gradient: Tensor, scale: Tensor | None, out: Tensor) -> Tensor:
-    kept = gradient.shape[0]
-    out[kept:] = 0
-    if scale is None:
-        out[:kept] = gradient
-    else:
-        torch.mul(gradient, scale, out=out[:kept])
-    return out
-
-
-def _run(
-    job: Job, x: Tensor, weight: Tensor, bias: Tensor | None, wanted: _Wanted, row_scale: Tensor | None
-) -> tuple[Tensor, _Gradients]:
-    """One sweep over the tokens: the table, and the gradients that are wanted, of Σ row_scale·loss (unit for None)."""
-    with torch.autocast(x.device.type, enabled=False):
-        return _Sweep(job, x, weight, bias, wanted).run(row_scale)
+def check_ids(name: str, ids: Tensor | None, rows: Tensor | None, vocab: int) -> None:
+    """Raises ValueError where a counted token's id is outside the vocabulary; not on a GPU, where it would wait."""
+    if ids is None or ids.is_cuda:
+        return
+    counted = ids if rows is None else ids[rows]
+    if counted.numel() and (int(counted.min()) < 0 or int(counted.max()) >= vocab):
+        found = f"{int(counted.min())} to {int(counted.max())}"
+        raise ValueError(f"{name} must be in [0, {vocab}) where the token counts, got {found}")
 
 
 class _Sweep:
-    def __init__(self, job: Job, x: Tensor, weight: Tensor, bias: Tensor | None, wanted: _Wanted):
-        self.job, self.x, self.wanted = job, x, wanted
-        self.accumulate = accumulation_dtype(job.compute)
-        self.weight, self.bias = self._head(weight, bias)
-        self.shared = job.teacher is not None and job.teacher_weight is None
-        if job.teacher is not None:
-            self.teacher_weight, self.teacher_bias = self._head(
-                weight if job.teacher_weight is None else job.teacher_weight, job.teacher_bias
-            )
-        tokens = x.shape[0] if job.rows is None else job.rows.shape[0]
-        streams = 1 if job.teacher is None else 2
-        widths = [x.shape[1]] + ([] if job.teacher is None else [job.teacher.shape[1]])
-        own_dz = bool(wanted) and job.compute != self.accumulate
-        row_bytes = job.vocab * (streams * self.accumulate.itemsize + own_dz * job.compute.itemsize)
-        # the gathered inputs, and their widened copies where the device has no mixed-precision product
-        row_bytes += sum(widths) * (job.compute.itemsize + own_dz * self.accumulate.itemsize)
-        self.plan: ChunkPlan = plan_chunks(tokens, job.vocab, x.device, self.accumulate, row_bytes, job.budget)
+    """One pass over the counted tokens."""
 
-        n = self.plan.rows
-        new = torch.empty
-        self.logits = new(streams * n, job.vocab, dtype=self.accumulate, device=x.device)
-        # dz may take the student logits' place where it has their dtype: the row pass reads a row before it writes it
-        self.dz = new(n, job.vocab, dtype=job.compute, device=x.device) if own_dz else self.logits
-        self.inputs = [new((2 if self.shared else 1) * n, x.shape[1], dtype=job.compute, device=x.device)]
-        if job.teacher is not None and not self.shared:
-            self.inputs.append(new(n, job.teacher.shape[1], dtype=job.compute, device=x.device))
+    def __init__(self, inputs: Inputs, spec: Spec, wanted: Wanted):
+        self.inputs, self.spec, self.wanted = inputs, spec, wanted
+        self.across: Across = across_group(spec.group, inputs.weight.shape[0], spec.vocab, spec.budget)
+        x, teacher = inputs.x, inputs.teacher
+        self.backend = backends.chosen(spec.backend, x.device, spec.compute, spec.group)
+        self.rows = None if inputs.mask is None else inputs.mask.nonzero().squeeze(-1)  # the one host sync there is
+        self.tokens = x.shape[0] if self.rows is None else self.rows.shape[0]
+        self.vocab = self.across.columns
+        self.weight, self.bias = self._head(inputs.weight, inputs.bias)
+        self.second = teacher is not None and spec.kind == "divergence"  # a second model is projected
+        self.shared = self.second and inputs.teacher_weight is None
+        if self.second:
+            own = inputs.weight if inputs.teacher_weight is None else inputs.teacher_weight
+            self.teacher_weight, self.teacher_bias = self._head(own, inputs.teacher_bias)
+        for name, ids in (("target_ids", inputs.targets), ("teacher_ids", inputs.support)):
+            check_ids(name, ids, self.rows, self.across.vocab)
 
     def _head(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        vocab = self.job.vocab
-        return weight[:vocab].to(self.job.compute), None if bias is None else bias[:vocab].to(self.accumulate)
+        vocab = self.vocab
+        return weight[:vocab].to(self.spec.compute), None if bias is None else bias[:vocab].to(self.spec.accumulate)
 
-    def run(self, row_scale: Tensor | None) -> tuple[Tensor, _Gradients]:
-        job, wanted, device = self.job, self.wanted, self.x.device
-        tokens, hidden = self.plan.tokens, self.x.shape[1]
-        table = torch.empty(job.columns, tokens, dtype=self.accumulate, device=device)
-        make = torch.empty if tokens else torch.zeros
-        grads = _Gradients(
-            make(tokens, hidden, dtype=self.accumulate, device=device) if wanted.x else None,
-            make(job.vocab, hidden, dtype=self.accumulate, device=device) if wanted.weight else None,
-            torch.zeros(job.vocab, dtype=self.accumulate, device=device) if wanted.bias else None,
+    def run(self) -> tuple[Tensor, list[Tensor]]:
+        """The table, and dX, dW, db of Σ row_weight·loss (unit weights if none are given)."""
+        plan = self._plan()
+        while True:
+            try:
+                return self._sweep(plan)
+            except torch.cuda.OutOfMemoryError:
+                # other ranks would wait for chunks that no longer match theirs
+                if self.spec.group or plan.rows == 1:
+                    raise
+                plan = ChunkPlan(plan.tokens, (plan.rows + 1) // 2)
+            torch.cuda.empty_cache()
+
+    def _plan(self) -> ChunkPlan:
+        spec, own_dz = self.spec, self._own_dz()
+        streams = 2 if self.second else 1
+        element = spec.accumulate.itemsize
+        row_bytes = self.across.widest * (streams * element + own_dz * spec.compute.itemsize)
+        widths = self.inputs.x.shape[1]
+        if self.second and self.inputs.teacher is not None:
+            widths += self.inputs.teacher.shape[1]
+        # the gathered inputs, and their widened copies where the device has no mixed-precision product
+        row_bytes += widths * (spec.compute.itemsize + own_dz * element)
+        whole_chunks = bool(spec.group)  # a collective for each block of a few rows would cost more than it saves
+        return plan_chunks(
+            self.tokens, self.across.widest, self.inputs.x.device, element, row_bytes, self.across.budget, whole_chunks
         )
-        for chunk in self.plan:
-            n = chunk.stop - chunk.start
-            x, student, teacher = self._project(chunk, n)
-            dz = self.dz[:n] if wanted else None
-            scale = None if row_scale is None else row_scale[chunk]
-            targets = None if job.targets is None else job.targets[chunk]
-            job.row_pass(student, teacher, targets, table[:, chunk], dz, scale)
-            if dz is None:
-                continue
-            if grads.x is not None:
-                back_project(grads.x[chunk], dz, self.weight)
-            if grads.weight is not None:
-                accumulate_weight_gradient(grads.weight, dz, x, first=chunk.start == 0)
-            if grads.bias is not None:
-                grads.bias += dz.sum(0, dtype=self.accumulate)
-        return table, grads
 
-    def _project(self, chunk: slice, n: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The chunk's student inputs (n, H) and both rows of logits (n, V)."""
-        job = self.job
-        x = self._gather(self.x, chunk, self.inputs[0][:n])
-        if job.teacher is None:
-            project(self.logits[:n], x, self.weight, self.bias)
-            return x, self.logits[:n], None
-        student, teacher = self.logits[:n], self.logits[n : 2 * n]
+    def _own_dz(self) -> bool:
+        """Whether dz has a buffer of its own; in the logits' dtype it takes the student logits' place."""
+        return bool(self.wanted) and self.spec.compute != self.spec.accumulate
+
+    def _sweep(self, plan: ChunkPlan) -> tuple[Tensor, list[Tensor]]:
+        inputs, spec, wanted, n = self.inputs, self.spec, self.wanted, plan.rows
+        x, accumulate = inputs.x, spec.accumulate
+        new = x.new_empty if self.rows is None and self.tokens else x.new_zeros
+        table = new((spec.columns, x.shape[0]), dtype=accumulate)
+        dx = new(x.shape if wanted.x else (0,), dtype=accumulate)
+        # padding rows, and everything if there is no chunk, get no gradient
+        whole = self.tokens and self.vocab == inputs.weight.shape[0]
+        dw = (x.new_empty if whole else x.new_zeros)(inputs.weight.shape if wanted.weight else (0,), dtype=accumulate)
+        db = x.new_zeros(inputs.weight.shape[:1] if wanted.bias else (0,), dtype=accumulate)
+
+        logits = x.new_empty(((2 if self.second else 1) * n, self.vocab), dtype=accumulate)
+        dz_buffer = x.new_empty((n, self.vocab), dtype=spec.compute) if self._own_dz() else logits
+        gathered = self._buffers(n)
+        row_pass = self._row_pass()
+        for chunk in plan:
+            size = chunk.stop - chunk.start
+            chunk_x = self._project(chunk, logits, gathered)
+            dz = dz_buffer[:size] if wanted else None
+            part = table[:, chunk] if self.rows is None else table.new_empty(spec.columns, size)
+            row_pass(
+                logits[:size],
+                logits[size : 2 * size] if self.second else None,
+                chunk=chunk,
+                table=part[: len(Column)],
+                dz=dz,
+                row_scale=self._counted(inputs.row_weight, chunk),
+            )
+            part[len(Column) :] = math.nan  # until a gradient is computed
+            if dz is not None:
+                self._gradients(chunk, dz, chunk_x, dx, dw[: self.vocab] if wanted.weight else dw, db, part)
+            if self.rows is not None:
+                table[:, self.rows[chunk]] = part
+        if wanted.x:
+            self.across.add(dx)
+        return table, [dx, dw, db]
+
+    def top_k(self) -> tuple[Tensor, Tensor, Tensor]:
+        """See `top_k_of`."""
+        plan, x, k = self._plan(), self.inputs.x, self.spec.objective.top_k
+        assert k is not None
+        logprobs = x.new_zeros((x.shape[0], k), dtype=self.spec.accumulate)
+        ids, log_z = torch.zeros_like(logprobs, dtype=torch.int64), torch.zeros_like(logprobs[:, 0])
+        logits, gathered = x.new_empty((plan.rows, self.vocab), dtype=self.spec.accumulate), self._buffers(plan.rows)
+        for chunk in plan:
+            self._project(chunk, logits, gathered)
+            at = chunk if self.rows is None else self.rows[chunk]
+            found = backends.module("torch").top_k_rows(logits[: chunk.stop - chunk.start], self.spec.objective)
+            logprobs[at], ids[at], log_z[at] = found
+        return logprobs, ids, log_z
+
+    def _gradients(
+        self, chunk: slice, dz: Tensor, x: Tensor, dx: Tensor, dw: Tensor, db: Tensor, table: Tensor
+    ) -> None:
+        wanted, weight, columns = self.wanted, self.weight, None
+        if self.spec.gradient_filter is not None:
+            columns, dropped = filtered_columns(dz, weight, self.spec.gradient_filter)
+            if table.shape[0] > DROPPED:
+                table[DROPPED] = dropped
+            dz, weight = dz[:, columns], weight[columns]
+        if wanted.x:
+            if self.rows is None:
+                back_project(dx[chunk], dz, weight)
+            else:
+                part = dx.new_empty(x.shape[0], dx.shape[1])
+                back_project(part, dz, weight)
+                dx[self.rows[chunk]] = part
+        if wanted.weight:
+            first = chunk.start == 0
+            if columns is None:
+                accumulate_weight_gradient(dw, dz, x, first=first)
+            else:
+                part = dw.new_empty(len(columns), dw.shape[1])
+                accumulate_weight_gradient(part, dz, x, first=True)
+                if first:
+                    dw.zero_()
+                dw.index_add_(0, columns, part)
+        if wanted.bias:
+            total = dz.sum(0, dtype=db.dtype)
+            if columns is None:
+                db[: self.vocab] += total
+            else:
+                db.index_add_(0, columns, total)
+
+    def _row_pass(self) -> Callable:
+        inputs, spec = self.inputs, self.spec
+        backend = backends.module(self.backend)
+
+        def divergence(student: Tensor, teacher: Tensor, *, chunk: slice, **out: Tensor | None) -> None:
+            targets = self._counted(inputs.targets, chunk)
+            backend.divergence_rows(student, teacher, spec.objective, targets=targets, **self._group(), **out)
+
+        def logprob(logits: Tensor, _: None, *, chunk: slice, **out: Tensor | None) -> None:
+            targets = self._counted(inputs.targets, chunk)
+            transform, temperature = spec.objective.student, spec.objective.temperature
+            backend.logprob_rows(logits, targets, transform, temperature, **self._group(), **out)
+
+        def cached(student: Tensor, _: None, *, chunk: slice, **out: Tensor | None) -> None:
+            support, logprobs = self._counted(inputs.support, chunk), self._counted(inputs.teacher, chunk)
+            assert logprobs is not None
+            targets = self._counted(inputs.targets, chunk)
+            backends.module("torch").cached_rows(
+                student, logprobs.to(student.dtype), support, spec.objective, targets=targets, **out
+            )
+
+        passes: dict[str, Callable] = {"divergence": divergence, "logprob": logprob, "cached": cached}
+        return passes[spec.kind]
+
+    def _group(self) -> dict[str, Across]:
+        """The torch row pass alone knows how to reduce over ranks."""
+        return {"across": self.across} if self.spec.group else {}
+
+    def _counted(self, per_token: Tensor | None, chunk: slice) -> Tensor | None:
+        return None if per_token is None else self._rows_of(per_token, chunk)
+
+    def _rows_of(self, per_token: Tensor, chunk: slice) -> Tensor:
+        return per_token[chunk] if self.rows is None else per_token[self.rows[chunk]]
+
+    def _buffers(self, n: int) -> list[Tensor]:
+        """For the student's inputs of a chunk, with the teacher's stacked below where one product serves both."""
+        x, teacher, compute = self.inputs.x, self.inputs.teacher, self.spec.compute
+        buffers = [x.new_empty(((2 if self.shared else 1) * n, x.shape[1]), dtype=compute)]
+        if self.second and not self.shared and teacher is not None:
+            buffers.append(x.new_empty((n, teacher.shape[1]), dtype=compute))
+        return buffers
+
+    def _project(self, chunk: slice, logits: Tensor, gathered: list[Tensor]) -> Tensor:
+        """Fills both models' rows of logits; returns the chunk's student inputs (n, H)."""
+        n = chunk.stop - chunk.start
+        x = gathered[0][:n].copy_(self._rows_of(self.inputs.x, chunk))
+        if not self.second or self.inputs.teacher is None:
+            project(logits[:n], x, self.weight, self.bias)
+            return x
+        x_t = gathered[0][n : 2 * n] if self.shared else gathered[1][:n]
+        x_t.copy_(self._rows_of(self.inputs.teacher, chunk))
+        student, teacher = logits[:n], logits[n : 2 * n]
         if self.shared:  # one product for both, so that the weight is read once
-            self._gather(job.teacher, chunk, self.inputs[0][n : 2 * n])
-            project(self.logits[: 2 * n], self.inputs[0][: 2 * n], self.weight, None)
-            for logits, bias in ((student, self.bias), (teacher, self.teacher_bias)):
+            project(logits[: 2 * n], gathered[0][: 2 * n], self.weight, None)
+            for part, bias in ((student, self.bias), (teacher, self.teacher_bias)):
                 if bias is not None:
-                    logits += bias
+                    part += bias
         else:
-            x_t = self._gather(job.teacher, chunk, self.inputs[1][:n])
             project(student, x, self.weight, self.bias)
             project(teacher, x_t, self.teacher_weight, self.teacher_bias)
-        return x, student, teacher
+        return x
 
-    def _gather(self, source: Tensor, chunk: slice, out: Tensor) -> Tensor:
-        return out.copy_(source[chunk] if self.job.rows is None else source[self.job.rows[chunk]])
+
+def filtered_columns(dz: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The columns of dz (n, V) where some |dz| exceeds eps, (kept,) int64, and a bound on what is lost.
+
+    The bound is Σ|dz|·max‖W_v‖ over the dropped columns, (n,): dX's error is at most that, in norm. Apple's Cut
+    Cross-Entropy drops blocks of the cross-entropy's gradient in the same spirit. Waits for the device.
+    """
+    size, accumulate = dz.abs(), accumulation_dtype(dz.dtype)
+    kept = size.amax(0) > eps
+    dropped = size.masked_fill_(kept, 0.0).sum(-1, dtype=accumulate)
+    longest = torch.linalg.vector_norm(weight, dim=1, dtype=accumulate).masked_fill_(kept, 0.0).amax()
+    return kept.nonzero().squeeze(-1), dropped * longest
+
+
+def top_k_of(inputs: Inputs, spec: Spec) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probabilities (N, k), ids (N, k), log-normalisers (N,)) of the k likeliest tokens, likeliest first."""
+    return _top_k(inputs.x, inputs.weight, inputs.bias, inputs.mask, *spec.encoded())
+
+
+@torch.library.custom_op("opsd::top_k", mutates_args=())
+def _top_k(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    numbers: Sequence[float],
+    sizes: Sequence[int],
+    names: str,
+    compute: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    spec = Spec.decoded(numbers, sizes, names, compute)
+    with torch.autocast(x.device.type, enabled=False):
+        return _Sweep(Inputs(x, weight, bias, mask=mask), spec, Wanted(False, False, False)).top_k()
+
+
+@_top_k.register_fake
+def _(x, weight, bias, mask, numbers, sizes, names, compute):
+    spec = Spec.decoded(numbers, sizes, names, compute)
+    shape = (x.shape[0], spec.objective.top_k)
+    return (
+        x.new_empty(shape, dtype=spec.accumulate),
+        x.new_empty(shape, dtype=torch.int64),
+        x.new_empty(shape[:1], dtype=spec.accumulate),
+    )

@@ -1,62 +1,85 @@
-"""The row pass over logits that the caller already holds, with its autograd."""
+"""The row pass over logits that the caller already holds, as a torch operator with its autograd."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .fused_linear import Job
-from .gemm import accumulation_dtype
+from . import backends
+from .fused_linear import Spec, check_ids, scaled
 from .workspace import plan_chunks
 
 
-def logits_loss(student: Tensor, job: Job) -> Tensor:
-    """The losses (n,) of the job's counted tokens from the student's logits (N, V) and the teacher's in `job.teacher`.
+def logits_loss(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, targets: Tensor | None, spec: Spec
+) -> tuple[Tensor, Tensor]:
+    """(losses (N,), table (columns, N)) from logits (N, V); the losses are differentiable once in `student`."""
+    wanted = torch.is_grad_enabled() and student.requires_grad
+    table, _ = _logits_loss(student, teacher, mask, targets, *spec.encoded(), wanted)
+    return table[0], table.detach()
 
-    Fills `job.table`. Differentiable once, in `student`.
-    """
-    job.wants_grad = torch.is_grad_enabled()
-    return _LogitsLoss.apply(student, job)
+
+@torch.library.custom_op("opsd::logits_loss", mutates_args=())
+def _logits_loss(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    targets: Tensor | None,
+    numbers: Sequence[float],
+    sizes: Sequence[int],
+    names: str,
+    compute: torch.dtype,
+    wanted: bool,
+) -> tuple[Tensor, Tensor]:
+    """(table (columns, N), gradient (N, V) for a unit upstream one, or no elements)."""
+    spec = Spec.decoded(numbers, sizes, names, compute)
+    backend = backends.module(backends.chosen(spec.backend, student.device, compute))
+    accumulate, vocab = spec.accumulate, spec.vocab
+    rows = None if mask is None else mask.nonzero().squeeze(-1)
+    check_ids("target_ids", targets, rows, vocab)
+    tokens = student.shape[0] if rows is None else rows.shape[0]
+    # a chunk is copied, since scale, cap and softmax work in the accumulation dtype
+    plan = plan_chunks(tokens, vocab, student.device, accumulate.itemsize, vocab * 3 * accumulate.itemsize, spec.budget)
+    table = student.new_zeros((spec.columns, student.shape[0]), dtype=accumulate)
+    grad = student.new_zeros(student.shape if wanted else (0,))
+    for chunk in plan:
+        at = chunk if rows is None else rows[chunk]
+        part = table.new_full((spec.columns, chunk.stop - chunk.start), math.nan)
+        dz = grad.new_empty(chunk.stop - chunk.start, vocab) if wanted else None
+        backend.divergence_rows(
+            student[at, :vocab].to(accumulate),
+            teacher[at, :vocab].to(accumulate),
+            spec.objective,
+            targets=None if targets is None else targets[at],
+            table=part,
+            dz=dz,
+            row_scale=None,
+        )
+        table[:, at] = part
+        if dz is not None:
+            grad[at, :vocab] = dz
+    return table, grad
 
 
-class _LogitsLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, job: Job) -> Tensor:
-        assert job.teacher is not None
-        accumulate = accumulation_dtype(job.compute)
-        tokens = student.shape[0] if job.rows is None else job.rows.shape[0]
-        wanted = job.wants_grad and ctx.needs_input_grad[0]
-        # a chunk is copied, since scale, cap and softmax work in the accumulation dtype; its gradient is kept
-        row_bytes = job.vocab * 3 * accumulate.itemsize
-        plan = plan_chunks(tokens, job.vocab, student.device, accumulate, row_bytes, job.budget)
-        table = torch.empty(job.columns, tokens, dtype=accumulate, device=student.device)
-        grad = student.new_empty(tokens, job.vocab) if wanted else None
-        for chunk in plan:
-            rows = chunk if job.rows is None else job.rows[chunk]
-            job.row_pass(
-                student[rows, : job.vocab].to(accumulate),
-                job.teacher[rows, : job.vocab].to(accumulate),
-                None if job.targets is None else job.targets[chunk],
-                table[:, chunk],
-                None if grad is None else grad[chunk],
-                None,
-            )
-        job.table = table
-        ctx.rows, ctx.shape = job.rows, student.shape
-        ctx.save_for_backward(grad)
-        return table[0].clone()
+@_logits_loss.register_fake
+def _(student, teacher, mask, targets, numbers, sizes, names, compute, wanted):
+    spec = Spec.decoded(numbers, sizes, names, compute)
+    table = student.new_empty((spec.columns, student.shape[0]), dtype=spec.accumulate)
+    return table, student.new_empty(student.shape if wanted else (0,))
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        (grad,) = ctx.saved_tensors
-        out = grad.new_zeros(ctx.shape)
-        vocab = grad.shape[1]
-        if ctx.rows is None:
-            torch.mul(grad, upstream.unsqueeze(-1), out=out[:, :vocab])
-        else:
-            out[ctx.rows, :vocab] = (grad * upstream.unsqueeze(-1)).to(grad.dtype)
-        return out, None
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.wanted = inputs[-1]
+
+
+def _backward(ctx: Any, table: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    (grad,) = ctx.saved_tensors
+    return (scaled(grad, table[0], grad.dtype) if ctx.wanted else None, *[None] * 8)
+
+
+_logits_loss.register_autograd(_backward, setup_context=_setup_context)

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
+import inspect
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
 
-from .fused_linear import Job, fused_linear_loss, weighted
-from .gemm import accumulation_dtype
+from . import backends, checks
+from .fused_linear import Inputs, Spec, fused_linear_loss, top_k_of
 from .logits import logits_loss
-from .objective import REDUCTIONS, Objective, integer, logit_transform, positive
-from .rows import Column, LogprobColumn
-from .rows.torch_backend import divergence_rows, logprob_rows
+from .objective import Objective, integer, positive
+from .rows import DROPPED, Column, LogprobColumn
+from .tokens import Tokens
 from .workspace import budget_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-BACKENDS = ("auto", "torch")
+
+OBJECTIVE_OPTIONS = tuple(inspect.signature(Objective.checked).parameters)
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,9 @@ class TokenStats:
     token_clipped: Tensor  #: bool
     student_logprob: Tensor | None = None  #: of target_ids, where given
     teacher_logprob: Tensor | None = None
+    #: with gradient_filter: bound on the norm of what the token's row of dX lacks; NaN where the gradient is computed
+    #: in backward only (unreduced losses with a trainable head) or not at all
+    gradient_dropped: Tensor | None = None
 
 
 class LossOptions(TypedDict, total=False):
@@ -138,8 +141,13 @@ def jsd_loss(
         denominator: number or 0-d tensor to divide by instead of the count of tokens ("mean") or sequences
             ("sequence_mean"): the whole batch's count makes micro-batches add up to the batch's gradient.
         return_stats: also return a `TokenStats`.
-        gradient_filter, process_group: not supported yet; only None is accepted.
-        backend: "auto" or "torch".
+        gradient_filter: eps > 0; drop the columns of a chunk in which no |d loss / d logit| of a token exceeds eps, so
+            that the products of the gradient cost little. Lossy: `TokenStats.gradient_dropped` bounds what dX lacks.
+            Waits for the device once a chunk.
+        process_group: the vocabulary is split over its ranks in order, `weight` (and `teacher_weight`, `bias`, …)
+            being this rank's rows. `target_ids` and `valid_vocab` count in the whole vocabulary. Every rank gets the
+            whole loss and student_hidden's whole gradient. Not with `top_k` or `gradient_filter`.
+        backend: "auto" (the fastest that works here, see `python -m opsd_kernels`), "torch", "triton" or "native".
         workspace_bytes: upper bound for the chunk workspace; default OPSD_WORKSPACE_BYTES or by device.
 
     Returns:
@@ -154,63 +162,61 @@ def jsd_loss(
     Raises:
         TypeError, ValueError: naming the argument, what it was and what is accepted, before any work is done.
     """
-    _floating("student_hidden", student_hidden)
-    _floating("teacher_hidden", teacher_hidden)
-    _floating("weight", weight)
-    if student_hidden.ndim < 2:
-        raise ValueError(f"student_hidden must have shape (..., H), got {tuple(student_hidden.shape)}")
-    _shape("weight", weight, (None, student_hidden.shape[-1]), "(V, H)")
-    lead = student_hidden.shape[:-1]
+    weight, bias, teacher_weight, teacher_bias = (_whole(t) for t in (weight, bias, teacher_weight, teacher_bias))
+    checks.floating("student_hidden", student_hidden)
+    checks.floating("teacher_hidden", teacher_hidden)
+    checks.floating("weight", weight)
+    checks.at_least_two_dimensions("student_hidden", student_hidden, "H")
+    checks.shape("weight", weight, (None, student_hidden.shape[-1]), "(V, H)")
     head = weight if teacher_weight is None else teacher_weight
     if teacher_weight is not None:
-        _floating("teacher_weight", teacher_weight)
-        _shape("teacher_weight", teacher_weight, (None, None), "(V, H_t)")
-        if valid_vocab is None and teacher_weight.shape[0] != weight.shape[0]:
+        checks.floating("teacher_weight", teacher_weight)
+        checks.shape("teacher_weight", teacher_weight, (None, None), "(V, H_t)")
+        if (valid_vocab is None or process_group is not None) and teacher_weight.shape[0] != weight.shape[0]:
             raise ValueError(
                 f"teacher_weight must have the {weight.shape[0]} rows of weight, got {tuple(teacher_weight.shape)}; "
                 "for heads padded to different heights give valid_vocab"
             )
-    _shape("teacher_hidden", teacher_hidden, (*lead, head.shape[1]), "the leading shape of student_hidden, and H_t")
-    for name, vector, of in (("bias", bias, weight), ("teacher_bias", teacher_bias, head)):
-        if vector is not None:
-            _floating(name, vector)
-            _shape(name, vector, (of.shape[0],), "(V,)")
-    _same_device(student_hidden, teacher_hidden=teacher_hidden, weight=weight, teacher_weight=teacher_weight,
-                 bias=bias, teacher_bias=teacher_bias)  # fmt: skip
-    vocab = _vocab(valid_vocab, min(weight.shape[0], head.shape[0]))
+    lead = student_hidden.shape[:-1]
+    checks.shape(
+        "teacher_hidden", teacher_hidden, (*lead, head.shape[1]), "the leading shape of student_hidden, and H_t"
+    )
+    checks.bias_vector("bias", bias, weight)
+    checks.bias_vector("teacher_bias", teacher_bias, head)
+    checks.same_device(
+        student_hidden, teacher_hidden=teacher_hidden, weight=weight, teacher_weight=teacher_weight, bias=bias,
+        teacher_bias=teacher_bias,
+    )  # fmt: skip
+    vocab = checks.vocabulary(valid_vocab, min(weight.shape[0], head.shape[0]), split=process_group is not None)
     objective = Objective.checked(
         beta=beta, temperature=temperature, entry_clip=entry_clip, token_clip=token_clip, top_k=top_k,
         top_k_from=top_k_from, tail_bucket=tail_bucket, logit_scale=logit_scale, softcap=softcap,
         teacher_logit_scale=teacher_logit_scale, teacher_softcap=teacher_softcap,
     )  # fmt: skip
-    _check_support(objective, vocab)
-    _check_unsupported(backend, gradient_filter=gradient_filter, process_group=process_group)
-    compute = _compute_dtype(student_hidden)
-    tokens = _Tokens.checked(
-        student_hidden, lead, vocab, accumulation_dtype(compute),
-        mask=mask, token_weight=token_weight, sequence_ids=sequence_ids, target_ids=target_ids,
-        reduction=reduction, denominator=denominator,
+    checks.support(objective, vocab)
+    if gradient_filter is not None:
+        gradient_filter = positive("gradient_filter", gradient_filter)
+    if process_group is not None:
+        checks.unsupported("with a process_group", top_k=top_k, gradient_filter=gradient_filter)
+    spec = _spec(
+        "divergence", objective, student_hidden, vocab, backend, workspace_bytes, process_group,
+        columns=len(Column) + (gradient_filter is not None) if return_stats else 1,
+        gradient_filter=gradient_filter,
     )  # fmt: skip
-    budget = budget_bytes(student_hidden.device, workspace_bytes)
+    tokens = Tokens.checked(
+        student_hidden, spec.accumulate, mask=mask, token_weight=token_weight, sequence_ids=sequence_ids,
+        target_ids=target_ids, reduction=reduction, denominator=denominator,
+    )  # fmt: skip
 
-    trainable_head = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    inside = trainable_head and reduction != "none"
-    job = Job(
-        row_pass=partial(_divergence_pass, objective),
-        columns=len(Column) if return_stats else 1,
-        compute=compute,
-        budget=budget,
-        vocab=vocab,
-        rows=tokens.rows,
-        targets=tokens.targets,
+    inputs = Inputs(
+        student_hidden.reshape(-1, student_hidden.shape[-1]),
+        weight,
+        bias,
         teacher=teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
-        teacher_weight=None if teacher_weight is None else teacher_weight.detach(),
+        teacher_weight=_constant(teacher_weight),
         teacher_bias=_constant(bias if teacher_weight is None and teacher_bias is None else teacher_bias),
-        row_weight=tokens.row_weight() if inside else None,
     )
-    result = fused_linear_loss(student_hidden.reshape(-1, student_hidden.shape[-1]), weight, bias, job)
-    loss = tokens.divided(result) if inside else tokens.reduced(result)
-    return (loss, tokens.stats(job.table)) if return_stats else loss
+    return _loss(inputs, spec, tokens, return_stats)
 
 
 def jsd_loss_from_logits(
@@ -230,44 +236,36 @@ def jsd_loss_from_logits(
         raise TypeError(
             f"jsd_loss_from_logits has no option {unknown[0]!r}; accepted: {', '.join(LossOptions.__annotations__)}"
         )
-    _floating("student_logits", student_logits)
-    _floating("teacher_logits", teacher_logits)
-    if student_logits.ndim < 2:
-        raise ValueError(f"student_logits must have shape (..., V), got {tuple(student_logits.shape)}")
-    lead = student_logits.shape[:-1]
+    checks.floating("student_logits", student_logits)
+    checks.floating("teacher_logits", teacher_logits)
+    checks.at_least_two_dimensions("student_logits", student_logits, "V")
     valid_vocab = options.get("valid_vocab")
     columns = None if valid_vocab is not None else student_logits.shape[-1]
-    _shape("teacher_logits", teacher_logits, (*lead, columns), "the shape of student_logits")
-    _same_device(student_logits, teacher_logits=teacher_logits)
-    vocab = _vocab(valid_vocab, min(student_logits.shape[-1], teacher_logits.shape[-1]))
-    fields = {"logit_scale", "softcap", "teacher_logit_scale", "teacher_softcap"}
-    fields |= {f.name for f in dataclasses.fields(Objective)}
-    objective = Objective.checked(**{k: v for k, v in options.items() if k in fields})
-    _check_support(objective, vocab)
-    _check_unsupported(
-        options.get("backend", "auto"),
-        gradient_filter=options.get("gradient_filter"),
-        process_group=options.get("process_group"),
-    )
-    accumulate = accumulation_dtype(student_logits.dtype)
-    named = ("mask", "token_weight", "sequence_ids", "target_ids", "denominator")
-    tokens = _Tokens.checked(
-        student_logits, lead, vocab, accumulate,
-        reduction=options.get("reduction", "mean"), **{k: options.get(k) for k in named},
-    )  # fmt: skip
+    checks.shape("teacher_logits", teacher_logits, (*student_logits.shape[:-1], columns), "that of student_logits")
+    checks.same_device(student_logits, teacher_logits=teacher_logits)
+    vocab = checks.vocabulary(valid_vocab, min(student_logits.shape[-1], teacher_logits.shape[-1]))
+    objective = Objective.checked(**{name: value for name, value in options.items() if name in OBJECTIVE_OPTIONS})
+    checks.support(objective, vocab)
+    checks.unsupported("for given logits", **{k: options.get(k) for k in ("gradient_filter", "process_group")})
     return_stats = options.get("return_stats", False)
-    job = Job(
-        row_pass=partial(_divergence_pass, objective),
-        columns=len(Column) if return_stats else 1,
-        compute=student_logits.dtype,
-        budget=budget_bytes(student_logits.device, options.get("workspace_bytes")),
-        vocab=vocab,
-        rows=tokens.rows,
-        targets=tokens.targets,
-        teacher=teacher_logits.detach().reshape(-1, teacher_logits.shape[-1]),
+    spec = _spec(
+        "divergence", objective, student_logits, vocab, options.get("backend", "auto"), options.get("workspace_bytes"),
+        None, columns=len(Column) if return_stats else 1, compute=student_logits.dtype,
+    )  # fmt: skip
+    named = ("mask", "token_weight", "sequence_ids", "target_ids", "denominator")
+    tokens = Tokens.checked(
+        student_logits, spec.accumulate, reduction=options.get("reduction", "mean"),
+        **{name: options.get(name) for name in named},
+    )  # fmt: skip
+    losses, table = logits_loss(
+        student_logits.reshape(-1, student_logits.shape[-1]),
+        teacher_logits.detach().reshape(-1, teacher_logits.shape[-1]),
+        tokens.mask,
+        tokens.targets,
+        spec,
     )
-    loss = tokens.reduced(logits_loss(student_logits.reshape(-1, student_logits.shape[-1]), job))
-    return (loss, tokens.stats(job.table)) if return_stats else loss
+    loss = tokens.reduced(losses)
+    return (loss, _stats(table, tokens)) if return_stats else loss
 
 
 def token_logprobs(
@@ -303,254 +301,194 @@ def token_logprobs(
     Raises:
         TypeError, ValueError: naming the argument, what it was and what is accepted, before any work is done.
     """
-    _floating("hidden", hidden)
-    _floating("weight", weight)
-    if hidden.ndim < 2:
-        raise ValueError(f"hidden must have shape (..., H), got {tuple(hidden.shape)}")
-    _shape("weight", weight, (None, hidden.shape[-1]), "(V, H)")
-    if bias is not None:
-        _floating("bias", bias)
-        _shape("bias", bias, (weight.shape[0],), "(V,)")
-    if target_ids is None:
-        raise TypeError("target_ids must be an int64 tensor, got None")
-    _same_device(hidden, weight=weight, bias=bias)
-    vocab = _vocab(valid_vocab, weight.shape[0])
-    transform, divisor = logit_transform(logit_scale, softcap), positive("temperature", temperature)
-    _check_unsupported(backend, process_group=process_group)
-    compute = _compute_dtype(hidden)
-    tokens = _Tokens.checked(
-        hidden,
-        hidden.shape[:-1],
-        vocab,
-        accumulation_dtype(compute),
-        mask=mask,
-        target_ids=target_ids,
-        reduction="none",
-    )
-
-    def row_pass(
-        logits: Tensor, _: Tensor | None, targets: Tensor | None, table: Tensor, dz: Tensor | None, scale: Tensor | None
-    ) -> None:
-        assert targets is not None
-        logprob_rows(logits, targets, transform, divisor, table=table, dz=dz, row_scale=scale)
-
-    job = Job(
-        row_pass=row_pass,
+    weight, bias = _whole(weight), _whole(bias)
+    checks.floating("hidden", hidden)
+    checks.floating("weight", weight)
+    checks.at_least_two_dimensions("hidden", hidden, "H")
+    checks.shape("weight", weight, (None, hidden.shape[-1]), "(V, H)")
+    checks.bias_vector("bias", bias, weight)
+    checks.int64("target_ids", target_ids)
+    checks.same_device(hidden, weight=weight, bias=bias)
+    vocab = checks.vocabulary(valid_vocab, weight.shape[0], split=process_group is not None)
+    objective = Objective.checked(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
+    spec = _spec(
+        "logprob", objective, hidden, vocab, backend, workspace_bytes, process_group,
         columns=len(LogprobColumn) if return_entropy else 1,
-        compute=compute,
-        budget=budget_bytes(hidden.device, workspace_bytes),
-        vocab=vocab,
-        rows=tokens.rows,
-        targets=tokens.targets,
+    )  # fmt: skip
+    tokens = Tokens.checked(hidden, spec.accumulate, mask=mask, target_ids=target_ids, reduction="none")
+    inputs = Inputs(hidden.reshape(-1, hidden.shape[-1]), weight, bias, mask=tokens.mask, targets=tokens.targets)
+    logprobs, table = fused_linear_loss(inputs, spec)
+    logprobs = tokens.reduced(logprobs)
+    return (logprobs, table[LogprobColumn.ENTROPY].reshape(tokens.lead)) if return_entropy else logprobs
+
+
+def top_k_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    k: int,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    valid_vocab: int | None = None,
+    mask: Tensor | None = None,
+    workspace_bytes: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The k likeliest tokens at each position: what a cached or served teacher stores for `jsd_loss_from_top_k`.
+
+    Args:
+        hidden: (..., H) floating; the head's input, after the final norm.
+        weight: (V, H). bias: (V,).
+        k: at most V.
+        mask: (...) bool, True where the token counts; others cost nothing and come back as 0.
+        The rest as for `jsd_loss`.
+
+    Returns:
+        (logprobs (..., k) over the whole vocabulary at temperature T, likeliest first; ids (..., k) int64;
+        logsumexp (...) of the tempered logits), without gradient, floats in float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it was and what is accepted, before any work is done.
+    """
+    weight, bias = _whole(weight), _whole(bias)
+    checks.floating("hidden", hidden)
+    checks.floating("weight", weight)
+    checks.at_least_two_dimensions("hidden", hidden, "H")
+    checks.shape("weight", weight, (None, hidden.shape[-1]), "(V, H)")
+    checks.bias_vector("bias", bias, weight)
+    checks.same_device(hidden, weight=weight, bias=bias)
+    vocab = checks.vocabulary(valid_vocab, weight.shape[0])
+    top_k = integer("k", k, high=vocab)
+    objective = Objective.checked(temperature=temperature, logit_scale=logit_scale, softcap=softcap, top_k=top_k)
+    spec = _spec("top_k", objective, hidden, vocab, "torch", workspace_bytes, None, columns=1)
+    tokens = Tokens.checked(hidden, spec.accumulate, mask=mask, reduction="none")
+    inputs = Inputs(hidden.detach().reshape(-1, hidden.shape[-1]), weight.detach(), _constant(bias), mask=tokens.mask)
+    logprobs, ids, log_z = top_k_of(inputs, spec)
+    lead = tokens.lead
+    return logprobs.reshape(*lead, k), ids.reshape(*lead, k), log_z.reshape(lead)
+
+
+def jsd_loss_from_top_k(
+    student_hidden: Tensor,
+    weight: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    *,
+    bias: Tensor | None = None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    entry_clip: float | None = None,
+    token_clip: float | None = None,
+    tail_bucket: bool = True,
+    mask: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+    target_ids: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    valid_vocab: int | None = None,
+    reduction: str = "mean",
+    denominator: float | Tensor | None = None,
+    return_stats: bool = False,
+    workspace_bytes: int | None = None,
+) -> Tensor | tuple[Tensor, TokenStats]:
+    """`jsd_loss` against a teacher of which only the likeliest tokens are known: a cached or a served one.
+
+    Args:
+        student_hidden: (..., H) floating. Receives the gradient.
+        weight: (V, H). bias: (V,).
+        teacher_ids: (..., k) int64 in [0, V), no id twice at a position.
+        teacher_logprobs: (..., k) floating, log-probabilities over the whole vocabulary at the same `temperature`
+            (`top_k_logprobs` gives them). Constant.
+        tail_bucket: the rest of both models' mass is one more entry (the teacher's is 1 − Σp, to the accuracy of what
+            was stored); False: both are renormalised on the k tokens.
+        The rest as for `jsd_loss`; the statistics that need the teacher's whole distribution (`divergence`,
+        `teacher_entropy`) speak of the support, and `teacher_logprob` is NaN where the token was not stored.
+
+    Returns and raises as `jsd_loss` does.
+    """
+    weight, bias = _whole(weight), _whole(bias)
+    checks.floating("student_hidden", student_hidden)
+    checks.floating("weight", weight)
+    checks.at_least_two_dimensions("student_hidden", student_hidden, "H")
+    checks.shape("weight", weight, (None, student_hidden.shape[-1]), "(V, H)")
+    checks.bias_vector("bias", bias, weight)
+    checks.int64("teacher_ids", teacher_ids)
+    checks.floating("teacher_logprobs", teacher_logprobs)
+    lead = student_hidden.shape[:-1]
+    checks.shape("teacher_ids", teacher_ids, (*lead, None), "the leading shape of student_hidden, and k")
+    k = teacher_ids.shape[-1]
+    checks.shape("teacher_logprobs", teacher_logprobs, (*lead, k), "that of teacher_ids")
+    checks.same_device(
+        student_hidden, weight=weight, bias=bias, teacher_ids=teacher_ids, teacher_logprobs=teacher_logprobs
     )
-    logprobs = tokens.reduced(fused_linear_loss(hidden.reshape(-1, hidden.shape[-1]), weight, bias, job))
-    return (logprobs, tokens.scattered(job.table[LogprobColumn.ENTROPY])) if return_entropy else logprobs
+    vocab = checks.vocabulary(valid_vocab, weight.shape[0])
+    if not 1 <= k <= vocab:
+        raise ValueError(f"teacher_ids must hold 1 to {vocab} tokens a position, got {k}")
+    objective = Objective.checked(
+        beta=beta, temperature=temperature, entry_clip=entry_clip, token_clip=token_clip, top_k=k,
+        tail_bucket=tail_bucket, logit_scale=logit_scale, softcap=softcap,
+    )  # fmt: skip
+    spec = _spec("cached", objective, student_hidden, vocab, "torch", workspace_bytes, None,
+                 columns=len(Column) if return_stats else 1)  # fmt: skip
+    tokens = Tokens.checked(
+        student_hidden, spec.accumulate, mask=mask, token_weight=token_weight, sequence_ids=sequence_ids,
+        target_ids=target_ids, reduction=reduction, denominator=denominator,
+    )  # fmt: skip
+    inputs = Inputs(
+        student_hidden.reshape(-1, student_hidden.shape[-1]),
+        weight,
+        bias,
+        teacher=teacher_logprobs.detach().reshape(-1, k),
+        support=teacher_ids.reshape(-1, k),
+    )
+    return _loss(inputs, spec, tokens, return_stats)
 
 
-def _divergence_pass(
+def _spec(
+    kind: str,
     objective: Objective,
-    student: Tensor,
-    teacher: Tensor | None,
-    targets: Tensor | None,
-    table: Tensor,
-    dz: Tensor | None,
-    scale: Tensor | None,
-) -> None:
-    assert teacher is not None
-    divergence_rows(student, teacher, objective, targets=targets, table=table, dz=dz, row_scale=scale)
+    like: Tensor,
+    vocab: int,
+    backend: Any,
+    workspace_bytes: Any,
+    process_group: Any,
+    *,
+    columns: int,
+    compute: torch.dtype | None = None,
+    gradient_filter: float | None = None,
+) -> Spec:
+    """`like`: the student's hidden states, whose device and dtype (or autocast's) the call has."""
+    _refuse_functorch()
+    compute = _compute_dtype(like) if compute is None else compute
+    group = "" if process_group is None else _group_name(process_group)
+    budget = budget_bytes(like.device, workspace_bytes)
+    return Spec(kind, objective, columns, vocab, compute, budget, backends.known(backend), gradient_filter, group)
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """Which tokens count, what each weighs, and what the sum is divided by; N tokens of which n are counted."""
-
-    lead: torch.Size
-    count: int
-    rows: Tensor | None  # (n,) int64; None: all N
-    targets: Tensor | None  # (n,) int64
-    weight: Tensor | None  # (n,), in the accumulation dtype: token_weight, times 1 / length for "sequence_mean"
-    reduction: str
-    denominator: float | Tensor
-    accumulate: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def checked(
-        cls,
-        like: Tensor,
-        lead: torch.Size,
-        vocab: int,
-        accumulate: torch.dtype,
-        *,
-        mask: Any = None,
-        token_weight: Any = None,
-        sequence_ids: Any = None,
-        target_ids: Any = None,
-        reduction: Any = "mean",
-        denominator: Any = None,
-    ) -> _Tokens:
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
-        for name, value in (("mask", mask), ("token_weight", token_weight), ("sequence_ids", sequence_ids),
-                            ("target_ids", target_ids)):  # fmt: skip
-            if value is not None:
-                _tensor(name, value)
-                _shape(name, value, tuple(lead), "the leading shape of the inputs")
-                _same_device(like, **{name: value})
-        if mask is not None and mask.dtype != torch.bool:
-            raise TypeError(f"mask must be a bool tensor, got {mask.dtype}")
-        if token_weight is not None:
-            _floating("token_weight", token_weight)
-            if token_weight.requires_grad:
-                raise ValueError("token_weight must be a constant, got a tensor that requires grad: detach it")
-        if sequence_ids is not None and (sequence_ids.is_floating_point() or sequence_ids.dtype == torch.bool):
-            raise TypeError(f"sequence_ids must be an integer tensor, got {sequence_ids.dtype}")
-        if target_ids is not None and target_ids.dtype != torch.int64:
-            raise TypeError(f"target_ids must be an int64 tensor, got {target_ids.dtype}")
-        if reduction == "sequence_mean" and sequence_ids is None and len(lead) != 2:
-            raise ValueError(
-                "sequence_ids must be given for reduction='sequence_mean' unless the inputs are (B, T, H), "
-                f"got {tuple(lead)}"
-            )
-        divisor = _denominator(like, reduction, denominator)
-
-        rows = None if mask is None else mask.reshape(-1).nonzero().squeeze(-1)  # the one host sync there is
-        count = lead.numel() if rows is None else rows.shape[0]
-
-        def counted(value: Tensor) -> Tensor:
-            flat = value.detach().reshape(-1)
-            return flat if rows is None else flat[rows]
-
-        targets = None if target_ids is None else counted(target_ids)
-        if (
-            targets is not None
-            and not targets.is_cuda
-            and count
-            and (int(targets.min()) < 0 or int(targets.max()) >= vocab)
-        ):
-            raise ValueError(
-                f"target_ids must be in [0, {vocab}) where the token counts, "
-                f"got {int(targets.min())} to {int(targets.max())}"
-            )
-        weight = None if token_weight is None else counted(token_weight).to(accumulate)
-        if reduction == "sequence_mean":
-            ids = (
-                torch.arange(lead[0], device=like.device).unsqueeze(-1).expand(lead)
-                if sequence_ids is None
-                else sequence_ids
-            )
-            share, sequences = _sequence_share(counted(ids), accumulate)
-            weight = share if weight is None else weight * share
-            divisor = sequences if divisor is None else divisor
-        elif reduction == "mean" and divisor is None:
-            divisor = max(count, 1)
-        return cls(
-            lead, count, rows, targets, weight, reduction, 1.0 if divisor is None else divisor, accumulate, like.device
-        )
-
-    def row_weight(self) -> Tensor:
-        if self.weight is not None:
-            return self.weight
-        return torch.ones(self.count, dtype=self.accumulate, device=self.device)
-
-    def divided(self, total: Tensor) -> Tensor:
-        return total / self.denominator
-
-    def reduced(self, losses: Tensor) -> Tensor:
-        """(n,) losses → 0-d, or (...) for "none"."""
-        if self.weight is not None:
-            losses = weighted(losses, self.weight)
-        return self.scattered(losses) if self.reduction == "none" else self.divided(losses.sum())
-
-    def scattered(self, values: Tensor) -> Tensor:
-        """(n,) values of the counted tokens → (...), 0 elsewhere."""
-        if self.rows is not None:
-            values = values.new_zeros(self.lead.numel()).index_copy(0, self.rows, values)
-        return values.reshape(self.lead)
-
-    def stats(self, table: Tensor) -> TokenStats:
-        """The statistics from the row pass's table (columns, n)."""
-        columns = {column.name.lower(): self.scattered(table[column]) for column in Column if column != Column.LOSS}
-        for flag in ("entry_clipped", "token_clipped"):
-            columns[flag] = columns[flag] != 0
-        if self.targets is None:
-            del columns["student_logprob"], columns["teacher_logprob"]
-        return TokenStats(**columns)
+def _loss(inputs: Inputs, spec: Spec, tokens: Tokens, return_stats: bool) -> Tensor | tuple[Tensor, TokenStats]:
+    inputs.mask, inputs.targets = tokens.mask, tokens.targets
+    head = (inputs.weight, inputs.bias)
+    trainable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head)
+    inside = trainable and tokens.reduction != "none"  # the weights go into dz, so that dW needs no second pass
+    if inside:
+        inputs.row_weight = tokens.row_weight(inputs.x, spec.accumulate)
+    result, table = fused_linear_loss(inputs, spec)
+    loss = tokens.divided(result) if inside else tokens.reduced(result)
+    return (loss, _stats(table, tokens)) if return_stats else loss
 
 
-def _sequence_share(ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """1 / (counted tokens of the token's sequence), (n,), and the number of sequences, 0-d. No host sync."""
-    if not len(ids):
-        return ids.to(dtype), ids.new_ones((), dtype=dtype)
-    order = ids.argsort()
-    first = torch.ones_like(order)
-    first[1:] = ids[order].diff() != 0
-    group = torch.empty_like(order)
-    group[order] = first.cumsum(0) - 1
-    size = torch.zeros(len(ids), dtype=dtype, device=ids.device).index_add_(0, group, torch.ones_like(ids, dtype=dtype))
-    return size[group].reciprocal(), first.sum().to(dtype)
-
-
-def _denominator(like: Tensor, reduction: str, denominator: Any) -> float | Tensor | None:
-    if denominator is None:
-        return None
-    if reduction not in ("mean", "sequence_mean"):
-        raise ValueError(f"denominator is for reduction='mean' or 'sequence_mean', got reduction={reduction!r}")
-    if not isinstance(denominator, Tensor):
-        return positive("denominator", denominator)
-    if denominator.ndim or denominator.requires_grad or denominator.is_complex():
-        raise ValueError(
-            f"denominator must be a positive number or a constant 0-d tensor, got shape {tuple(denominator.shape)}"
-            f"{' that requires grad' if denominator.requires_grad else ''}"
-        )
-    if denominator.device.type != "cpu":
-        _same_device(like, denominator=denominator)
-    elif not denominator > 0:
-        raise ValueError(f"denominator must be positive, got {denominator.item()}")
-    return denominator
-
-
-def _tensor(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-
-
-def _floating(name: str, value: Any) -> None:
-    _tensor(name, value)
-    if value.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {value.dtype}")
-
-
-def _shape(name: str, value: Tensor, expected: tuple[int | None, ...], meaning: str) -> None:
-    got = tuple(value.shape)
-    if len(got) != len(expected) or any(e is not None and e != g for e, g in zip(expected, got, strict=True)):
-        wanted = ", ".join("*" if e is None else str(e) for e in expected)
-        raise ValueError(f"{name} must have shape ({wanted}), {meaning}; got {got}")
-
-
-def _same_device(like: Tensor, **tensors: Tensor | None) -> None:
-    for name, value in tensors.items():
-        if value is not None and value.device != like.device:
-            raise ValueError(f"{name} must be on {like.device} like the hidden states or logits, got {value.device}")
-
-
-def _vocab(valid_vocab: Any, columns: int) -> int:
-    if columns == 0:
-        raise ValueError("weight must have at least one row (a vocabulary of one token), got none")
-    return columns if valid_vocab is None else integer("valid_vocab", valid_vocab, high=columns)
-
-
-def _check_support(objective: Objective, vocab: int) -> None:
-    if objective.top_k is not None and objective.top_k > vocab:
-        raise ValueError(f"top_k must be at most the {vocab} tokens of the vocabulary, got {objective.top_k}")
-
-
-def _check_unsupported(backend: Any, **options: Any) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS} in this version, got {backend!r}")
-    for name, value in options.items():
-        if value is not None:
-            raise ValueError(f"{name} is not supported in this version: only None is accepted, got {value!r}")
+def _stats(table: Tensor, tokens: Tokens) -> TokenStats:
+    """The statistics from the row pass's table (columns, N)."""
+    columns = {column.name.lower(): table[column].reshape(tokens.lead) for column in Column if column != Column.LOSS}
+    for flag in ("entry_clipped", "token_clipped"):
+        columns[flag] = columns[flag] != 0
+    if tokens.targets is None:
+        del columns["student_logprob"], columns["teacher_logprob"]
+    if table.shape[0] > DROPPED:
+        columns["gradient_dropped"] = table[DROPPED].reshape(tokens.lead)
+    return TokenStats(**columns)
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -560,3 +498,24 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
 
 def _constant(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
+
+
+def _whole(tensor: Any) -> Any:
+    """A tensor sharded as a DTensor (FSDP2) is gathered, once a call; its gradient goes back to the shards."""
+    if torch.distributed.is_available():
+        from torch.distributed.tensor import DTensor
+
+        if isinstance(tensor, DTensor):
+            return tensor.full_tensor()
+    return tensor
+
+
+def _group_name(process_group: Any) -> str:
+    if not torch.distributed.is_available() or not isinstance(process_group, torch.distributed.ProcessGroup):
+        raise TypeError(f"process_group must be a torch.distributed.ProcessGroup, got {type(process_group).__name__}")
+    return process_group.group_name
+
+
+def _refuse_functorch() -> None:
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError("torch.func transforms are not supported: the losses differentiate once, by backward()")

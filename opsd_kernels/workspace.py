@@ -53,18 +53,18 @@ class ChunkPlan:
 
 
 def plan_chunks(
-    tokens: int, vocab: int, device: torch.device, accumulate: torch.dtype, row_bytes: int, budget: int
+    tokens: int, vocab: int, device: torch.device, element: int, row_bytes: int, budget: int, whole_chunks: bool = False
 ) -> ChunkPlan:
     """The plan for `tokens` rows of `row_bytes` each within `budget`, the row pass's temporaries included.
 
+    Those are blocks of (rows, vocab) tensors of `element` bytes; `whole_chunks`: of a chunk's rows, not just a few.
     Raises ValueError, naming `workspace_bytes`, where not even one row fits.
     """
-    element = accumulate.itemsize
     block = BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cuda"]) // max(1, vocab)
     # a block never outgrows a chunk, so small problems are charged for the rows they have
     scratch = BLOCK_TEMPORARIES * vocab * element
     fit = (budget - max(1, block) * scratch) // max(1, row_bytes)
-    if fit < block:
+    if fit < block or whole_chunks:
         fit = budget // (row_bytes + scratch)
     if fit < 1 and tokens:
         raise ValueError(

@@ -4,7 +4,8 @@
     logprob_rows(logits, targets, transform, temperature, *, table, dz, row_scale)
 
 student, teacher, logits: (n, V) float32 or float64, the head's output before scale, cap and temperature; not kept.
-table: (C, n) in the logits' dtype, filled with the first C of the columns below.
+targets: (n,) int64; may be None for the divergence, whose columns of log-probabilities are then not filled.
+table: (C, n) in the logits' dtype, filled with the first C of the columns below (1, or all that the pass has).
 dz: None, or (n, V) in any floating dtype, filled with d loss / d student (the un-transformed logits) times `row_scale`
     (n,); it may be `student` (or `logits`) itself.
 """
@@ -24,6 +25,9 @@ class Column(IntEnum):
     TOKEN_CLIPPED = 6
     STUDENT_LOGPROB = 7
     TEACHER_LOGPROB = 8
+
+
+DROPPED = len(Column)  # one more row, filled by the chunk loop: the bound on what a gradient filter dropped
 
 
 class LogprobColumn(IntEnum):

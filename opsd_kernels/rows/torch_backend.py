@@ -17,10 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..across import Across
 from ..objective import LogitTransform, Objective
 from ..workspace import block_rows
 from . import Column, LogprobColumn
 
+HERE = Across(0, 0)  # the reductions of a vocabulary that is not split
 SERIES_BELOW = 0.1  # |x| under which φ(x) is summed as a series; above, the direct form loses under 5 bits
 
 
@@ -33,20 +35,67 @@ def divergence_rows(
     table: Tensor,
     dz: Tensor | None,
     row_scale: Tensor | None,
+    across: Across = HERE,
 ) -> None:
-    """See the package's docstring."""
-    step = block_rows(student)
-    for start in range(0, student.shape[0], step):
-        block = slice(start, start + step)
-        _divergence_block(
-            student[block],
-            teacher[block],
-            objective,
-            None if targets is None else targets[block],
-            table[:, block],
-            None if dz is None else dz[block],
-            None if row_scale is None else row_scale[block],
-        )
+    """See the package's docstring. `across`: the reductions of a vocabulary that is split over ranks."""
+    for block in _blocks(student, across):
+        y_s = _transformed(student[block], objective.student, objective.temperature)
+        y_t = _transformed(teacher[block], objective.teacher, objective.temperature)
+        gap = _gap(student[block], teacher[block], y_s, y_t, objective)
+        out = _Out(table, dz, row_scale, block)
+        whole: _Pair | None = None
+        if objective.top_k is None or out.stats:
+            whole = _pair(y_s, y_t, gap, across)
+        if out.stats:
+            assert whole is not None
+            target = None if targets is None else targets[block].unsqueeze(-1)
+            _fill_distribution_stats(out.table, whole, y_s, y_t, target, across)
+        if objective.top_k is None:
+            assert whole is not None
+            token = _token_loss(whole, objective, dz is not None, across)
+            _finish(out, token, whole.dead, token.divergence, token.grad, y_s, objective)
+        else:
+            support = _support(y_s, y_t, gap, objective)
+            _finish_support(out, support, whole, y_s, objective)
+
+
+def cached_rows(
+    student: Tensor,
+    teacher_logprobs: Tensor,
+    support: Tensor,
+    objective: Objective,
+    *,
+    targets: Tensor | None,
+    table: Tensor,
+    dz: Tensor | None,
+    row_scale: Tensor | None,
+) -> None:
+    """The divergence from a teacher of which only log-probabilities (n, k) at the ids `support` (n, k) are known.
+
+    With `objective.tail_bucket` the rest of both models' mass is one more entry, else both are renormalised. The
+    statistics that need the teacher's whole distribution speak of that support.
+    """
+    for block in _blocks(student, HERE):
+        y_s = _transformed(student[block], objective.student, objective.temperature)
+        out = _Out(table, dz, row_scale, block)
+        chosen, logprobs = support[block], teacher_logprobs[block]
+        known = y_s.gather(-1, chosen)
+        tail_t = _log_complement(logprobs)
+        if objective.tail_bucket:
+            tail_s = torch.logsumexp(y_s.scatter(-1, chosen, -math.inf), -1, keepdim=True)
+            known, logprobs = torch.cat([known, tail_s], -1), torch.cat([logprobs, tail_t], -1)
+        small = _Support(known, logprobs, known - logprobs, chosen, objective.tail_bucket)
+        pair = _finish_support(out, small, None, y_s, objective)
+        if out.stats:
+            log_z = _log_normaliser(y_s, HERE)
+            out.table[Column.STUDENT_ENTROPY] = _entropy(y_s, log_z, HERE)
+            out.table[Column.TEACHER_ENTROPY] = _entropy(logprobs, pair.log_z_t, HERE)
+            if targets is not None:
+                target = targets[block].unsqueeze(-1)
+                out.table[Column.STUDENT_LOGPROB] = _log_prob(y_s, log_z, target, HERE)
+                hit = chosen == target
+                stored = teacher_logprobs[block].masked_fill(~hit, -math.inf).amax(-1)
+                out.table[Column.TEACHER_LOGPROB] = stored.masked_fill(~hit.any(-1), math.nan)
 
 
 def logprob_rows(
@@ -58,69 +107,95 @@ def logprob_rows(
     table: Tensor,
     dz: Tensor | None,
     row_scale: Tensor | None,
+    across: Across = HERE,
 ) -> None:
     """log p(target) and, with a second row in the table, the entropy. See the package's docstring."""
-    step = block_rows(logits)
-    for start in range(0, logits.shape[0], step):
-        block = slice(start, start + step)
+    for block in _blocks(logits, across):
+        out = _Out(table, dz, row_scale, block)
         y = _transformed(logits[block], transform, temperature)
-        log_z = _log_normaliser(y)
+        log_z = _log_normaliser(y, across)
         target = targets[block].unsqueeze(-1)
-        logprob = _log_prob(y, log_z, target)
-        table[LogprobColumn.LOGPROB, block] = logprob
+        logprob = _log_prob(y, log_z, target, across)
+        out.table[LogprobColumn.LOGPROB] = logprob
         if table.shape[0] > LogprobColumn.ENTROPY:
-            table[LogprobColumn.ENTROPY, block] = _entropy(y, log_z)
-        if dz is not None:
+            out.table[LogprobColumn.ENTROPY] = _entropy(y, log_z, across)
+        if out.dz is not None:
             grad = (y - log_z).exp_().neg_()
-            grad.scatter_add_(-1, target, torch.ones_like(grad[:, :1]))
+            here = ((target >= across.offset) & (target < across.offset + y.shape[1])).to(y.dtype)
+            if y.shape[1]:
+                grad.scatter_add_(-1, (target - across.offset).clamp_(0, y.shape[1] - 1), here)
             grad.masked_fill_((logprob == -math.inf).unsqueeze(-1), 0.0)
-            _write_gradient(dz[block], grad, y, transform, temperature, None if row_scale is None else row_scale[block])
+            _write_gradient(out, grad, y, transform, temperature)
 
 
-def _divergence_block(
-    student: Tensor,
-    teacher: Tensor,
+def top_k_rows(logits: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probabilities (n, k), ids (n, k), log-normalisers (n,)) of the `objective.top_k` likeliest tokens."""
+    assert objective.top_k is not None
+    found = []
+    for block in _blocks(logits, HERE):
+        y = _transformed(logits[block], objective.student, objective.temperature)
+        log_z = _log_normaliser(y, HERE)
+        values, ids = y.topk(objective.top_k, dim=-1)
+        found.append((values - log_z.masked_fill(log_z == -math.inf, 0.0), ids, log_z.squeeze(-1)))
+    logprobs, ids, log_z = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return logprobs, ids, log_z
+
+
+def _blocks(logits: Tensor, across: Across) -> list[slice]:
+    """A few rows at a time; all of them where each block would cost a round of collectives."""
+    step = block_rows(logits) if across is HERE else max(1, logits.shape[0])
+    return [slice(start, start + step) for start in range(0, logits.shape[0], step)]
+
+
+class _Out:
+    """Where a block's results go."""
+
+    def __init__(self, table: Tensor, dz: Tensor | None, row_scale: Tensor | None, block: slice):
+        self.table = table[:, block]
+        self.dz = None if dz is None else dz[block]
+        self.row_scale = None if row_scale is None else row_scale[block].unsqueeze(-1)
+        self.stats = table.shape[0] > 1
+
+
+def _finish(
+    out: _Out,
+    token: _TokenLoss,
+    dead: Tensor,
+    divergence: Tensor,
+    grad: Tensor | None,
+    y_s: Tensor,
     objective: Objective,
-    targets: Tensor | None,
-    table: Tensor,
-    dz: Tensor | None,
-    row_scale: Tensor | None,
 ) -> None:
-    y_s = _transformed(student, objective.student, objective.temperature)
-    y_t = _transformed(teacher, objective.teacher, objective.temperature)
-    want_stats = table.shape[0] > 1
-    if want_stats:
-        _fill_distribution_stats(table, y_s, y_t, targets)
-    if objective.top_k is None:
-        token = _token_loss(_pair(y_s, y_t), objective, dz is not None)
-        divergence, grad = token.divergence, token.grad
-    else:
-        support = _support(y_s, y_t, objective)
-        token = _token_loss(_pair(support.student, support.teacher, support.gap), objective, dz is not None)
-        grad = None if token.grad is None else support.spread(token.grad, y_s)
-        # the statistic is over the full vocabulary
-        divergence = _token_loss(_pair(y_s, y_t), objective, False).divergence if want_stats else token.divergence
-
-    live = (y_s.amax(-1) != -math.inf) & (y_t.amax(-1) != -math.inf)
-    loss = torch.where(live, token.loss, 0.0)
-    kept = live & (token.loss != math.inf)
+    """Token clip, infinities and dead rows; fills the table and dz."""
+    loss = torch.where(dead, 0.0, token.loss)
+    kept = ~dead & (token.loss != math.inf)
     amount = token.clipped_amount
-    over = torch.zeros_like(live)
+    over = torch.zeros_like(dead)
     if objective.token_clip is not None:
-        over = live & (token.loss > objective.token_clip)
+        over = ~dead & (token.loss > objective.token_clip)
         kept &= ~over
         amount = amount + torch.where(over, token.loss - objective.token_clip, 0.0)
         loss = torch.where(over, objective.token_clip, loss)
-    table[Column.LOSS] = loss
-    if want_stats:
-        table[Column.DIVERGENCE] = torch.where(live, divergence, 0.0)
-        table[Column.ENTRY_CLIPPED] = token.entry_clipped & live
-        table[Column.CLIPPED_AMOUNT] = torch.where(live, amount, 0.0)
-        table[Column.TOKEN_CLIPPED] = over
-    if dz is not None:
+    out.table[Column.LOSS] = loss
+    if out.stats:
+        out.table[Column.DIVERGENCE] = torch.where(dead, 0.0, divergence)
+        out.table[Column.ENTRY_CLIPPED] = token.entry_clipped & ~dead
+        out.table[Column.CLIPPED_AMOUNT] = torch.where(dead, 0.0, amount)
+        out.table[Column.TOKEN_CLIPPED] = over
+    if out.dz is not None:
         assert grad is not None
         grad.masked_fill_(~kept.unsqueeze(-1), 0.0)  # a row whose loss is NaN is kept: it must stay visible
-        _write_gradient(dz, grad, y_s, objective.student, objective.temperature, row_scale)
+        _write_gradient(out, grad, y_s, objective.student, objective.temperature)
+
+
+def _finish_support(out: _Out, support: _Support, whole: _Pair | None, y_s: Tensor, objective: Objective) -> _Pair:
+    """The loss on a support; its divergence statistic is that of the `whole` vocabulary where that is known."""
+    pair = _pair(support.student, support.teacher, support.gap)
+    token = _token_loss(pair, objective, out.dz is not None, HERE)
+    divergence = token.divergence if whole is None else _token_loss(whole, objective, False, HERE).divergence
+    grad = None if token.grad is None else support.spread(token.grad, y_s)
+    _finish(out, token, pair.dead, divergence, grad, y_s, objective)
+    return pair
 
 
 def _transformed(raw: Tensor, transform: LogitTransform, temperature: float) -> Tensor:
@@ -132,43 +207,53 @@ def _transformed(raw: Tensor, transform: LogitTransform, temperature: float) -> 
     return y.masked_fill_(raw == -math.inf, -math.inf)
 
 
-def _write_gradient(
-    dz: Tensor, grad: Tensor, y: Tensor, transform: LogitTransform, temperature: float, row_scale: Tensor | None
-) -> None:
+def _write_gradient(out: _Out, grad: Tensor, y: Tensor, transform: LogitTransform, temperature: float) -> None:
     """dz = grad (with respect to y, consumed) through temperature, cap and scale, times the row's weight."""
+    assert out.dz is not None
     grad *= transform.logit_scale / temperature
     if transform.softcap is not None:
         tanh_squared = (y * (temperature / transform.softcap)).square_()
         grad *= tanh_squared.neg_().add_(1.0).masked_fill_(y == -math.inf, 0.0)
-    if row_scale is not None:
-        grad *= row_scale.unsqueeze(-1)
-    dz.copy_(grad)
+    if out.row_scale is not None:
+        grad *= out.row_scale
+    out.dz.copy_(grad)
 
 
-def _log_normaliser(y: Tensor) -> Tensor:
-    """log Σ exp(y), (n, V) → (n, 1); 0 for a row that is −inf everywhere, so that its probabilities come out 0."""
-    log_z = torch.logsumexp(y, -1, keepdim=True)
-    return log_z.masked_fill_(log_z == -math.inf, 0.0)
+def _log_normaliser(y: Tensor, across: Across) -> Tensor:
+    """log Σ exp(y), (n, V) → (n, 1); −inf for a row that is −inf everywhere."""
+    return across.log_sum_exp(torch.logsumexp(y, -1, keepdim=True))
 
 
-def _entropy(y: Tensor, log_z: Tensor) -> Tensor:
-    log_p = y - log_z
-    return -(log_p.exp().mul_(log_p.masked_fill_(y == -math.inf, 0.0))).sum(-1)
+def _log_complement(logprobs: Tensor) -> Tensor:
+    """log(1 − Σ p), (n, k) → (n, 1), −inf where nothing is left; in float64, for 1 − Σ p has few digits."""
+    log_sum = torch.logsumexp(logprobs.double(), -1, keepdim=True).clamp_(max=0.0)
+    return torch.log(-torch.expm1(log_sum)).to(logprobs.dtype)
 
 
-def _log_prob(y: Tensor, log_z: Tensor, target: Tensor) -> Tensor:
-    return (y.gather(-1, target) - log_z).squeeze(-1)
+def _entropy(y: Tensor, log_z: Tensor, across: Across) -> Tensor:
+    log_p = (y - log_z).masked_fill_((y == -math.inf) | (log_z == -math.inf), -math.inf)
+    return -across.add(log_p.exp().mul_(log_p.masked_fill_(log_p == -math.inf, 0.0)).sum(-1))
 
 
-def _fill_distribution_stats(table: Tensor, y_s: Tensor, y_t: Tensor, targets: Tensor | None) -> None:
-    for y, entropy, logprob in (
-        (y_s, Column.STUDENT_ENTROPY, Column.STUDENT_LOGPROB),
-        (y_t, Column.TEACHER_ENTROPY, Column.TEACHER_LOGPROB),
+def _log_prob(y: Tensor, log_z: Tensor, target: Tensor, across: Across) -> Tensor:
+    """y[target] − log Z, (n,); `target` (n, 1) counts in the whole vocabulary."""
+    mine = target - across.offset
+    absent = (mine < 0) | (mine >= y.shape[1])
+    found = y.gather(-1, mine.masked_fill(absent, 0)) if y.shape[1] else torch.zeros_like(log_z)
+    found = across.add(found.masked_fill(absent, 0.0))
+    return (found - log_z.masked_fill(log_z == -math.inf, 0.0)).squeeze(-1)
+
+
+def _fill_distribution_stats(
+    table: Tensor, pair: _Pair, y_s: Tensor, y_t: Tensor, target: Tensor | None, across: Across
+) -> None:
+    for y, log_z, entropy, logprob in (
+        (y_s, pair.log_z_s, Column.STUDENT_ENTROPY, Column.STUDENT_LOGPROB),
+        (y_t, pair.log_z_t, Column.TEACHER_ENTROPY, Column.TEACHER_LOGPROB),
     ):
-        log_z = _log_normaliser(y)
-        table[entropy] = _entropy(y, log_z)
-        if targets is not None:
-            table[logprob] = _log_prob(y, log_z, targets.unsqueeze(-1))
+        table[entropy] = _entropy(y, log_z, across)
+        if target is not None:
+            table[logprob] = _log_prob(y, log_z, target, across)
 
 
 @dataclass
@@ -181,6 +266,13 @@ class _Pair:
     r: Tensor  # p_S − p_T
     no_s: Tensor  # bool: the student's logit is −inf
     no_t: Tensor
+    log_z_s: Tensor  # (n, 1), −inf for a row without any mass
+    log_z_t: Tensor
+
+    @property
+    def dead(self) -> Tensor:
+        """(n,) bool: a model has no mass anywhere."""
+        return ((self.log_z_s == -math.inf) | (self.log_z_t == -math.inf)).squeeze(-1)
 
     @property
     def normaliser_error(self) -> Tensor:
@@ -188,14 +280,34 @@ class _Pair:
         return torch.log1p(self.r.sum(-1, keepdim=True))
 
 
-def _pair(y_s: Tensor, y_t: Tensor, gap: Tensor | None = None) -> _Pair:
-    """`gap`: y_S − y_T where the caller knows it more accurately than the two logits tell."""
-    log_z_s, log_z_t = _log_normaliser(y_s), _log_normaliser(y_t)
+def _gap(raw_s: Tensor, raw_t: Tensor, y_s: Tensor, y_t: Tensor, objective: Objective) -> Tensor:
+    """y_S − y_T, from the untransformed logits: their transforms have rounded each, which a small gap does not survive.
+
+    tanh a − tanh b = tanh(a − b)·(1 − tanh a·tanh b).
+    """
+    s, t = objective.student, objective.teacher
+    if s.softcap != t.softcap or (y_s is raw_s and y_t is raw_t):
+        return y_s - y_t
+    divisor = objective.temperature if s.softcap is None else s.softcap
+    gap = (raw_s - raw_t).mul_(s.logit_scale / divisor)
+    if s.logit_scale != t.logit_scale:
+        gap += raw_t * ((s.logit_scale - t.logit_scale) / divisor)
+    if s.softcap is not None:
+        inverse = objective.temperature / s.softcap
+        gap = gap.tanh_().mul_((y_s * inverse).mul_(y_t * inverse).neg_().add_(1.0)).div_(inverse)
+    return torch.where(gap.isfinite(), gap, y_s - y_t)  # where a logit is infinite, so is the difference
+
+
+def _pair(y_s: Tensor, y_t: Tensor, gap: Tensor, across: Across = HERE) -> _Pair:
+    """`gap`: y_S − y_T, as accurately as the caller knows it."""
+    log_z_s, log_z_t = _log_normaliser(y_s, across), _log_normaliser(y_t, across)
+    # 0 in place of −inf makes every probability of a dead row exp(−inf) = 0
+    base_s, base_t = (log_z.masked_fill(log_z == -math.inf, 0.0) for log_z in (log_z_s, log_z_t))
     no_s, no_t = y_s == -math.inf, y_t == -math.inf
-    d = (y_s - y_t if gap is None else gap.clone()).sub_(log_z_s - log_z_t).masked_fill_(no_s & no_t, 0.0)
-    p_s, p_t = (y_s - log_z_s).exp_(), (y_t - log_z_t).exp_()
+    d = (gap - (base_s - base_t)).masked_fill_(no_s & no_t, 0.0)
+    p_s, p_t = (y_s - base_s).exp_(), (y_t - base_t).exp_()
     r = torch.where(d <= 0, p_t, -p_s).mul_(d.abs().neg_().expm1_())
-    return _Pair(p_s, p_t, d, r, no_s, no_t)
+    return _Pair(p_s, p_t, d, r, no_s, no_t, log_z_s, log_z_t)
 
 
 def _phi(x: Tensor) -> Tensor:
@@ -216,7 +328,7 @@ class _TokenLoss:
     grad: Tensor | None  # (n, entries), with respect to the student's tempered logits
 
 
-def _token_loss(pair: _Pair, objective: Objective, want_grad: bool) -> _TokenLoss:
+def _token_loss(pair: _Pair, objective: Objective, want_grad: bool, across: Across) -> _TokenLoss:
     """Divergence, entry clip and gradient of each row; the caller zeroes the gradient of infinite losses."""
     beta, tau = objective.beta, objective.entry_clip
     near = pair.d.abs() < SERIES_BELOW
@@ -237,25 +349,25 @@ def _token_loss(pair: _Pair, objective: Objective, want_grad: bool) -> _TokenLos
         # entry by entry the same as the line above, since Σ over {T, S} of its weight times (m/p − 1) is zero
         series = beta * pair.p_t * _phi(log_m_over_t) + (1 - beta) * pair.p_s * _phi(log_m_over_s)
         accurate = entry = torch.where(near, series, entry)
-    divergence = accurate.sum(-1)
+    divergence = across.add(accurate.sum(-1))
 
     over: Tensor | None = None
     loss, amount = divergence, torch.zeros_like(divergence)
     if tau is not None:
         over = entry > tau
-        amount = (entry - tau).clamp_(min=0.0).sum(-1)
+        amount = across.add((entry - tau).clamp_(min=0.0).sum(-1))
         loss = divergence - amount
         if infinite is not None:
             over |= infinite
-            loss = loss + tau * infinite.sum(-1)
+            loss = loss + tau * across.add(infinite.sum(-1))
     if infinite is not None:
-        unbounded = infinite.any(-1)
+        unbounded = across.any(infinite.any(-1))
         divergence = torch.where(unbounded, math.inf, divergence)
         if tau is None:
             loss = divergence
         else:
             amount = torch.where(unbounded, math.inf, amount)
-    entry_clipped = torch.zeros_like(loss, dtype=torch.bool) if over is None else over.any(-1)
+    entry_clipped = torch.zeros_like(loss, dtype=torch.bool) if over is None else across.any(over.any(-1))
     if not want_grad:
         return _TokenLoss(divergence, loss, amount, entry_clipped, None)
 
@@ -267,7 +379,7 @@ def _token_loss(pair: _Pair, objective: Objective, want_grad: bool) -> _TokenLos
         if over is not None:  # the constant of the reverse KL's gradient, 1, cancels but for the clipped entries
             direction.masked_fill_(over, -1.0 if beta == 1.0 else 0.0)
         grad = direction.mul_(pair.p_s)
-    return _TokenLoss(divergence, loss, amount, entry_clipped, grad - pair.p_s * grad.sum(-1, keepdim=True))
+    return _TokenLoss(divergence, loss, amount, entry_clipped, grad - pair.p_s * across.add(grad.sum(-1, keepdim=True)))
 
 
 def _log_mixture(d: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -296,22 +408,21 @@ class _Support:
         return full.scatter_(-1, self.chosen, grad[:, :-1])
 
 
-def _support(y_s: Tensor, y_t: Tensor, objective: Objective) -> _Support:
+def _support(y_s: Tensor, y_t: Tensor, gap: Tensor, objective: Objective) -> _Support:
     assert objective.top_k is not None
     chosen = (y_t if objective.top_k_from == "teacher" else y_s).topk(objective.top_k, dim=-1).indices
-    student, teacher = y_s.gather(-1, chosen), y_t.gather(-1, chosen)
-    gap = student - teacher
+    student, teacher, known_gap = (values.gather(-1, chosen) for values in (y_s, y_t, gap))
     if not objective.tail_bucket:
-        return _Support(student, teacher, gap, chosen, False)
+        return _Support(student, teacher, known_gap, chosen, False)
     rest_s, rest_t = y_s.scatter(-1, chosen, -math.inf), y_t.scatter(-1, chosen, -math.inf)
     tail_s, tail_t = torch.logsumexp(rest_s, -1, keepdim=True), torch.logsumexp(rest_t, -1, keepdim=True)
     # two log-sum-exps that differ by less than their rounding: measure the difference entry by entry
-    correction = _pair(rest_s, rest_t).normaliser_error
+    correction = _pair(rest_s, rest_t, gap.scatter(-1, chosen, 0.0)).normaliser_error
     correction = correction.masked_fill(~(tail_s.isfinite() & tail_t.isfinite()), 0.0)
     return _Support(
         torch.cat([student, tail_s], -1),
         torch.cat([teacher, tail_t], -1),
-        torch.cat([gap, tail_s - tail_t + correction], -1),
+        torch.cat([known_gap, tail_s - tail_t + correction], -1),
         chosen,
         True,
     )

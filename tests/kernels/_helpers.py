@@ -50,3 +50,12 @@ def peak(sizes: list[int]) -> int:
         alive += size
         most = max(most, alive)
     return most
+
+
+def product_flops(run: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products that really happen while `run` runs."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True, record_shapes=True
+    ) as profile:
+        run()
+    return sum(e.flops for e in profile.events() if e.name in ("aten::mm", "aten::addmm") and e.flops)

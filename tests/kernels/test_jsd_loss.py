@@ -183,6 +183,26 @@ def test_row_pass_is_accurate_on_peaked_logits_and_small_gaps(vocab, gap):
         assert row_rms(got.unsqueeze(-1), expected.unsqueeze(-1)) < 1e-4
 
 
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize(
+    "transform",
+    [{"temperature": 0.7}, {"softcap": 30.0, "temperature": 1.1}, {"logit_scale": 1.3, "teacher_logit_scale": 1.2999}],
+    ids=str,
+)
+def test_row_pass_is_accurate_through_scale_cap_and_temperature(transform, backend):
+    g = torch.Generator().manual_seed(4)
+    teacher = 4 * torch.randn(32, 5003, generator=g)
+    student = teacher + 1e-3 * torch.randn(32, 5003, generator=g)
+    for beta, support in itertools.product([0.0, 0.5, 1.0], [{}, {"top_k": 50, "tail_bucket": True}]):
+        options = {"beta": beta, **transform, **support}
+        exact, mine = leaf(student.double()), leaf(student)
+        expected = reference.divergence(exact, teacher.double(), Objective.checked(**options))
+        got = opsd_kernels.jsd_loss_from_logits(mine, teacher, reduction="none", backend=backend, **options)
+        (want_dz,), (dz,) = (torch.autograd.grad(v.sum(), x) for v, x in ((expected, exact), (got, mine)))
+        assert row_rms(dz, want_dz) < 1e-5
+        assert row_rms(got.unsqueeze(-1), expected.unsqueeze(-1)) < 1e-4
+
+
 def test_float32_call_is_as_accurate_as_the_dense_computation():
     student, teacher, weight = problem(32, 64, 4001, gap=0.05)
     for beta in (0.0, 0.5, 1.0):
@@ -365,7 +385,7 @@ def test_no_gradient_is_computed_under_no_grad():
 
 def test_torch_func_is_refused():
     student, teacher, weight = problem(5, 4, 20)
-    with pytest.raises(RuntimeError, match="setup_context"):
+    with pytest.raises(RuntimeError, match=r"torch\.func transforms are not supported"):
         torch.func.grad(lambda x: opsd_kernels.jsd_loss(x, teacher, weight))(student)
 
 
@@ -374,7 +394,7 @@ def test_second_derivatives_are_refused():
     x = leaf(student)
     loss = opsd_kernels.jsd_loss(x, teacher, weight) ** 2  # its upstream gradient depends on x
     (g,) = torch.autograd.grad(loss, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="autograd"):
         g.sum().backward()
 
 

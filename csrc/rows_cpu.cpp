@@ -1,0 +1,686 @@
+// The row pass on a CPU, float32: plain C entry points, vectorised by GCC/Clang vector extensions, parallel over rows.
+//
+// Sweeps over a pair of rows:
+//   1. maxima, so that no exponential overflows and nothing is ever rescaled;
+//   2. normalisers: Z_T, and Z_S - Z_T summed from its own small terms, so that c = log Z_S - log Z_T is as accurate as
+//      the gap between the models is small, and d = log p_S - log p_T with it;
+//   3. the divergence and the statistics. For the KLs without an entry clip sum(g) is known from 2 (0 for the forward
+//      one, sum p_S d for the reverse), so dz = g - p_S sum(g) is written here;
+//   4. otherwise g and p_S were left behind by 3, and are combined now, without another exponential.
+// Only the first reads memory if a pair of rows fits the cache. Sums are in lanes, and in double beyond BLOCK entries.
+
+#include <atomic>
+#include <cmath>
+#include <cstddef>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <system_error>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#include "row_math.h"
+
+namespace opsd {
+
+#if defined(__AVX512F__)
+constexpr int BYTES = 64;
+#elif defined(__AVX__)
+constexpr int BYTES = 32;
+#else
+constexpr int BYTES = 16;
+#endif
+constexpr int LANES = BYTES / 4;
+typedef float Vec __attribute__((vector_size(BYTES)));
+typedef uint32_t VecU __attribute__((vector_size(BYTES)));
+typedef int32_t VecI __attribute__((vector_size(BYTES)));
+typedef double VecD __attribute__((vector_size(2 * BYTES)));
+typedef uint16_t VecHalf __attribute__((vector_size(BYTES / 2)));
+
+template <>
+struct Shape<Vec> {
+    using Unsigned = VecU;
+    using Signed = VecI;
+    static OPSD_HD Vec from_signed(VecI x) { return __builtin_convertvector(x, Vec); }
+};
+
+constexpr int64_t BLOCK = 64 * LANES;
+constexpr double DOUBLE_INF = std::numeric_limits<double>::infinity();
+constexpr double DOUBLE_NAN = std::numeric_limits<double>::quiet_NaN();
+
+static inline Vec load(const float* from) {
+    Vec x;
+    memcpy(&x, from, sizeof(x));
+    return x;
+}
+static inline void store(float* to, Vec x) { memcpy(to, &x, sizeof(x)); }
+
+// The last entries of a row, filled up with entries that contribute nothing.
+static inline Vec load_part(const float* from, int64_t count, float fill) {
+    float lanes[LANES];
+    for (int64_t i = 0; i < LANES; ++i) lanes[i] = i < count ? from[i] : fill;
+    return load(lanes);
+}
+static inline void store_part(float* to, Vec x, int64_t count) { memcpy(to, &x, size_t(count) * sizeof(float)); }
+
+static inline float max_lane(Vec x) {
+    float y = x[0];
+    for (int i = 1; i < LANES; ++i) y = x[i] > y ? x[i] : y;
+    return y;
+}
+
+// Sums of COUNT quantities over a row.
+template <int COUNT>
+struct Sums {
+    VecD total[COUNT];
+    Vec lanes[COUNT];
+    Sums() {
+        for (int i = 0; i < COUNT; ++i) total[i] = VecD{}, lanes[i] = Vec{};
+    }
+    void end_block() {
+        for (int i = 0; i < COUNT; ++i) {
+            total[i] += __builtin_convertvector(lanes[i], VecD);
+            lanes[i] = Vec{};
+        }
+    }
+    double operator[](int which) const {
+        double sum = 0;
+        for (int i = 0; i < LANES; ++i) sum += total[which][i];
+        return sum;
+    }
+};
+
+using Whole = std::integral_constant<int64_t, LANES>;
+
+// Calls body(start, count) for each vector of a row and end_block() every BLOCK. A whole vector's count is of a type of
+// its own, so that it costs nothing.
+template <class Body, class End>
+static inline __attribute__((always_inline)) void sweep(int64_t vocab, Body body, End end_block) {
+    const int64_t whole = vocab - vocab % LANES;
+    for (int64_t start = 0; start < whole; start += BLOCK) {
+        const int64_t stop = start + BLOCK < whole ? start + BLOCK : whole;
+        for (int64_t i = start; i < stop; i += LANES) body(i, Whole());
+        end_block();
+    }
+    if (whole < vocab) {
+        body(whole, vocab - whole);
+        end_block();
+    }
+}
+
+static inline Vec take(const float* from, Whole, float) { return load(from); }
+static inline Vec take(const float* from, int64_t count, float fill) { return load_part(from, count, fill); }
+static inline void put(float* to, Vec x, Whole) { store(to, x); }
+static inline void put(float* to, Vec x, int64_t count) { store_part(to, x, count); }
+
+// ---------------------------------------------------------------------------------------------------------- requests
+
+enum Type { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+struct Transform {
+    double scale;
+    double softcap;  // 0: none
+};
+
+// Mirrored field by field by opsd_kernels/rows/native_backend.py.
+struct DivergenceRequest {
+    const float* student;
+    const float* teacher;
+    const int64_t* targets;  // or null
+    const float* row_scale;  // or null
+    float* table;            // (columns, n), rows table_stride apart
+    void* dz;                // or null
+    int64_t n, vocab;
+    int64_t student_stride, teacher_stride, dz_stride, table_stride;  // in elements
+    double beta, temperature;
+    double entry_clip, token_clip;  // infinity: none
+    Transform student_transform, teacher_transform;
+    int32_t dz_type, statistics, threads;
+};
+
+struct LogprobRequest {
+    const float* logits;
+    const int64_t* targets;
+    const float* row_scale;  // or null
+    float* table;
+    void* dz;  // or null
+    int64_t n, vocab;
+    int64_t logits_stride, dz_stride, table_stride;
+    double temperature;
+    Transform transform;
+    int32_t dz_type, want_entropy, threads;
+};
+
+enum Column {
+    LOSS,
+    DIVERGENCE,
+    STUDENT_ENTROPY,
+    TEACHER_ENTROPY,
+    ENTRY_CLIPPED,
+    CLIPPED_AMOUNT,
+    TOKEN_CLIPPED,
+    STUDENT_LOGPROB,
+    TEACHER_LOGPROB
+};
+
+// ------------------------------------------------------------------------------------------------------ rows of a kind
+
+// A thread's rows of intermediates, made when first asked for.
+struct Scratch {
+    enum Which { STUDENT, TEACHER, DIFFERENCE, DERIVATIVE, PROBABILITY, GRADIENT, COUNT };
+    explicit Scratch(int64_t vocab) : vocab(vocab) {}
+    float* row(Which which) {
+        if (!rows[which]) rows[which].reset(new float[size_t(vocab)]);
+        return rows[which].get();
+    }
+    int64_t vocab;
+    std::unique_ptr<float[]> rows[COUNT];
+};
+
+// y = softcap tanh(scale raw / softcap) / T, or scale raw / T.
+struct Curve {
+    bool capped;
+    double exact_outer;
+    float inner, outer;
+    Curve(Transform transform, double temperature)
+        : capped(transform.softcap > 0),
+          exact_outer((capped ? transform.softcap : transform.scale) / temperature),
+          inner(capped ? float(transform.scale / transform.softcap) : 0.0f),
+          outer(float(exact_outer)) {}
+};
+
+// derivative: of the cap, or null.
+static void transform_row(const float* raw, float* out, float* derivative, int64_t vocab, const Curve& curve) {
+    sweep(
+        vocab,
+        [&](int64_t i, auto count) {
+            const Vec x = take(raw + i, count, 0.0f);
+            Vec y = x;
+            if (curve.capped) {
+                const Tanh<Vec> tanh = tanh_of<Vec>(x * curve.inner);
+                y = tanh.value;
+                if (derivative) put(derivative + i, tanh.derivative(), count);
+            }
+            put(out + i, x == -INF ? x : y * curve.outer, count);  // masking outlives the cap
+        },
+        [] {});
+}
+
+// y_S - y_T, without the rounding of either where both models have a cap of one shape, or neither has one.
+static void transformed_difference(
+    const float* student, const float* teacher, const float* y_s, const float* y_t, float* out, int64_t vocab,
+    const Curve& curve_s, const Curve& curve_t
+) {
+    const bool same_cap =
+        curve_s.capped && curve_t.capped && curve_s.inner == curve_t.inner && curve_s.outer == curve_t.outer;
+    const bool both_plain = !curve_s.capped && !curve_t.capped;
+    const float unlike = float(curve_s.exact_outer - curve_t.exact_outer);
+    sweep(
+        vocab,
+        [&](int64_t i, auto count) {
+            const Vec s = take(y_s + i, count, 0.0f), t = take(y_t + i, count, 0.0f);
+            const Vec rounded = s == t ? Vec{} : s - t;  // both -inf: nothing there, and no NaN
+            Vec difference = rounded;
+            if (same_cap || both_plain) {
+                const Vec raw_s = take(student + i, count, 0.0f), raw_t = take(teacher + i, count, 0.0f);
+                const Vec apart = raw_s - raw_t;
+                if (same_cap) {
+                    const Vec a = raw_s * curve_s.inner, b = raw_t * curve_s.inner;
+                    difference = curve_s.outer * tanh_difference<Vec>(
+                        a, b, apart * curve_s.inner, tanh_of<Vec>(a), tanh_of<Vec>(b)
+                    );
+                } else {
+                    difference = apart * curve_s.outer + raw_t * unlike;
+                }
+                difference = (s == -INF) | (t == -INF) ? rounded : difference;
+            }
+            put(out + i, difference, count);
+        },
+        [] {});
+}
+
+static VecHalf narrowed(VecU x) { return __builtin_convertvector(x, VecHalf); }
+
+// To nearest, ties to even; NaN stays NaN.
+static VecHalf to_bfloat16(Vec x) {
+    const VecU u = bits_as<VecU>(x);
+    const VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    return narrowed(x == x ? rounded : VecU{} + 0x7fc0u);
+}
+static VecHalf to_float16(Vec x) {
+    const VecU u = bits_as<VecU>(x), sign = (u >> 16) & 0x8000u, size = u & 0x7fffffffu;
+    // subnormal results: adding 1/2 puts their last bit at the last of the float's
+    const VecU small = bits_as<VecU>(bits_as<Vec>(size) + 0.5f) - 0x3f000000u;
+    const VecU normal = (size - 0x38000000u + 0x0fffu + ((size >> 13) & 1u)) >> 13;
+    const VecU huge = VecU{} + 0x7c00u;
+    VecU out = size < 0x38800000u ? small : normal;
+    out = size >= 0x477ff000u ? huge : out;
+    out = x == x ? out : VecU{} + 0x7e00u;
+    return narrowed(out | sign);
+}
+
+struct Output {
+    void* row;
+    int32_t type;
+    float* as_float() const { return type == FLOAT32 ? static_cast<float*>(row) : nullptr; }
+};
+
+static inline void put(Output to, int64_t i, Vec x, int64_t count) {
+    if (to.type == FLOAT32) {
+        float* out = static_cast<float*>(to.row) + i;
+        count == LANES ? store(out, x) : store_part(out, x, count);
+    } else {
+        const VecHalf half = to.type == BFLOAT16 ? to_bfloat16(x) : to_float16(x);
+        memcpy(static_cast<uint16_t*>(to.row) + i, &half, size_t(count) * sizeof(uint16_t));
+    }
+}
+
+static Output output_row(void* dz, int32_t type, int64_t element) {
+    return {static_cast<char*>(dz) + element * (type == FLOAT32 ? 4 : 2), type};
+}
+static void fill(Output out, int64_t vocab, float value) {
+    sweep(vocab, [&](int64_t i, auto count) { put(out, i, splat<Vec>(value), count); }, [] {});
+}
+
+// out = (g - p centre) factor, times the cap's derivative if there is one.
+static void combine(
+    Output out, const float* g, const float* p, const float* derivative, int64_t vocab, float centre, float factor
+) {
+    sweep(
+        vocab,
+        [&](int64_t i, auto count) {
+            Vec x = take(g + i, count, 0.0f);
+            if (p) x -= take(p + i, count, 0.0f) * centre;
+            x *= factor;
+            if (derivative) x *= take(derivative + i, count, 0.0f);
+            put(out, i, x, count);
+        },
+        [] {});
+}
+
+// A shift close to the row's maximum, whose difference with the other row's is exact in float32.
+static float shift_of(float maximum) {
+    const float grid = 4096.0f;
+    return std::fabs(maximum) < 2048.0f ? std::nearbyint(maximum * grid) / grid : maximum;
+}
+
+static float maximum(const float* x, int64_t vocab) {
+    Vec best[4];
+    for (Vec& b : best) b = splat<Vec>(-INF);
+    int64_t i = 0;
+    for (; i + 4 * LANES <= vocab; i += 4 * LANES)
+        for (int j = 0; j < 4; ++j) {
+            const Vec y = load(x + i + j * LANES);
+            best[j] = y > best[j] ? y : best[j];
+        }
+    float highest = -INF;
+    for (const Vec& b : best) highest = std::fmax(highest, max_lane(b));
+    for (; i < vocab; ++i) highest = x[i] > highest ? x[i] : highest;
+    return highest;
+}
+static bool has_nan(const float* x, int64_t vocab) {
+    for (int64_t i = 0; i < vocab; ++i)
+        if (x[i] != x[i]) return true;
+    return false;
+}
+
+// x log-probabilities up to a constant; -inf becomes a number whose exponential is 0, so that p x is 0.
+static inline Vec countable(Vec x) { return x < -FAR ? splat<Vec>(-FAR) : x; }
+
+// One distribution. y = factor x; log p = y - shift - log_sum.
+struct Distribution {
+    double shift = 0, log_sum = 0, entropy = 0;
+    bool empty = false;  // -inf everywhere: probabilities 0, log-normaliser 0
+    double log_prob(const float* x, float factor, int64_t target) const {
+        return double(x[target]) * factor - shift - log_sum;
+    }
+};
+
+static Distribution distribution(const float* x, float factor, int64_t vocab) {
+    Distribution out;
+    const float highest = maximum(x, vocab);
+    if (highest == -INF) {
+        out.empty = true;
+        if (has_nan(x, vocab)) out.log_sum = out.entropy = DOUBLE_NAN;
+        return out;
+    }
+    const float shift = shift_of(highest * factor);
+    Sums<2> sums;
+    sweep(
+        vocab,
+        [&](int64_t i, auto count) {
+            const Vec y = take(x + i, count, -INF) * factor - shift;
+            const Vec e = exp_below<Vec>(y);
+            sums.lanes[0] += e;
+            sums.lanes[1] += e * countable(y);
+        },
+        [&] { sums.end_block(); });
+    out.shift = shift;
+    out.log_sum = std::log(sums[0]);
+    out.entropy = out.log_sum - sums[1] / sums[0];
+    return out;
+}
+
+// -------------------------------------------------------------------------------------------------------- divergences
+
+// One row of a request: y = factor x in both models from here on.
+struct Pair {
+    const float* student;
+    const float* teacher;
+    const float* difference;  // y_S - y_T where it is known better than from x, or null
+    int64_t vocab;
+    float factor;
+    float shift_s, shift_t, shift_gap;
+    float scale_s, scale_t;  // p = exp(y - shift) scale
+    float centre_gap;        // d = (y_S - y_T) - shift_gap - centre_gap
+    double log_sum_s, log_sum_t;
+    double direction_sum;  // of g, where it is known in advance
+};
+
+struct Vectors {
+    Vec x_s, x_t, u;  // y - shift, and their difference
+};
+template <class Count>
+static inline __attribute__((always_inline)) Vectors vectors(const Pair& row, int64_t i, Count count) {
+    const Vec s = take(row.student + i, count, -INF), t = take(row.teacher + i, count, -INF);
+    Vec difference;
+    if (row.difference) difference = take(row.difference + i, count, 0.0f);
+    else difference = (s == t ? Vec{} : s - t) * row.factor;  // both -inf: nothing there, and no NaN
+    return {s * row.factor - row.shift_s, t * row.factor - row.shift_t, difference - row.shift_gap};
+}
+
+template <bool REVERSE_SUM>
+static void normalise(Pair& row) {
+    Sums<4> sums;
+    sweep(
+        row.vocab,
+        [&](int64_t i, auto count) {
+            const Vectors v = vectors(row, i, count);
+            const auto student_larger = v.u > 0.0f;
+            const Vec big = exp_below<Vec>(student_larger ? v.x_s : v.x_t);
+            const Gap<Vec> g = gap<Vec>(v.u);
+            const Vec small = big * g.e, e_s = student_larger ? big : small;
+            sums.lanes[0] += e_s;
+            sums.lanes[1] += student_larger ? small : big;
+            sums.lanes[2] += big * (student_larger ? -g.t : g.t);
+            if (REVERSE_SUM) sums.lanes[3] += e_s * (student_larger ? g.a + g.excess : -g.a);
+        },
+        [&] { sums.end_block(); });
+    const double z_s = sums[0], z_t = sums[1], more = sums[2] / z_t;
+    const double centre = std::fabs(more) < 0.5 ? std::log1p(more) : std::log(z_s / z_t);
+    row.centre_gap = float(centre);
+    row.log_sum_t = std::log(z_t);
+    row.log_sum_s = std::log(z_s);
+    row.scale_s = float(1.0 / z_s);
+    row.scale_t = float(1.0 / z_t);
+    row.direction_sum = REVERSE_SUM ? sums[3] / z_s - centre : 0.0;
+}
+
+struct Totals {
+    double divergence = 0, direction = 0, over = 0, amount = 0, infinite = 0, entropy_s = 0, entropy_t = 0;
+};
+
+struct Measure {
+    Weights weights;
+    float entry_clip;
+};
+
+// DIRECT (a KL without an entry clip): out = dz by `factor`. Else out = g, and p_S goes into `probability`.
+template <int BETA, bool CLIP, bool STATISTICS, bool GRAD>
+static Totals measure(const Pair& row, const Measure& how, float* out, float* probability, float factor) {
+    constexpr bool DIRECT = BETA != MIXTURE && !CLIP;
+    enum { TERM, INFINITE, ENTROPY_S, ENTROPY_T, DIRECTION, AMOUNT, OVER, COUNT };
+    Sums<COUNT> sums;
+    const float centre = float(row.direction_sum);
+    sweep(
+        row.vocab,
+        [&](int64_t i, auto count) {
+            const Vectors v = vectors(row, i, count);
+            const Vec d = v.u - row.centre_gap;
+            const auto student_larger = d > 0.0f;
+            const Vec big = exp_below<Vec>(student_larger ? v.x_s : v.x_t) *
+                            (student_larger ? splat<Vec>(row.scale_s) : splat<Vec>(row.scale_t));
+            Entry<Vec> e = entry<BETA, GRAD, Vec>(d, big, how.weights);
+            sums.lanes[TERM] += e.term;
+            const Vec one = splat<Vec>(1.0f);
+            const auto infinite = BETA == REVERSE ? d == INF : d == -INF;
+            if (BETA != MIXTURE) sums.lanes[INFINITE] += infinite ? one : Vec{};
+            if (CLIP) {
+                auto over = e.plain > how.entry_clip;
+                Vec amount = e.plain - how.entry_clip;
+                if constexpr (BETA != MIXTURE) {
+                    over = over | infinite;
+                    amount = infinite ? Vec{} : amount;
+                }
+                sums.lanes[AMOUNT] += over ? amount : Vec{};
+                sums.lanes[OVER] += over ? one : Vec{};
+                // the constant of the reverse KL's gradient, 1, cancels but for the clipped entries
+                if (GRAD) e.g = over ? (BETA == FORWARD ? e.p_s : BETA == REVERSE ? -e.p_s : Vec{}) : e.g;
+            }
+            if (STATISTICS) {
+                sums.lanes[ENTROPY_S] += e.p_s * countable(v.x_s);
+                sums.lanes[ENTROPY_T] += e.p_t * countable(v.x_t);
+            }
+            if (GRAD && DIRECT) {
+                put(out + i, (BETA == FORWARD ? e.g : e.g - e.p_s * centre) * factor, count);
+            } else if (GRAD) {
+                sums.lanes[DIRECTION] += e.g;
+                put(out + i, e.g, count);
+                put(probability + i, e.p_s, count);
+            }
+        },
+        [&] { sums.end_block(); });
+    Totals totals;
+    totals.divergence = sums[TERM];
+    totals.infinite = sums[INFINITE];
+    totals.direction = sums[DIRECTION];
+    totals.amount = sums[AMOUNT];
+    totals.over = sums[OVER];
+    totals.entropy_s = row.log_sum_s - sums[ENTROPY_S];
+    totals.entropy_t = row.log_sum_t - sums[ENTROPY_T];
+    return totals;
+}
+
+using MeasureRow = Totals (*)(const Pair&, const Measure&, float*, float*, float);
+
+template <int BETA, bool CLIP>
+static MeasureRow choose_flags(bool statistics, bool grad) {
+    if (statistics) return grad ? measure<BETA, CLIP, true, true> : measure<BETA, CLIP, true, false>;
+    return grad ? measure<BETA, CLIP, false, true> : measure<BETA, CLIP, false, false>;
+}
+static MeasureRow choose(int beta, bool clip, bool statistics, bool grad) {
+    if (beta == FORWARD) return (clip ? choose_flags<FORWARD, true> : choose_flags<FORWARD, false>)(statistics, grad);
+    if (beta == REVERSE) return (clip ? choose_flags<REVERSE, true> : choose_flags<REVERSE, false>)(statistics, grad);
+    return (clip ? choose_flags<MIXTURE, true> : choose_flags<MIXTURE, false>)(statistics, grad);
+}
+
+class DivergenceRows {
+public:
+    explicit DivergenceRows(const DivergenceRequest& request)
+        : r(request),
+          beta(r.beta == 0 ? FORWARD : r.beta == 1 ? REVERSE : MIXTURE),
+          clip(r.entry_clip < DOUBLE_INF),
+          // a cap, or two different scales, and the rows are transformed once, in scratch
+          transformed(
+              r.student_transform.softcap > 0 || r.teacher_transform.softcap > 0 ||
+              r.student_transform.scale != r.teacher_transform.scale
+          ),
+          curve_s(r.student_transform, r.temperature),
+          curve_t(r.teacher_transform, r.temperature),
+          how{{float(r.beta), float(1 - r.beta)}, float(r.entry_clip)},
+          measure_row(choose(beta, clip, r.statistics != 0, r.dz != nullptr)) {}
+
+    void operator()(int64_t index, Scratch& scratch) const {
+        const float* student = r.student + index * r.student_stride;
+        const float* teacher = r.teacher + index * r.teacher_stride;
+        float factor = float(r.student_transform.scale / r.temperature);
+        const float* difference = nullptr;
+        const float* derivative = nullptr;
+        if (transformed) {
+            float* y_s = scratch.row(Scratch::STUDENT);
+            float* y_t = scratch.row(Scratch::TEACHER);
+            float* apart = scratch.row(Scratch::DIFFERENCE);
+            float* slope = curve_s.capped && r.dz ? scratch.row(Scratch::DERIVATIVE) : nullptr;
+            transform_row(student, y_s, slope, r.vocab, curve_s);
+            transform_row(teacher, y_t, nullptr, r.vocab, curve_t);
+            transformed_difference(student, teacher, y_s, y_t, apart, r.vocab, curve_s, curve_t);
+            student = y_s, teacher = y_t, difference = apart, derivative = slope, factor = 1.0f;
+        }
+        float* column = r.table + index;
+        const auto set = [&](Column which, double value) { column[which * r.table_stride] = float(value); };
+        const Output dz = r.dz ? output_row(r.dz, r.dz_type, index * r.dz_stride) : Output{nullptr, FLOAT32};
+
+        const float max_s = maximum(student, r.vocab) * factor, max_t = maximum(teacher, r.vocab) * factor;
+        if (max_s == -INF || max_t == -INF) {  // one of them gives no distribution: nothing to compare
+            const bool broken =
+                (max_s == -INF && has_nan(student, r.vocab)) || (max_t == -INF && has_nan(teacher, r.vocab));
+            const double nothing = broken ? DOUBLE_NAN : 0.0;
+            set(LOSS, nothing);
+            if (r.statistics) {
+                const Distribution p_s = distribution(student, factor, r.vocab);
+                const Distribution p_t = distribution(teacher, factor, r.vocab);
+                for (Column which : {DIVERGENCE, CLIPPED_AMOUNT}) set(which, nothing);
+                for (Column which : {ENTRY_CLIPPED, TOKEN_CLIPPED}) set(which, 0);
+                set(STUDENT_ENTROPY, p_s.entropy);
+                set(TEACHER_ENTROPY, p_t.entropy);
+                if (r.targets) {
+                    set(STUDENT_LOGPROB, p_s.log_prob(student, factor, r.targets[index]));
+                    set(TEACHER_LOGPROB, p_t.log_prob(teacher, factor, r.targets[index]));
+                }
+            }
+            if (r.dz) fill(dz, r.vocab, float(nothing));
+            return;
+        }
+
+        Pair row{};
+        row.student = student, row.teacher = teacher, row.difference = difference;
+        row.vocab = r.vocab, row.factor = factor;
+        row.shift_s = shift_of(max_s), row.shift_t = shift_of(max_t), row.shift_gap = row.shift_s - row.shift_t;
+        const bool direct = beta != MIXTURE && !clip;
+        if (direct && beta == REVERSE && r.dz) normalise<true>(row);
+        else normalise<false>(row);
+
+        if (r.statistics && r.targets) {  // before dz overwrites the logits
+            const int64_t target = r.targets[index];
+            set(STUDENT_LOGPROB, double(student[target]) * factor - row.shift_s - row.log_sum_s);
+            set(TEACHER_LOGPROB, double(teacher[target]) * factor - row.shift_t - row.log_sum_t);
+        }
+        const float weight = r.row_scale ? r.row_scale[index] : 1.0f;
+        const float chain = float(r.student_transform.scale / r.temperature) * weight;
+        float* out = nullptr;
+        if (r.dz) out = dz.as_float() ? dz.as_float() : scratch.row(Scratch::GRADIENT);
+        float* probability = r.dz && !direct ? scratch.row(Scratch::PROBABILITY) : nullptr;
+        const Totals totals = measure_row(row, how, out, probability, chain);
+
+        // as the clips see it
+        const bool unbounded = totals.infinite > 0;
+        double divergence = totals.divergence, amount = totals.amount;
+        double loss = divergence - amount;
+        if (unbounded) {
+            loss = clip ? loss + r.entry_clip * totals.infinite : DOUBLE_INF;
+            divergence = DOUBLE_INF;
+            if (clip) amount = DOUBLE_INF;
+        }
+        const bool over = loss > r.token_clip;
+        const bool kept = !over && loss != DOUBLE_INF;
+        if (over) {
+            amount += loss - r.token_clip;
+            loss = r.token_clip;
+        }
+        set(LOSS, loss);
+        if (r.statistics) {
+            set(DIVERGENCE, divergence);
+            set(STUDENT_ENTROPY, totals.entropy_s);
+            set(TEACHER_ENTROPY, totals.entropy_t);
+            set(ENTRY_CLIPPED, totals.over > 0);
+            set(CLIPPED_AMOUNT, amount);
+            set(TOKEN_CLIPPED, over);
+        }
+        if (!r.dz) return;
+        if (!kept) fill(dz, r.vocab, 0.0f);  // a loss that is NaN is kept: it must stay visible
+        else if (!direct || derivative || !dz.as_float())
+            combine(dz, out, probability, derivative, r.vocab, float(totals.direction), direct ? 1.0f : chain);
+    }
+
+private:
+    const DivergenceRequest& r;
+    int beta;
+    bool clip, transformed;
+    Curve curve_s, curve_t;
+    Measure how;
+    MeasureRow measure_row;
+};
+
+// -------------------------------------------------------------------------------------------------- log-probabilities
+
+static void logprob_row(const LogprobRequest& r, int64_t index, Scratch& scratch) {
+    const float* x = r.logits + index * r.logits_stride;
+    float factor = float(r.transform.scale / r.temperature);
+    const float chain = factor * (r.row_scale ? r.row_scale[index] : 1.0f);
+    const float* derivative = nullptr;
+    if (r.transform.softcap > 0) {
+        float* y = scratch.row(Scratch::STUDENT);
+        float* slope = r.dz ? scratch.row(Scratch::DERIVATIVE) : nullptr;
+        transform_row(x, y, slope, r.vocab, Curve(r.transform, r.temperature));
+        x = y, derivative = slope, factor = 1.0f;
+    }
+    const int64_t target = r.targets[index];
+    const Distribution p = distribution(x, factor, r.vocab);
+    const double logprob = p.log_prob(x, factor, target);
+    r.table[index] = float(logprob);
+    if (r.want_entropy) r.table[r.table_stride + index] = float(p.entropy);
+    if (!r.dz) return;
+    const Output dz = output_row(r.dz, r.dz_type, index * r.dz_stride);
+    if (logprob == -DOUBLE_INF) return fill(dz, r.vocab, 0.0f);
+    float* g = dz.as_float() ? dz.as_float() : scratch.row(Scratch::GRADIENT);
+    const float scale = float(std::exp(-p.log_sum)), shift = float(p.shift), at_target = x[target] * factor - shift;
+    sweep(
+        r.vocab,
+        [&](int64_t i, auto count) {
+            put(g + i, exp_below<Vec>(take(x + i, count, -INF) * factor - shift) * -scale, count);
+        },
+        [] {});
+    g[target] = -std::expm1(at_target - float(p.log_sum));
+    combine(dz, g, nullptr, derivative, r.vocab, 0.0f, chain);
+}
+
+// ------------------------------------------------------------------------------------------------------------ threads
+
+// Calls row(index, scratch) for each row, which thread by which comes first; a row's result does not depend on that.
+template <class Row>
+static void for_each_row(int64_t n, int64_t vocab, int threads, const Row& row) {
+    std::atomic<int64_t> next{0};
+    const auto work = [&] {
+        Scratch scratch(vocab);
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) row(i, scratch);
+    };
+    std::vector<std::thread> others;
+    for (int64_t i = 1; i < threads && i < n; ++i) {
+        try {
+            others.emplace_back(work);
+        } catch (const std::system_error&) {
+            break;  // fewer threads do it too
+        }
+    }
+    work();
+    for (std::thread& other : others) other.join();
+}
+
+}  // namespace opsd
+
+extern "C" {
+
+int opsd_vector_lanes() { return opsd::LANES; }
+
+void opsd_divergence_rows(const opsd::DivergenceRequest* request) {
+    const opsd::DivergenceRows rows(*request);
+    opsd::for_each_row(request->n, request->vocab, request->threads, rows);
+}
+
+void opsd_logprob_rows(const opsd::LogprobRequest* request) {
+    opsd::for_each_row(request->n, request->vocab, request->threads, [&](int64_t i, opsd::Scratch& scratch) {
+        opsd::logprob_row(*request, i, scratch);
+    });
+}
+}

@@ -1,0 +1,75 @@
+"""Checks of tensor arguments: each error names the argument, what it was and what is accepted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .across import WHOLE
+from .objective import Objective, integer
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def floating(name: str, value: Any) -> None:
+    tensor(name, value)
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {value.dtype}")
+
+
+def int64(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be an int64 tensor, got {type(value).__name__}")
+    if value.dtype != torch.int64:
+        raise TypeError(f"{name} must be an int64 tensor, got {value.dtype}")
+
+
+def shape(name: str, value: Tensor, expected: tuple[int | None, ...], meaning: str) -> None:
+    got = tuple(value.shape)
+    if len(got) != len(expected) or any(e is not None and e != g for e, g in zip(expected, got, strict=True)):
+        wanted = ", ".join("*" if e is None else str(e) for e in expected)
+        raise ValueError(f"{name} must have shape ({wanted}), {meaning}; got {got}")
+
+
+def at_least_two_dimensions(name: str, value: Tensor, last: str) -> None:
+    if value.ndim < 2:
+        raise ValueError(f"{name} must have shape (..., {last}), got {tuple(value.shape)}")
+
+
+def same_device(like: Tensor, **tensors: Tensor | None) -> None:
+    for name, value in tensors.items():
+        if value is not None and value.device != like.device:
+            raise ValueError(f"{name} must be on {like.device} like the hidden states or logits, got {value.device}")
+
+
+def bias_vector(name: str, value: Any, weight: Tensor) -> None:
+    if value is not None:
+        floating(name, value)
+        shape(name, value, (weight.shape[0],), "(V,)")
+
+
+def vocabulary(valid_vocab: Any, columns: int, *, split: bool = False) -> int:
+    """The columns that take part; `split`: `columns` are one rank's alone, and WHOLE stands for all there are."""
+    if columns == 0 and not split:
+        raise ValueError("weight must have at least one row (a vocabulary of one token), got none")
+    if split:
+        return WHOLE if valid_vocab is None else integer("valid_vocab", valid_vocab)
+    return columns if valid_vocab is None else integer("valid_vocab", valid_vocab, high=columns)
+
+
+def support(objective: Objective, vocab: int) -> None:
+    if objective.top_k is not None and vocab != WHOLE and objective.top_k > vocab:
+        raise ValueError(f"top_k must be at most the {vocab} tokens of the vocabulary, got {objective.top_k}")
+
+
+def unsupported(why: str, **options: Any) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name} is not supported {why}: only None is accepted, got {value!r}")

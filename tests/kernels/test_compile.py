@@ -1,0 +1,62 @@
+"""torch.compile: the losses are opaque operators, so that nothing breaks the graph and nothing is recomputed."""
+
+import pytest
+import torch
+from _helpers import leaf, problem, relative
+
+import opsd_kernels
+
+STUDENT, TEACHER, WEIGHT = problem(12, 8, 50, dtype=torch.float32)
+MASK = torch.arange(12).view(2, 6) % 3 > 0
+IDS = torch.arange(12).view(2, 6) * 4
+
+
+def jsd(x, w, **options):
+    return opsd_kernels.jsd_loss(x, TEACHER.view(2, 6, 8), w, **options)
+
+
+CALLS = {
+    "mean": lambda x, w: jsd(x, w),
+    "masked": lambda x, w: jsd(x, w, mask=MASK, beta=0.0, entry_clip=0.05),
+    "sequence_mean": lambda x, w: jsd(x, w, mask=MASK, reduction="sequence_mean"),
+    "weighted by its own statistics": lambda x, w: (lambda loss, stats: (loss * (stats.student_entropy > 0.5)).sum())(
+        *jsd(x, w, reduction="none", return_stats=True, target_ids=IDS)
+    ),
+    "denominator": lambda x, w: jsd(x, w, denominator=torch.tensor(7.0)),
+    "top_k": lambda x, w: jsd(x, w, top_k=5, tail_bucket=True),
+    "logprobs": lambda x, w: opsd_kernels.token_logprobs(x, w, IDS, mask=MASK).sum(),
+    "logits": lambda x, w: opsd_kernels.jsd_loss_from_logits(x @ w.T, TEACHER.view(2, 6, 8) @ WEIGHT.T, mask=MASK),
+    "cached": lambda x, w: opsd_kernels.jsd_loss_from_top_k(
+        x, w, *(t for t in opsd_kernels.top_k_logprobs(TEACHER.view(2, 6, 8), WEIGHT, 4)[1::-1])
+    ),
+}
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("name", CALLS)
+def test_compiled_equals_eager_without_a_graph_break(name, trainable):
+    torch._dynamo.reset()
+
+    def step(x, w):
+        return CALLS[name](x * 1.5, w) * 2  # something on both sides to compile
+
+    results = []
+    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        inputs = [leaf(STUDENT.view(2, 6, 8)), leaf(WEIGHT).requires_grad_(trainable)]
+        loss = run(*inputs)
+        results.append([loss, *torch.autograd.grad(loss, inputs[: 1 + trainable])])
+    for eager, compiled in zip(*results, strict=True):
+        assert relative(compiled, eager) < 1e-6
+
+
+def test_operators_are_well_formed():
+    """torch's own checks: schema, fake implementations, autograd registration."""
+    x, w = leaf(STUDENT), leaf(WEIGHT)
+    spec = (
+        [0.5, 1.0, *[float("nan")] * 3, 0.0, 0.0, 1.0, float("nan"), 1.0, float("nan"), float("nan")],
+        [9, 50, 1 << 24],
+    )
+    args = (x, w, None, TEACHER, None, None, None, MASK.view(-1), IDS.view(-1), None, *spec, "divergence,torch,")
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for wanted in ([True, False, False], [True, True, False]):
+        torch.library.opcheck(torch.ops.opsd.fused_linear.default, (*args, torch.float32, wanted), test_utils=tests)
