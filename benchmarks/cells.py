@@ -1,0 +1,291 @@
+"""What the loss benchmarks compare: the cells, their inputs, and every contender behind one signature.
+
+A contender is built for a cell and then called with the cell's inputs; it returns the mean loss over the tokens, whose
+`backward()` is part of what is timed, or None where there is nothing to differentiate (the floor). Whatever a contender
+cannot do on the device at hand is an `Unavailable` with the reason.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import opsd_kernels
+from opsd_kernels import fused_linear
+from opsd_kernels.workspace import budget_bytes
+
+GAP = 0.2  # standard deviation of z_student - z_teacher, small beside that of the logits themselves
+SPREAD = 4.0  # standard deviation of the logits: peaked rows, as language models have
+SEED = 20260118
+
+
+class Unavailable(Exception):
+    """The contender cannot run this cell on this device; the message says why."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    tokens: int
+    hidden: int
+    vocab: int
+    dtype: str = "float32"
+    trainable: bool = False  # whether the head gets a gradient too
+    beta: float = 0.5
+
+    @property
+    def key(self) -> str:
+        head = "trainable" if self.trainable else "frozen"
+        return f"{self.tokens}x{self.hidden}x{self.vocab}-{self.dtype}-{head}-beta{self.beta:g}"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    def memory_bound(self, device: torch.device, workspace: int | None = None) -> int:
+        """What the project promises to stay within, in bytes above inputs and returned gradients."""
+        gradients = self.tokens * self.hidden + (self.vocab * self.hidden if self.trainable else 0)
+        return budget_bytes(device, workspace) + 4 * gradients
+
+
+@dataclass
+class Inputs:
+    """Hidden states (N, H) of student and teacher, and the head (V, H) they share."""
+
+    student: Tensor
+    teacher: Tensor
+    weight: Tensor
+
+    def clear(self) -> None:
+        self.student.grad = self.weight.grad = None
+
+    def gradient_bytes(self) -> int:
+        return sum(t.grad.nbytes for t in (self.student, self.weight) if t.grad is not None)
+
+
+def make_inputs(cell: Cell, device: torch.device, copies: int = 1) -> list[Inputs]:
+    """`copies` sets of different hidden states over one head."""
+    generator = torch.Generator(device).manual_seed(SEED)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    weight = normal(cell.vocab, cell.hidden).to(cell.torch_dtype).requires_grad_(cell.trainable)
+    sets = []
+    for _ in range(copies):
+        teacher = normal(cell.tokens, cell.hidden) * SPREAD / cell.hidden**0.5
+        student = teacher + normal(cell.tokens, cell.hidden) * GAP / cell.hidden**0.5
+        student, teacher = student.to(cell.torch_dtype), teacher.to(cell.torch_dtype)
+        sets.append(Inputs(student.requires_grad_(), teacher, weight))
+    return sets
+
+
+Call = Callable[[Inputs], "Tensor | None"]
+FLOOR = "floor"
+PROJECT = ("native", "triton", "torch")
+COMPILED = ("dense-compiled", "liger-chunked")  # slow to start: each shape is compiled
+LABELS = {
+    FLOOR: "bare GEMMs",
+    "native": "opsd, native",
+    "triton": "opsd, Triton",
+    "torch": "opsd, torch",
+    "auto": "opsd",
+    "trl": "TRL chunked divergence",
+    "liger": "Liger fused linear JSD",
+    "liger-chunked": "Liger chunked JSD",
+    "liger-chunked-eager": "Liger chunked JSD, not compiled",
+    "dense": "dense, eager",
+    "dense-compiled": "dense, torch.compile",
+}
+
+
+def build(name: str, cell: Cell, inputs: Inputs) -> Call:
+    """The contender `name` for a cell; raises Unavailable.
+
+    Names of the project's backends may carry a workspace: "native@300MiB".
+    """
+    backend, workspace = split(name)
+    if backend in (*PROJECT, "auto"):
+        return _project(backend, cell, inputs, workspace)
+    if name == FLOOR:
+        return _Floor(cell, inputs, chunks(cell, inputs))
+    return _BUILDERS[name](cell, inputs)
+
+
+def split(name: str) -> tuple[str, int | None]:
+    """ "native@300MiB" → ("native", 300 << 20)."""
+    backend, _, size = name.partition("@")
+    return backend, (int(size.removesuffix("MiB")) << 20) if size else None
+
+
+def is_project(name: str) -> bool:
+    return split(name)[0] in (*PROJECT, "auto")
+
+
+def chunks(cell: Cell, inputs: Inputs, workspace: int | None = None, backend: str = "auto") -> list[int]:
+    """The numbers of tokens of the chunks that the project takes for this cell, from its own plan."""
+
+    class Planned(Exception):
+        pass
+
+    plan_chunks = fused_linear.plan_chunks
+
+    def stop(*args: Any, **options: Any) -> Any:
+        raise Planned(plan_chunks(*args, **options))
+
+    try:
+        with mock.patch.object(fused_linear, "plan_chunks", stop):
+            opsd_kernels.jsd_loss(
+                inputs.student, inputs.teacher, inputs.weight, beta=cell.beta, backend=backend,
+                workspace_bytes=workspace,
+            )  # fmt: skip
+    except Planned as planned:
+        return [part.stop - part.start for part in planned.args[0]]
+    raise AssertionError("the loss was computed without a plan of its chunks")
+
+
+def _project(backend: str, cell: Cell, inputs: Inputs, workspace: int | None) -> Call:
+    def call(given: Inputs) -> Tensor:
+        loss = opsd_kernels.jsd_loss(
+            given.student, given.teacher, given.weight, beta=cell.beta, backend=backend, workspace_bytes=workspace
+        )
+        assert isinstance(loss, Tensor)
+        return loss
+
+    few = Inputs(inputs.student[:2].detach(), inputs.teacher[:2], inputs.weight[:64].detach())
+    try:  # what is not there says so on any shape
+        opsd_kernels.jsd_loss(few.student, few.teacher, few.weight, backend=backend)
+    except ValueError as error:
+        raise Unavailable(str(error)) from None
+    return call
+
+
+class _Floor:
+    """The products of the project's plan and nothing else: the same shapes, chunks, order and dtypes.
+
+    Per chunk: both contexts in one product into a workspace, dX, and dW with a trainable head. Buffers are made once.
+    """
+
+    def __init__(self, cell: Cell, inputs: Inputs, sizes: list[int]):
+        device, dtype, rows = inputs.student.device, cell.torch_dtype, max(sizes)
+        if dtype != torch.float32 and device.type == "cpu":
+            raise Unavailable(f"a CPU has no product of {dtype} operands with a float32 result")
+        self.mixed: dict[str, Any] = {} if dtype == torch.float32 else {"out_dtype": torch.float32}
+        self.logits = torch.empty(2 * rows, cell.vocab, device=device)
+        self.dz = self.logits
+        if self.mixed:  # not zeros: the power that a product takes, and so its clock, depends on the numbers
+            self.dz = torch.empty(rows, cell.vocab, device=device, dtype=dtype).normal_(std=1e-3)
+        self.dx = torch.empty(cell.tokens, cell.hidden, device=device)
+        self.dw = torch.empty(cell.vocab, cell.hidden, device=device) if cell.trainable else None
+        self.sizes = sizes
+
+    def __call__(self, given: Inputs) -> None:
+        with torch.no_grad():
+            start = 0
+            for part in self._stacked(given):
+                n = part.shape[0] // 2
+                torch.mm(part, given.weight.t(), out=self.logits[: 2 * n], **self.mixed)
+                dz = self.dz[:n]
+                torch.mm(dz, given.weight, out=self.dx[start : start + n], **self.mixed)
+                if self.dw is not None and start == 0:
+                    torch.mm(dz.t(), part[:n], out=self.dw, **self.mixed)
+                elif self.dw is not None:
+                    torch.addmm(self.dw, dz.t(), part[:n], out=self.dw, **self.mixed)
+                start += n
+
+    def _stacked(self, given: Inputs) -> list[Tensor]:
+        """[student; teacher] of each chunk; made when first seen, which is not timed."""
+        if not hasattr(given, "stacked"):
+            pairs = zip(given.student.detach().split(self.sizes), given.teacher.split(self.sizes), strict=True)
+            given.stacked = [torch.cat(pair) for pair in pairs]  # type: ignore[attr-defined]
+        return given.stacked  # type: ignore[attr-defined]
+
+
+def _dense_loss(student: Tensor, teacher: Tensor, weight: Tensor, beta: float) -> Tensor:
+    """As trainers write it: every logit at once, the softmax in float32."""
+    log_s = torch.log_softmax((student @ weight.t()).float(), -1)
+    with torch.no_grad():
+        log_t = torch.log_softmax((teacher @ weight.t()).float(), -1)
+    kl_div = torch.nn.functional.kl_div
+    if beta == 0.0:
+        return kl_div(log_s, log_t, reduction="sum", log_target=True) / student.shape[0]
+    if beta == 1.0:
+        return kl_div(log_t, log_s, reduction="sum", log_target=True) / student.shape[0]
+    log_m = torch.logaddexp(log_s + math.log1p(-beta), log_t + math.log(beta))
+    of_student = kl_div(log_m, log_s, reduction="sum", log_target=True)
+    of_teacher = kl_div(log_m, log_t, reduction="sum", log_target=True)
+    return ((1 - beta) * of_student + beta * of_teacher) / student.shape[0]
+
+
+def _dense(cell: Cell, _: Inputs) -> Call:
+    return lambda given: _dense_loss(given.student, given.teacher, given.weight, cell.beta)
+
+
+def _dense_compiled(cell: Cell, _: Inputs) -> Call:
+    compiled = torch.compile(_dense_loss, dynamic=False)
+    return lambda given: compiled(given.student, given.teacher, given.weight, cell.beta)
+
+
+def _trl(cell: Cell, _: Inputs) -> Call:
+    function = peer("trl.kernels.chunked_divergence", "ChunkedDivergenceFunction")
+
+    def call(given: Inputs) -> Tensor:
+        weight = given.weight
+        divergence, _ = function.apply(
+            given.student, weight, None, given.teacher, weight.detach(), None, cell.beta, 1.0
+        )  # fmt: skip
+        return divergence.mean()
+
+    return call
+
+
+def _liger(cell: Cell, inputs: Inputs) -> Call:
+    function = peer("liger_kernel.ops.fused_linear_jsd", "LigerFusedLinearJSDFunction")
+    if inputs.student.device.type == "cpu":
+        raise Unavailable("its row kernel is Triton's alone: it needs a GPU")
+    accumulate = torch.float32 if cell.trainable else None  # of dW; the default is the head's dtype
+
+    def call(given: Inputs) -> Tensor:
+        return function.apply(
+            given.student, given.weight, given.teacher, given.weight.detach(), None, cell.beta, -100, 1.0, accumulate
+        )
+
+    return call
+
+
+def _liger_chunked(cell: Cell, inputs: Inputs, compiled: bool = True) -> Call:
+    module = peer("liger_kernel.chunked_loss", "LigerFusedLinearJSDLoss")
+    # its default is half cross-entropy; without it and with soft weight 1 it is the mean divergence over the tokens
+    loss = module(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=cell.beta, compiled=compiled)
+    labels = torch.zeros(cell.tokens, dtype=torch.int64, device=inputs.student.device)  # none ignored
+    return lambda given: loss(given.student, given.weight, given.teacher, given.weight.detach(), labels)
+
+
+_BUILDERS: dict[str, Callable[[Cell, Inputs], Call]] = {
+    "dense": _dense,
+    "dense-compiled": _dense_compiled,
+    "trl": _trl,
+    "liger": _liger,
+    "liger-chunked": _liger_chunked,
+    "liger-chunked-eager": lambda cell, inputs: _liger_chunked(cell, inputs, compiled=False),
+}
+
+
+def peer(module: str, name: str) -> Any:
+    """An attribute of a package that is not the project's; Unavailable where it cannot be imported."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:  # a peer's import may fail in any way
+        raise Unavailable(f"{module} cannot be imported: {type(error).__name__}: {error}") from None
+
+
+def contenders(*, compiled: bool = True, workspaces: Iterable[str] = ()) -> list[str]:
+    """Every contender's name; those that cannot run are left out when they are built."""
+    names = [FLOOR, *PROJECT, *workspaces, "trl", "liger", "liger-chunked", "dense", "dense-compiled"]
+    return [name for name in names if compiled or name not in COMPILED]
