@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from .objective import Objective
-from .rows import Column
+from .objective import LogitTransform, Objective
+from .rows import Column, LogprobColumn
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +73,8 @@ def unfit(name: str, device: torch.device, compute: torch.dtype, group: str = ""
 def _available(name: str, device: torch.device) -> tuple[bool, str]:
     try:
         return module(name).available(device)
-    except ImportError as error:
-        return False, f"{error}"
+    except Exception as error:  # an import can fail in more ways than one
+        return False, f"{type(error).__name__}: {error}"
 
 
 @cache
@@ -89,7 +89,13 @@ def self_check(name: str, device: torch.device) -> float:
     teacher[1, :9], student[2, :9] = -math.inf, -math.inf
     targets = torch.arange(5) * 200 + 10
     worst = 0.0
-    for objective in (Objective(beta=0.5), Objective(beta=0.0, entry_clip=0.05), Objective(beta=1.0, entry_clip=0.05)):
+    through = LogitTransform(0.9, 20.0)
+    for objective in (
+        Objective(beta=0.5),
+        Objective(beta=0.0),
+        Objective(beta=0.0, entry_clip=0.05),
+        Objective(beta=1.0, entry_clip=0.05, temperature=1.3, student=through, teacher=through),
+    ):
         exact = _row_pass("torch", torch.device("cpu"), student.double(), teacher.double(), targets, objective)
         try:
             got = _row_pass(name, device, student, teacher, targets, objective)
@@ -113,15 +119,14 @@ def _row_pass(
     targets: torch.Tensor,
     objective: Objective,
 ) -> list[torch.Tensor]:
-    table = student.new_full((len(Column), student.shape[0]), math.nan, device=device)
-    dz = torch.full_like(student, math.nan, device=device)
-    module(name).divergence_rows(
-        student.to(device),
-        teacher.to(device),
-        objective,
-        targets=targets.to(device),
-        table=table,
-        dz=dz,
-        row_scale=None,
-    )
-    return [*table.double().cpu(), dz.double().cpu()]
+    student, teacher, targets = student.to(device, copy=True), teacher.to(device), targets.to(device)
+    scale = torch.linspace(0.5, 1.0, len(student), device=device, dtype=student.dtype)
+    backend = module(name)
+    logprobs = student.new_full((len(LogprobColumn), len(student)), math.nan)
+    dz = torch.full_like(student, math.nan)
+    transform, temperature = objective.student, objective.temperature
+    backend.logprob_rows(student, targets, transform, temperature, table=logprobs, dz=dz, row_scale=scale)
+    table = student.new_full((len(Column), len(student)), math.nan)
+    # dz in the student's place, as the chunk loop has it
+    backend.divergence_rows(student, teacher, objective, targets=targets, table=table, dz=student, row_scale=scale)
+    return [value.double().cpu() for value in (*logprobs, dz, *table, student)]

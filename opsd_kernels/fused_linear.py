@@ -95,8 +95,8 @@ def fused_linear_loss(inputs: Inputs, spec: Spec) -> tuple[Tensor, Tensor]:
 
 
 def weighted(losses: Tensor, weights: Tensor) -> Tensor:
-    """losses·weights, where a weight of 0 silences an infinite loss too."""
-    return torch.where(weights == 0, 0.0, losses * weights)
+    """losses·weights, where a weight of 0 silences an infinite loss too (but not NaN)."""
+    return losses.masked_fill((weights == 0) & losses.isinf(), 0.0) * weights
 
 
 @torch.library.custom_op("opsd::fused_linear", mutates_args=())
@@ -123,22 +123,26 @@ def _fused_linear(
     schema is flat; everything else in this module passes the two objects.
     """
     inputs = Inputs(x, weight, bias, teacher, teacher_weight, teacher_bias, support, mask, targets, row_weight)
-    spec = Spec.decoded(numbers, sizes, names, compute)
-    needs = Wanted(*wanted)
-    # an unreduced loss with a trainable head is recomputed in backward, when its upstream gradient is known
-    now = Wanted(False, False, False) if needs.head and row_weight is None else needs
+    spec, now = Spec.decoded(numbers, sizes, names, compute), Wanted(*wanted).now(row_weight)
+    size: Tensor | None = None
+    if row_weight is not None and x.shape[0]:
+        # weights as small as 1 / tokens would take dz below what float16 can hold: they go in relative to the largest
+        size = row_weight.abs().amax().clamp(min=torch.finfo(row_weight.dtype).tiny)
+        inputs.row_weight = row_weight / size
     with torch.autocast(x.device.type, enabled=False):
-        table, (dx, dw, db) = _Sweep(inputs, spec, now).run()
+        table, gradients = _Sweep(inputs, spec, now).run()
+    if size is not None:
+        for gradient in gradients:
+            gradient *= size
     total = table.new_zeros(()) if row_weight is None else weighted(table[0], row_weight).sum()
+    dx, dw, db = gradients
     return total, table, dx, dw, db
 
 
 @_fused_linear.register_fake
 def _(x, weight, bias, teacher, tw, tb, support, mask, targets, row_weight, numbers, sizes, names, compute, wanted):
     accumulate = accumulation_dtype(compute)
-    needs = Wanted(*wanted)
-    now = Wanted(False, False, False) if needs.head and row_weight is None else needs
-    make = x.new_empty
+    now, make = Wanted(*wanted).now(row_weight), x.new_empty
     return (
         make((), dtype=accumulate),
         make((sizes[0], x.shape[0]), dtype=accumulate),
@@ -152,20 +156,24 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     tensors, (*spec, wanted) = inputs[:10], inputs[10:]
     ctx.spec, ctx.wanted, ctx.dtypes = spec, wanted, [t.dtype if t is not None else None for t in tensors[:3]]
     ctx.scalar = tensors[-1] is not None
-    ctx.recompute = Wanted(*wanted).head and not ctx.scalar
-    ctx.save_for_backward(*(tensors[:-1] if ctx.recompute else output[2:]))
+    ctx.recompute = Wanted(*wanted).later(tensors[-1])
+    # a teacher from inference mode cannot be saved as it is
+    kept = [t.clone() if t is not None and t.is_inference() else t for t in tensors[:-1]]
+    ctx.save_for_backward(*(kept if ctx.recompute else output[2:]))
 
 
 def _backward(ctx: Any, total: Tensor, table: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     upstream: Tensor | None = total if ctx.scalar else table[0]
     if ctx.recompute:
-        _, _, *gradients = _fused_linear(*ctx.saved_tensors, upstream, *ctx.spec, ctx.wanted)
+        numbers, (_, *sizes), *rest = ctx.spec
+        wanted = [asked and need for asked, need in zip(ctx.wanted, ctx.needs_input_grad, strict=False)]
+        _, _, *gradients = _fused_linear(*ctx.saved_tensors, upstream, numbers, [1, *sizes], *rest, wanted)
         upstream = None
     else:
-        gradients = ctx.saved_tensors
+        gradients, wanted = ctx.saved_tensors, ctx.wanted
     results = [
-        scaled(gradient, upstream, dtype) if wanted else None
-        for gradient, wanted, dtype in zip(gradients, ctx.wanted, ctx.dtypes, strict=True)
+        scaled(gradient, upstream, dtype) if computed else None
+        for gradient, computed, dtype in zip(gradients, wanted, ctx.dtypes, strict=True)
     ]
     return (*results, *[None] * 12)
 
@@ -201,9 +209,12 @@ class Wanted:
     def __bool__(self) -> bool:
         return self.x or self.weight or self.bias
 
-    @property
-    def head(self) -> bool:
-        return self.weight or self.bias
+    def later(self, row_weight: Tensor | None) -> bool:
+        """An unreduced loss with a trainable head: recomputed in backward, when its upstream gradient is known."""
+        return (self.weight or self.bias) and row_weight is None
+
+    def now(self, row_weight: Tensor | None) -> Wanted:
+        return Wanted(False, False, False) if self.later(row_weight) else self
 
 
 def check_ids(name: str, ids: Tensor | None, rows: Tensor | None, vocab: int) -> None:
@@ -231,14 +242,20 @@ class _Sweep:
         self.second = teacher is not None and spec.kind == "divergence"  # a second model is projected
         self.shared = self.second and inputs.teacher_weight is None
         if self.second:
-            own = inputs.weight if inputs.teacher_weight is None else inputs.teacher_weight
-            self.teacher_weight, self.teacher_bias = self._head(own, inputs.teacher_bias)
+            self.teacher_weight, self.teacher_bias = self._head(inputs.teacher_weight, inputs.teacher_bias)
+        self.lengths = self.weight.new_empty(0)  # ‖W_v‖, for the filter alone
+        if spec.gradient_filter is not None and wanted:
+            self.lengths = torch.linalg.vector_norm(self.weight, dim=1, dtype=spec.accumulate)
         for name, ids in (("target_ids", inputs.targets), ("teacher_ids", inputs.support)):
             check_ids(name, ids, self.rows, self.across.vocab)
 
-    def _head(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        vocab = self.vocab
-        return weight[:vocab].to(self.spec.compute), None if bias is None else bias[:vocab].to(self.spec.accumulate)
+    def _head(self, weight: Any, bias: Tensor | None) -> tuple[Any, Tensor | None]:
+        """The columns that take part; no weight: the student's serves both."""
+        vocab, compute, accumulate = self.vocab, self.spec.compute, self.spec.accumulate
+        return (
+            None if weight is None else weight[:vocab].to(compute),
+            None if bias is None else bias[:vocab].to(accumulate),
+        )
 
     def run(self) -> tuple[Tensor, list[Tensor]]:
         """The table, and dX, dW, db of Σ row_weight·loss (unit weights if none are given)."""
@@ -250,7 +267,7 @@ class _Sweep:
                 # other ranks would wait for chunks that no longer match theirs
                 if self.spec.group or plan.rows == 1:
                     raise
-                plan = ChunkPlan(plan.tokens, (plan.rows + 1) // 2)
+                plan = ChunkPlan(plan.tokens, min(2 * plan.count, plan.tokens))
             torch.cuda.empty_cache()
 
     def _plan(self) -> ChunkPlan:
@@ -263,9 +280,11 @@ class _Sweep:
             widths += self.inputs.teacher.shape[1]
         # the gathered inputs, and their widened copies where the device has no mixed-precision product
         row_bytes += widths * (spec.compute.itemsize + own_dz * element)
-        whole_chunks = bool(spec.group)  # a collective for each block of a few rows would cost more than it saves
+        in_torch = self.backend == "torch" or spec.kind == "cached" or spec.objective.top_k is not None
+        # a collective for each block of a few rows would cost more than it saves
+        temporaries = ("chunk" if spec.group else "block") if in_torch else "none"
         return plan_chunks(
-            self.tokens, self.across.widest, self.inputs.x.device, element, row_bytes, self.across.budget, whole_chunks
+            self.tokens, self.across.widest, self.inputs.x.device, element, row_bytes, self.across.budget, temporaries
         )
 
     def _own_dz(self) -> bool:
@@ -292,6 +311,8 @@ class _Sweep:
             chunk_x = self._project(chunk, logits, gathered)
             dz = dz_buffer[:size] if wanted else None
             part = table[:, chunk] if self.rows is None else table.new_empty(spec.columns, size)
+            if inputs.targets is None:  # what the row pass then leaves alone
+                part[Column.STUDENT_LOGPROB : DROPPED] = 0
             row_pass(
                 logits[:size],
                 logits[size : 2 * size] if self.second else None,
@@ -328,7 +349,8 @@ class _Sweep:
     ) -> None:
         wanted, weight, columns = self.wanted, self.weight, None
         if self.spec.gradient_filter is not None:
-            columns, dropped = filtered_columns(dz, weight, self.spec.gradient_filter)
+            weights = self._counted(self.inputs.row_weight, chunk)
+            columns, dropped = filtered_columns(dz, weights, self.lengths, self.spec.gradient_filter)
             if table.shape[0] > DROPPED:
                 table[DROPPED] = dropped
             dz, weight = dz[:, columns], weight[columns]
@@ -373,8 +395,9 @@ class _Sweep:
             support, logprobs = self._counted(inputs.support, chunk), self._counted(inputs.teacher, chunk)
             assert logprobs is not None
             targets = self._counted(inputs.targets, chunk)
+            eps = torch.finfo(logprobs.dtype).eps
             backends.module("torch").cached_rows(
-                student, logprobs.to(student.dtype), support, spec.objective, targets=targets, **out
+                student, logprobs.to(student.dtype), support, spec.objective, stored_eps=eps, targets=targets, **out
             )
 
         passes: dict[str, Callable] = {"divergence": divergence, "logprob": logprob, "cached": cached}
@@ -419,17 +442,19 @@ class _Sweep:
         return x
 
 
-def filtered_columns(dz: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The columns of dz (n, V) where some |dz| exceeds eps, (kept,) int64, and a bound on what is lost.
+def filtered_columns(dz: Tensor, row_weight: Tensor | None, lengths: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The columns of dz (n, V) where some |dz| exceeds eps, (kept,) int64, and a bound on what is lost, (n,).
 
-    The bound is Σ|dz|·max‖W_v‖ over the dropped columns, (n,): dX's error is at most that, in norm. Apple's Cut
-    Cross-Entropy drops blocks of the cross-entropy's gradient in the same spirit. Waits for the device.
+    Both for a unit gradient of each token's loss, whatever `row_weight` (n,) dz has been multiplied with. The bound is
+    Σ|dz|·max‖W_v‖ over the dropped columns, `lengths` (V,) being ‖W_v‖: dX's row is off by at most that, in norm.
+    Apple's Cut Cross-Entropy drops blocks of the cross-entropy's gradient in the same spirit. Waits for the device.
     """
-    size, accumulate = dz.abs(), accumulation_dtype(dz.dtype)
-    kept = size.amax(0) > eps
+    size, accumulate = dz.abs(), lengths.dtype
+    weights = size.new_ones(len(size), dtype=accumulate) if row_weight is None else row_weight.abs()
+    kept = (size > eps * weights.unsqueeze(-1)).any(0)
     dropped = size.masked_fill_(kept, 0.0).sum(-1, dtype=accumulate)
-    longest = torch.linalg.vector_norm(weight, dim=1, dtype=accumulate).masked_fill_(kept, 0.0).amax()
-    return kept.nonzero().squeeze(-1), dropped * longest
+    longest = lengths.masked_fill(kept, 0.0).amax()
+    return kept.nonzero().squeeze(-1), torch.where(weights > 0, dropped / weights, 0.0) * longest
 
 
 def top_k_of(inputs: Inputs, spec: Spec) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,7 +22,7 @@ def project(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None
     else:
         wide = x.to(out.dtype)
         for rows in _blocks(weight):
-            out[:, rows] = wide @ weight[rows].to(out.dtype).t()
+            torch.mm(wide, weight[rows].to(out.dtype).t(), out=out[:, rows])
     if bias is not None:
         out += bias
 

@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,44 +65,77 @@ def lm_head_of(model: nn.Module) -> Head:
     )
 
 
-_HEAD_CALL = re.compile(r"self\.(lm_head|embed_out|output|head)\([\w.]+(\[.*\])?\)(\.float\(\)|\.to\(.*\))?")
+_HEAD_CALL = re.compile(r"self\.(lm_head|embed_out|output|head)\((?P<hidden>\w+)(\[.*\])?\)(\.float\(\)|\.to\(.*\))?")
+_LAST_HIDDEN = re.compile(
+    r"(\w+\.last_hidden_state|\w+\[0\]|slice_logits_to_keep\(.*\)|hidden_states(\[.*\]|\.to\([^()]*\)))"
+)
 _NO_CHANGE = re.compile(r"logits\.(float\(\)|to\([\w.=]+\)|contiguous\(\))")
 _SCALE = re.compile(r"logits (?P<op>[*/]) (?P<value>self\.(?:\w+\.)*(?:logit_scale|logits_scaling|output_multiplier))")
-_CAP = r"(?:self\.(?:\w+\.)*)?(?P<cap{}>final_logit_softcapping|final_logit_softcap)"
-_DIVIDE, _TIMES = re.compile("logits / " + _CAP.format("")), re.compile("logits \\* " + _CAP.format(""))
-_TANH = re.compile(r"(torch|nn\.functional|F)\.tanh\(logits\)")
-_LOCAL = re.compile(r"self\.(\w+\.)*(final_logit_softcapping|final_logit_softcap)")
+_CAP = r"(?P<cap>self\.(?:\w+\.)*final_logit_softcapping)"
+_DIVIDE, _TANH = re.compile(r"logits / " + _CAP), re.compile(r"(torch|nn\.functional|F)\.tanh\(logits\)")
+_TIMES = re.compile(r"logits \* " + _CAP)
+_IF_CAPPED = re.compile(_CAP + r"( is not None)?")
 
 
 def _post_processing(model: Any) -> tuple[float, float | None]:
     """(logit_scale, softcap) from the statements of `forward` that write `logits`; raises for any it does not know."""
-    forward = inspect.unwrap(type(model).forward)
-    tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
-    scale, cap_steps = 1.0, 0
-    seen_head = False
-    for node in ast.walk(tree):
-        if not isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)) or node.value is None:
+    source = textwrap.dedent(inspect.getsource(inspect.unwrap(type(model).forward)))
+    tree = ast.parse(source.replace("lm_logits", "logits"))
+    known: set[ast.AST] = set()  # the uses of `logits` that are understood
+    steps: list[str] = []
+    scale, cap, hidden = 1.0, None, ""
+    for node, conditions in _statements(tree):
+        text = ast.unparse(node.value) if isinstance(node, ast.Assign) else ""
+        names = [ast.unparse(t) for t in node.targets] if isinstance(node, ast.Assign) else []
+        if names != ["logits"] or text == "None":
             continue
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        if not any(ast.unparse(t).split("[")[0] in ("logits", "lm_logits") for t in targets):
-            continue
-        text = ast.unparse(node.value).replace("lm_logits", "logits")
-        step = _SCALE.fullmatch(text)
-        if isinstance(node, ast.AugAssign):
-            raise _unknown(model, ast.unparse(node))
-        if _HEAD_CALL.fullmatch(text):
-            seen_head = True
-        elif step:
-            value = float(_attribute(model, step["value"]))
-            scale = scale * value if step["op"] == "*" else scale / value
-        elif _DIVIDE.fullmatch(text) or _TANH.fullmatch(text) or _TIMES.fullmatch(text):
-            cap_steps += 1
+        step, allowed = "", [] if not conditions else [c for c in conditions if not _IF_CAPPED.fullmatch(c)]
+        if match := _HEAD_CALL.fullmatch(text):
+            step, hidden = "head", match["hidden"]
+        elif (match := _SCALE.fullmatch(text)) and not conditions:
+            step, value = "scale", float(_attribute(model, match["value"]))
+            scale = scale * value if match["op"] == "*" else scale / value
+        elif (match := _DIVIDE.fullmatch(text)) and not allowed:
+            step, cap = "/", _attribute(model, match["cap"])
+        elif _TANH.fullmatch(text) and not allowed:
+            step = "tanh"
+        elif (match := _TIMES.fullmatch(text)) and not allowed and _attribute(model, match["cap"]) == cap:
+            step = "*"
         elif not _NO_CHANGE.fullmatch(text):
             raise _unknown(model, ast.unparse(node))
-    if not seen_head or cap_steps not in (0, 3):
+        if step:
+            steps.append(step)
+        known |= set(ast.walk(node))
+    if "".join(s for s in steps if s != "scale") not in ("head", "head/tanh*") or ("*" in steps and steps[-1] != "*"):
         raise _unknown(model, "how `logits` is computed could not be followed")
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None) if cap_steps else None
+    _check_other_uses(model, tree, known, hidden)
     return scale, (float(cap) if cap else None)
+
+
+def _statements(tree: ast.AST, conditions: tuple[str, ...] = ()) -> Iterator[tuple[ast.stmt, tuple[str, ...]]]:
+    """Every statement in order, with the conditions of the `if`s around it."""
+    for child in ast.iter_child_nodes(tree):
+        if isinstance(child, ast.stmt):
+            yield child, conditions
+            inner = (*conditions, ast.unparse(child.test)) if isinstance(child, ast.If) else conditions
+            yield from _statements(child, inner)
+
+
+def _check_other_uses(model: Any, tree: ast.AST, known: set[ast.AST], hidden: str) -> None:
+    """Nothing else changes the logits or the hidden states in front of the head: they are only handed on."""
+    for node in ast.walk(tree):
+        if node in known:
+            continue
+        changes = isinstance(node, (ast.BinOp, ast.UnaryOp, ast.Subscript, ast.Attribute, ast.AugAssign))
+        renames = isinstance(node, ast.Assign) and isinstance(node.value, ast.Name) and node.value.id == "logits"
+        operands = [n.id for n in ast.iter_child_nodes(node) if isinstance(n, ast.Name)]
+        if renames or (changes and "logits" in operands and ast.unparse(node) not in ("logits.shape", "logits.device")):
+            raise _unknown(model, ast.unparse(node))
+        if isinstance(node, (ast.Assign, ast.AugAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            written = any(ast.unparse(target) == hidden for target in targets)
+            if written and not (isinstance(node, ast.Assign) and _LAST_HIDDEN.fullmatch(ast.unparse(node.value))):
+                raise _unknown(model, ast.unparse(node))
 
 
 def _attribute(model: Any, dotted: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,13 +41,14 @@ def _logits_loss(
     rows = None if mask is None else mask.nonzero().squeeze(-1)
     check_ids("target_ids", targets, rows, vocab)
     tokens = student.shape[0] if rows is None else rows.shape[0]
-    # a chunk is copied, since scale, cap and softmax work in the accumulation dtype
-    plan = plan_chunks(tokens, vocab, student.device, accumulate.itemsize, vocab * 3 * accumulate.itemsize, spec.budget)
+    # a chunk is copied where the softmax needs another dtype, and its gradient is written apart
+    element = accumulate.itemsize
+    plan = plan_chunks(tokens, vocab, student.device, element, vocab * 3 * element, spec.budget)
     table = student.new_zeros((spec.columns, student.shape[0]), dtype=accumulate)
     grad = student.new_zeros(student.shape if wanted else (0,))
     for chunk in plan:
         at = chunk if rows is None else rows[chunk]
-        part = table.new_full((spec.columns, chunk.stop - chunk.start), math.nan)
+        part = table.new_zeros((spec.columns, chunk.stop - chunk.start))
         dz = grad.new_empty(chunk.stop - chunk.start, vocab) if wanted else None
         backend.divergence_rows(
             student[at, :vocab].to(accumulate),

@@ -141,12 +141,13 @@ def jsd_loss(
         denominator: number or 0-d tensor to divide by instead of the count of tokens ("mean") or sequences
             ("sequence_mean"): the whole batch's count makes micro-batches add up to the batch's gradient.
         return_stats: also return a `TokenStats`.
-        gradient_filter: eps > 0; drop the columns of a chunk in which no |d loss / d logit| of a token exceeds eps, so
-            that the products of the gradient cost little. Lossy: `TokenStats.gradient_dropped` bounds what dX lacks.
-            Waits for the device once a chunk.
+        gradient_filter: eps > 0; drop the columns of a chunk in which no |d token's loss / d logit| exceeds eps, so
+            that the products of the gradient cost little. Lossy: `TokenStats.gradient_dropped` bounds what dX lacks,
+            for a unit gradient of the token's own loss. Waits for the device once a chunk.
         process_group: the vocabulary is split over its ranks in order, `weight` (and `teacher_weight`, `bias`, …)
             being this rank's rows. `target_ids` and `valid_vocab` count in the whole vocabulary. Every rank gets the
-            whole loss and student_hidden's whole gradient. Not with `top_k` or `gradient_filter`.
+            whole loss and student_hidden's whole gradient. Ranks first agree on their slices, for which each call
+            waits. Not with `top_k` or `gradient_filter`.
         backend: "auto" (the fastest that works here, see `python -m opsd_kernels`), "torch", "triton" or "native".
         workspace_bytes: upper bound for the chunk workspace; default OPSD_WORKSPACE_BYTES or by device.
 
@@ -168,6 +169,10 @@ def jsd_loss(
     checks.floating("weight", weight)
     checks.at_least_two_dimensions("student_hidden", student_hidden, "H")
     checks.shape("weight", weight, (None, student_hidden.shape[-1]), "(V, H)")
+    if teacher_weight is weight:  # one product then serves both
+        teacher_weight = None
+        if teacher_bias is None and bias is not None:  # a bias is shared only where no weight is named
+            teacher_bias = weight.new_zeros(weight.shape[0])
     head = weight if teacher_weight is None else teacher_weight
     if teacher_weight is not None:
         checks.floating("teacher_weight", teacher_weight)
@@ -493,7 +498,9 @@ def _stats(table: Tensor, tokens: Tokens) -> TokenStats:
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
     device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype
 
 
 def _constant(tensor: Tensor | None) -> Tensor | None:
@@ -501,12 +508,15 @@ def _constant(tensor: Tensor | None) -> Tensor | None:
 
 
 def _whole(tensor: Any) -> Any:
-    """A tensor sharded as a DTensor (FSDP2) is gathered, once a call; its gradient goes back to the shards."""
+    """A tensor sharded as a DTensor (FSDP2) is gathered, once a call.
+
+    Its gradient goes back to the shards as the mean over ranks, which is what data parallelism does.
+    """
     if torch.distributed.is_available():
-        from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor import DTensor, Partial
 
         if isinstance(tensor, DTensor):
-            return tensor.full_tensor()
+            return tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
     return tensor
 
 

@@ -66,6 +66,8 @@ class Tokens:
 
         flat_mask = None if mask is None else mask.reshape(-1)
         weight = None if token_weight is None else token_weight.reshape(-1).to(accumulate)
+        if weight is not None and flat_mask is not None:
+            weight = weight.masked_fill(~flat_mask, 0.0)  # whatever stands there, it takes no part
         if reduction == "sequence_mean":
             if sequence_ids is None:
                 sequence_ids = torch.arange(lead[0], device=like.device).unsqueeze(-1).expand(lead)
@@ -76,6 +78,8 @@ class Tokens:
             # on a GPU the count stays there: nothing waits for it
             divisor = max(lead.numel(), 1) if flat_mask is None else flat_mask.sum().clamp(min=1).to(accumulate)
         targets = None if target_ids is None else target_ids.reshape(-1)
+        if isinstance(divisor, Tensor):
+            divisor = divisor.to(accumulate)
         return cls(lead, flat_mask, targets, weight, reduction, 1.0 if divisor is None else divisor)
 
     def row_weight(self, like: Tensor, accumulate: torch.dtype) -> Tensor:

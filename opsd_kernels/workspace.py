@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,41 +36,46 @@ def budget_bytes(device: torch.device, workspace_bytes: Any) -> int:
 
 def block_rows(logits: Tensor) -> int:
     """Rows of an (n, V) tensor that the torch row pass takes at a time."""
-    return max(1, BLOCK_ELEMENTS.get(logits.device.type, BLOCK_ELEMENTS["cuda"]) // max(1, logits.shape[1]))
+    return _block_rows(logits.device, logits.shape[1])
+
+
+def _block_rows(device: torch.device, vocab: int) -> int:
+    return max(1, BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cuda"]) // max(1, vocab))
 
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """Tokens [0, n) in `count` chunks of at most `rows`, as even as can be: no sliver at the end."""
+    """Tokens [0, n) in `count` chunks whose sizes differ by one at most: no sliver at the end."""
 
     tokens: int
-    rows: int
+    count: int
 
     @property
-    def count(self) -> int:
-        return math.ceil(self.tokens / self.rows) if self.tokens else 0
+    def rows(self) -> int:
+        """Of the largest chunk; 1 where there is none."""
+        return math.ceil(self.tokens / self.count) if self.count else 1
 
-    def __iter__(self):
-        return (slice(a, min(a + self.rows, self.tokens)) for a in range(0, self.tokens, self.rows))
+    def __iter__(self) -> Iterator[slice]:
+        edges = [i * self.tokens // self.count for i in range(self.count + 1)] if self.count else []
+        return (slice(a, b) for a, b in pairwise(edges))
 
 
 def plan_chunks(
-    tokens: int, vocab: int, device: torch.device, element: int, row_bytes: int, budget: int, whole_chunks: bool = False
+    tokens: int, vocab: int, device: torch.device, element: int, row_bytes: int, budget: int, temporaries: str = "block"
 ) -> ChunkPlan:
-    """The plan for `tokens` rows of `row_bytes` each within `budget`, the row pass's temporaries included.
+    """The plan for `tokens` rows of `row_bytes` each within `budget`.
 
-    Those are blocks of (rows, vocab) tensors of `element` bytes; `whole_chunks`: of a chunk's rows, not just a few.
+    `temporaries`: what the row pass needs besides, in (rows, vocab) tensors of `element` bytes: "none", those of a
+    "block" of a few rows, or those of a whole "chunk".
     Raises ValueError, naming `workspace_bytes`, where not even one row fits.
     """
-    block = BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cuda"]) // max(1, vocab)
-    # a block never outgrows a chunk, so small problems are charged for the rows they have
-    scratch = BLOCK_TEMPORARIES * vocab * element
-    fit = (budget - max(1, block) * scratch) // max(1, row_bytes)
-    if fit < block or whole_chunks:
-        fit = budget // (row_bytes + scratch)
+    scratch = 0 if temporaries == "none" else BLOCK_TEMPORARIES * vocab * element
+    block = 0 if temporaries == "chunk" else _block_rows(device, vocab)
+    fit = (budget - block * scratch) // max(1, row_bytes)
+    if fit < block or not block:  # a block never outgrows a chunk: charge each row for its own temporaries
+        fit = budget // max(1, row_bytes + scratch)
     if fit < 1 and tokens:
         raise ValueError(
             f"workspace_bytes must be at least {row_bytes + scratch} for one token of {vocab} columns, got {budget}"
         )
-    fit = min(fit, tokens) or 1
-    return ChunkPlan(tokens, math.ceil(tokens / math.ceil(tokens / fit)) if tokens else 1)
+    return ChunkPlan(tokens, math.ceil(tokens / max(fit, 1)))

@@ -3,7 +3,8 @@
     divergence_rows(student, teacher, objective, *, targets, table, dz, row_scale)
     logprob_rows(logits, targets, transform, temperature, *, table, dz, row_scale)
 
-student, teacher, logits: (n, V) float32 or float64, the head's output before scale, cap and temperature; not kept.
+student, teacher, logits: (n, V) float32 or float64, the head's output before scale, cap and temperature; not modified
+    unless dz is that very tensor.
 targets: (n,) int64; may be None for the divergence, whose columns of log-probabilities are then not filled.
 table: (C, n) in the logits' dtype, filled with the first C of the columns below (1, or all that the pass has).
 dz: None, or (n, V) in any floating dtype, filled with d loss / d student (the un-transformed logits) times `row_scale`

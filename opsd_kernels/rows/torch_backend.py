@@ -53,7 +53,8 @@ def divergence_rows(
         if objective.top_k is None:
             assert whole is not None
             token = _token_loss(whole, objective, dz is not None, across)
-            _finish(out, token, whole.dead, token.divergence, token.grad, y_s, objective)
+            divergence = token.divergence.masked_fill(whole.dead, 0.0)
+            _finish(out, token, whole.dead, divergence, token.grad, y_s, objective)
         else:
             support = _support(y_s, y_t, gap, objective)
             _finish_support(out, support, whole, y_s, objective)
@@ -65,6 +66,7 @@ def cached_rows(
     support: Tensor,
     objective: Objective,
     *,
+    stored_eps: float,
     targets: Tensor | None,
     table: Tensor,
     dz: Tensor | None,
@@ -72,6 +74,8 @@ def cached_rows(
 ) -> None:
     """The divergence from a teacher of which only log-probabilities (n, k) at the ids `support` (n, k) are known.
 
+    They have been rounded to `stored_eps`, so that 1 − Σp is known to k·stored_eps: less than that is no evidence of
+    mass, and where the student has a tail the teacher's is taken to be at least that, for none would be infinitely far.
     With `objective.tail_bucket` the rest of both models' mass is one more entry, else both are renormalised. The
     statistics that need the teacher's whole distribution speak of that support.
     """
@@ -80,9 +84,11 @@ def cached_rows(
         out = _Out(table, dz, row_scale, block)
         chosen, logprobs = support[block], teacher_logprobs[block]
         known = y_s.gather(-1, chosen)
-        tail_t = _log_complement(logprobs)
         if objective.tail_bucket:
             tail_s = torch.logsumexp(y_s.scatter(-1, chosen, -math.inf), -1, keepdim=True)
+            tail_t, least = _log_complement(logprobs), math.log(chosen.shape[1] * stored_eps)
+            nothing = (tail_s == -math.inf) & (tail_t <= least)
+            tail_t = tail_t.clamp(min=least).masked_fill_(nothing, -math.inf)
             known, logprobs = torch.cat([known, tail_s], -1), torch.cat([logprobs, tail_t], -1)
         small = _Support(known, logprobs, known - logprobs, chosen, objective.tail_bucket)
         pair = _finish_support(out, small, None, y_s, objective)
@@ -178,7 +184,7 @@ def _finish(
         loss = torch.where(over, objective.token_clip, loss)
     out.table[Column.LOSS] = loss
     if out.stats:
-        out.table[Column.DIVERGENCE] = torch.where(dead, 0.0, divergence)
+        out.table[Column.DIVERGENCE] = divergence
         out.table[Column.ENTRY_CLIPPED] = token.entry_clipped & ~dead
         out.table[Column.CLIPPED_AMOUNT] = torch.where(dead, 0.0, amount)
         out.table[Column.TOKEN_CLIPPED] = over
@@ -192,7 +198,9 @@ def _finish_support(out: _Out, support: _Support, whole: _Pair | None, y_s: Tens
     """The loss on a support; its divergence statistic is that of the `whole` vocabulary where that is known."""
     pair = _pair(support.student, support.teacher, support.gap)
     token = _token_loss(pair, objective, out.dz is not None, HERE)
-    divergence = token.divergence if whole is None else _token_loss(whole, objective, False, HERE).divergence
+    divergence = token.divergence.masked_fill(pair.dead, 0.0)
+    if whole is not None:
+        divergence = _token_loss(whole, objective, False, HERE).divergence.masked_fill_(whole.dead, 0.0)
     grad = None if token.grad is None else support.spread(token.grad, y_s)
     _finish(out, token, pair.dead, divergence, grad, y_s, objective)
     return pair
@@ -241,7 +249,9 @@ def _log_prob(y: Tensor, log_z: Tensor, target: Tensor, across: Across) -> Tenso
     absent = (mine < 0) | (mine >= y.shape[1])
     found = y.gather(-1, mine.masked_fill(absent, 0)) if y.shape[1] else torch.zeros_like(log_z)
     found = across.add(found.masked_fill(absent, 0.0))
-    return (found - log_z.masked_fill(log_z == -math.inf, 0.0)).squeeze(-1)
+    # on a GPU nothing has looked at the ids: one that is no column must not pass for a probability
+    strange = (target < 0) | (target >= (y.shape[1] if across is HERE else across.vocab))
+    return (found - log_z.masked_fill(log_z == -math.inf, 0.0)).masked_fill_(strange, math.nan).squeeze(-1)
 
 
 def _fill_distribution_stats(
@@ -359,7 +369,7 @@ def _token_loss(pair: _Pair, objective: Objective, want_grad: bool, across: Acro
         loss = divergence - amount
         if infinite is not None:
             over |= infinite
-            loss = loss + tau * across.add(infinite.sum(-1))
+            loss = loss + tau * across.add(infinite.sum(-1, dtype=loss.dtype))
     if infinite is not None:
         unbounded = across.any(infinite.any(-1))
         divergence = torch.where(unbounded, math.inf, divergence)
@@ -385,7 +395,12 @@ def _token_loss(pair: _Pair, objective: Objective, want_grad: bool, across: Acro
 def _log_mixture(d: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """log(m / p_S) and log(m / p_T) from d = log(p_S / p_T), with m = (1−β) p_S + β p_T."""
     down = d.abs().neg_().expm1_()
-    towards = torch.where(d > 0, beta * down, (1 - beta) * down).log1p_()  # log of m over the likelier of the two
+    # log of m over the likelier of the two; m is at least that one's share, also where 1 − β rounds to 1
+    towards = torch.where(
+        d > 0,
+        (beta * down).log1p_().clamp_(min=math.log1p(-beta)),
+        ((1 - beta) * down).log1p_().clamp_(min=math.log(beta)),
+    )
     return torch.where(d > 0, towards, towards - d), torch.where(d > 0, towards + d, towards)
 
 

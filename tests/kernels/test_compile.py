@@ -5,6 +5,8 @@ import torch
 from _helpers import leaf, problem, relative
 
 import opsd_kernels
+from opsd_kernels.fused_linear import Inputs, Spec
+from opsd_kernels.objective import Objective
 
 STUDENT, TEACHER, WEIGHT = problem(12, 8, 50, dtype=torch.float32)
 MASK = torch.arange(12).view(2, 6) % 3 > 0
@@ -52,11 +54,13 @@ def test_compiled_equals_eager_without_a_graph_break(name, trainable):
 def test_operators_are_well_formed():
     """torch's own checks: schema, fake implementations, autograd registration."""
     x, w = leaf(STUDENT), leaf(WEIGHT)
-    spec = (
-        [0.5, 1.0, *[float("nan")] * 3, 0.0, 0.0, 1.0, float("nan"), 1.0, float("nan"), float("nan")],
-        [9, 50, 1 << 24],
-    )
-    args = (x, w, None, TEACHER, None, None, None, MASK.view(-1), IDS.view(-1), None, *spec, "divergence,torch,")
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    for wanted in ([True, False, False], [True, True, False]):
-        torch.library.opcheck(torch.ops.opsd.fused_linear.default, (*args, torch.float32, wanted), test_utils=tests)
+    spec = Spec("divergence", Objective(beta=0.4), 9, 50, torch.float32, 1 << 24, "torch")
+    ops = torch.ops.opsd
+    for targets in (IDS.view(-1), None):
+        for wanted in ([True, False, False], [True, True, False]):
+            inputs = Inputs(x, w, teacher=TEACHER, mask=MASK.view(-1), targets=targets)
+            torch.library.opcheck(ops.fused_linear.default, (*inputs.all(), *spec.encoded(), wanted))
+    logits = leaf(STUDENT @ WEIGHT.T)
+    torch.library.opcheck(ops.logits_loss.default, (logits, TEACHER @ WEIGHT.T, None, None, *spec.encoded(), True))
+    top = Spec("top_k", Objective(top_k=3), 1, 50, torch.float32, 1 << 24, "torch")
+    torch.library.opcheck(ops.top_k.default, (STUDENT, WEIGHT, None, None, *top.encoded()))

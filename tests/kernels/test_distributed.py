@@ -80,14 +80,16 @@ def check_sharded_weight(rank):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    student, teacher, weight = problem(6, 8, 33)
+    weight = problem(6, 8, 33)[2]
     mesh = init_device_mesh("cpu", (2,))
-    x, plain = leaf(student), leaf(weight)
-    opsd_kernels.jsd_loss(x, teacher, plain).backward()
-    mine, sharded = leaf(student), distribute_tensor(weight.clone(), mesh, [Shard(0)]).requires_grad_()
-    opsd_kernels.jsd_loss(mine, teacher, sharded).backward()
-    assert relative(mine.grad, x.grad) < 1e-12
-    assert relative(sharded.grad.full_tensor(), 1.0 * plain.grad) < 1e-12
+    plain = leaf(weight)
+    inputs = [problem(6, 8, 33, seed=seed)[:2] for seed in (10, 11)]  # other data on each rank
+    torch.stack([opsd_kernels.jsd_loss(s, t, plain) for s, t in inputs]).mean().backward()
+    x, sharded = leaf(inputs[rank][0]), distribute_tensor(weight.clone(), mesh, [Shard(0)]).requires_grad_()
+    loss = opsd_kernels.jsd_loss(x, inputs[rank][1], sharded)
+    loss.backward()
+    assert relative(loss, opsd_kernels.jsd_loss(*inputs[rank], weight)) < 1e-12
+    assert relative(sharded.grad.full_tensor(), plain.grad) < 1e-12  # the mean over ranks, as in data parallelism
 
 
 @pytest.mark.parametrize("check", [check_vocab_parallel, check_refusals, check_sharded_weight])

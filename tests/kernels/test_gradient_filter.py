@@ -48,3 +48,19 @@ def test_dropped_columns_cost_nothing():
         flops[eps] = product_flops(step)
     assert flops[1e-30] <= flops[None]
     assert flops[1e-3] < 0.8 * flops[None]
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_eps_and_the_bound_are_for_the_tokens_own_loss_whatever_its_weight(trainable):
+    student, teacher, weight = problem(64, 16, 3000, gap=0.5)
+    results = {}
+    for size in (1.0, 50.0, 1e-3):
+        inputs = [leaf(student), leaf(weight).requires_grad_(trainable)]
+        loss, stats = opsd_kernels.jsd_loss(
+            inputs[0], teacher, inputs[1], gradient_filter=1e-4, reduction="sum", return_stats=True,
+            token_weight=torch.full((64,), size, dtype=torch.float64),
+        )  # fmt: skip
+        results[size] = torch.autograd.grad(loss, inputs[0])[0] / size, stats.gradient_dropped
+    for gradient, dropped in results.values():
+        assert relative(gradient, results[1.0][0]) < 1e-9
+        assert torch.allclose(dropped, results[1.0][1], rtol=1e-9)

@@ -1,5 +1,9 @@
 """lm_head_of reads all that a transformers model does to its logits, or refuses."""
 
+import importlib.util
+import sys
+import textwrap
+
 import pytest
 import torch
 
@@ -67,32 +71,53 @@ def test_adapters_leave_the_head_readable_but_not_on_it():
         opsd_kernels.lm_head_of(on_head)
 
 
-class Odd(transformers.LlamaForCausalLM):
-    def forward(self, input_ids, **kwargs):
-        hidden = self.model(input_ids).last_hidden_state
-        logits = self.lm_head(hidden)
-        logits = logits - logits.mean(-1, keepdim=True) * 0.5
-        return logits
+ODD = {
+    "a mean is taken off": "logits = self.lm_head(hidden)\nlogits = logits - logits.mean(-1, keepdim=True) * 0.5",
+    "hidden states are scaled in the call": "logits = self.lm_head(hidden / 2)",
+    "hidden states are scaled before": "hidden = hidden * 2\nlogits = self.lm_head(hidden)",
+    "in place": "logits = self.lm_head(hidden)\nlogits /= 2",
+    "in place by a method": "logits = self.lm_head(hidden)\nlogits.div_(2)",
+    "where it is returned": "logits = self.lm_head(hidden)\nreturn logits / self.config.logits_scaling",
+    "under another name": "logits = self.lm_head(hidden)\nscaled = logits * self.config.logits_scaling\nreturn scaled",
+    "only under a flag": (
+        "logits = self.lm_head(hidden)\nif self.config.use_scale:\n    logits = logits * self.config.logits_scaling"
+    ),
+    "cap before scale": (
+        "logits = self.lm_head(hidden)\n"
+        "logits = logits / self.config.final_logit_softcapping\nlogits = torch.tanh(logits)\n"
+        "logits = logits * self.config.final_logit_softcapping\nlogits = logits * self.config.logits_scaling"
+    ),
+    "another name of the cap": (
+        "logits = self.lm_head(hidden)\n"
+        "logits = logits / self.config.final_logit_softcap\nlogits = torch.tanh(logits)\n"
+        "logits = logits * self.config.final_logit_softcap"
+    ),
+    "half a cap": "logits = self.lm_head(hidden)\nlogits = torch.tanh(logits)",
+    "no head": "logits = hidden",
+}
 
 
-class OddHidden(transformers.LlamaForCausalLM):
-    def forward(self, input_ids, **kwargs):
-        hidden = self.model(input_ids).last_hidden_state
-        logits = self.lm_head(hidden / 2)
-        return logits
-
-
-class OddInPlace(transformers.LlamaForCausalLM):
-    def forward(self, input_ids, **kwargs):
-        logits = self.lm_head(self.model(input_ids).last_hidden_state)
-        logits /= 2
-        return logits
-
-
-@pytest.mark.parametrize("odd", [Odd, OddHidden, OddInPlace])
-def test_unknown_post_processing_is_refused(odd):
+@pytest.mark.parametrize("name", ODD)
+def test_unknown_post_processing_is_refused(name, tmp_path):
+    body = textwrap.indent("hidden = self.model(input_ids).last_hidden_state\n" + ODD[name], " " * 8)
+    source = tmp_path / "odd.py"  # in a file, for its source to be found
+    source.write_text(
+        "import torch\nimport transformers\n\nclass Odd(transformers.LlamaForCausalLM):\n"
+        f"    def forward(self, input_ids, **kwargs):\n{body}\n        return logits\n"
+    )
+    spec = importlib.util.spec_from_file_location(f"odd_{abs(hash(name))}", source)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[spec.name] = module
+    config = transformers.LlamaConfig(**SIZES)
+    config.logits_scaling, config.final_logit_softcapping, config.use_scale, config.final_logit_softcap = (
+        2.0,
+        3.0,
+        0,
+        3.0,
+    )
     with pytest.raises(ValueError, match="not understood"):
-        opsd_kernels.lm_head_of(odd(transformers.LlamaConfig(**SIZES)))
+        opsd_kernels.lm_head_of(module.Odd(config))
 
 
 def test_no_language_model_is_refused():

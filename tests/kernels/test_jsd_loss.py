@@ -438,3 +438,83 @@ def test_logits_need_not_be_contiguous():
     wide[:, ::2] = student
     got = opsd_kernels.jsd_loss(wide[:, ::2], teacher.T.contiguous().T, weight.T.contiguous().T)
     assert got.item() == pytest.approx(opsd_kernels.jsd_loss(student, teacher, weight).item(), rel=1e-12)
+
+
+def test_what_stands_in_token_weight_where_nothing_counts_does_not_matter():
+    student, teacher, weight = problem(4, 4, 20)
+    mask = torch.tensor([True, False, True, True])
+    odd = torch.tensor([1.0, math.nan, 0.5, 2.0], dtype=torch.float64)
+    plain = odd.nan_to_num(7.0)
+    for reduction in ("mean", "none"):
+        for trainable in (False, True):
+            results = []
+            for token_weight in (odd, plain):
+                inputs = [leaf(student), leaf(weight).requires_grad_(trainable)]
+                loss = opsd_kernels.jsd_loss(
+                    inputs[0], teacher, inputs[1], mask=mask, token_weight=token_weight, reduction=reduction
+                )
+                results.append([loss, *torch.autograd.grad(loss.sum(), inputs[: 1 + trainable])])
+            assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("weight_size", [1 / 4096, 1e5])
+def test_float16_gradients_survive_small_and_large_weights(weight_size):
+    student, teacher, weight = (t.half() for t in problem(32, 32, 2001, gap=0.2))
+    inputs = [leaf(student), leaf(weight)]
+    token_weight = torch.full((32,), weight_size)
+    loss = opsd_kernels.jsd_loss(inputs[0], teacher, inputs[1], token_weight=token_weight, reduction="sum")
+    (loss / weight_size).backward()  # as a gradient scaler would; it comes too late for a dz that did not fit
+    exact = [leaf(student.double()), leaf(weight.double())]
+    reference.jsd_loss(exact[0], teacher.double(), exact[1], Objective()).sum().backward()
+    for mine, want in zip(inputs, exact, strict=True):
+        assert relative(mine.grad, want.grad) < 2e-3
+
+
+def test_the_divergence_statistic_is_that_of_the_vocabulary_even_where_the_support_is_empty():
+    student = torch.tensor([[-math.inf, -math.inf, 1.0, 2.0]])
+    teacher = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
+    _, whole = opsd_kernels.jsd_loss_from_logits(student, teacher, return_stats=True)
+    loss, stats = opsd_kernels.jsd_loss_from_logits(student, teacher, top_k=2, return_stats=True)
+    assert loss == 0
+    assert stats.divergence.item() == pytest.approx(whole.divergence.item())
+    assert stats.divergence > 0.5
+
+
+def test_a_denominator_of_another_dtype_does_not_change_the_losses():
+    student, teacher, weight = (t.float() for t in problem(4, 4, 20))
+    loss = opsd_kernels.jsd_loss(student, teacher, weight, denominator=torch.tensor(7.0, dtype=torch.float64))
+    assert loss.dtype == torch.float32
+
+
+def test_a_nan_is_not_silenced_by_a_zero_weight():
+    student, teacher, weight = problem(3, 4, 9)
+    student[1] = math.nan
+    loss = opsd_kernels.jsd_loss(student, teacher, weight, token_weight=torch.tensor([1.0, 0.0, 1.0]).double())
+    assert loss.isnan()  # its gradient is NaN too: a check of the loss must see it
+
+
+@pytest.mark.parametrize("beta", [1e-9, 1e-6, 1 - 1e-6])
+def test_the_jsd_is_finite_next_to_its_ends(beta):
+    student, teacher = torch.tensor([[0.0, 40.0, -1.0]]), torch.tensor([[40.0, 0.0, -1.0]])
+    for backend in ("torch", "auto"):
+        got = opsd_kernels.jsd_loss_from_logits(student, teacher, beta=beta, backend=backend)
+        want = reference.divergence(student.double(), teacher.double(), Objective(beta=beta))
+        assert got.item() == pytest.approx(want.item(), rel=2e-2, abs=1e-7)
+
+
+def test_naming_the_same_head_twice_still_projects_it_once():
+    student, teacher, weight = problem(20, 8, 50)
+    bias = torch.linspace(-1, 1, 50, dtype=torch.float64)
+    got = opsd_kernels.jsd_loss(student, teacher, weight, bias=bias, teacher_weight=weight)
+    want = opsd_kernels.jsd_loss(student, teacher, weight, bias=bias, teacher_weight=weight.clone())
+    assert got.item() == pytest.approx(want.item(), rel=1e-12)
+
+
+def test_a_teacher_from_inference_mode_will_do():
+    student, teacher, weight = problem(5, 4, 20)
+    with torch.inference_mode():
+        constant = teacher * 1.0
+    for reduction in ("mean", "none"):
+        inputs = [leaf(student), leaf(weight)]
+        opsd_kernels.jsd_loss(inputs[0], constant, inputs[1], reduction=reduction).sum().backward()
+        assert all(t.grad.ne(0).any() for t in inputs)

@@ -94,7 +94,8 @@ def test_chunks_are_even_and_within_the_budget():
         sizes = [c.stop - c.start for c in plan]
         assert sum(sizes) == tokens
         assert max(sizes) <= rows
-        assert max(sizes) - min(sizes) < len(sizes) + 1
+        assert max(sizes) - min(sizes) <= 1
+        assert max(sizes) == plan.rows
         assert len(sizes) == plan.count
 
 
