@@ -34,6 +34,9 @@ class ModelConfig:
         "type of the weights; small updates vanish in bfloat16 weights, so use it for LoRA, not for full training",
     )
     autocast: Literal["none", "bfloat16"] = _opt("none", "compute in this type with weights of `dtype`")
+    packing: Literal["auto", "on", "off"] = _opt(
+        "auto", "score both contexts as packed rows without padding; auto: where the model allows it"
+    )
     gradient_checkpointing: bool = _opt(False, "recompute activations in the backward pass to save memory")
     attn_implementation: str | None = _opt(
         None, "as in transformers: sdpa, eager, flash_attention_2 ...; none: its choice"

@@ -23,7 +23,7 @@ from opsd.prompts import Example
 from opsd.rollouts import Rollout, Sampling, derive_seed, generate
 from opsd.scoring import rollout_hidden, rollout_index
 from opsd.teachers import Teacher
-from opsd_kernels import Head, jsd_loss, lm_head_of, token_logprobs
+from opsd_kernels import Head, dual_hidden_states, jsd_loss, lm_head_of, pack_dual_context, token_logprobs
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Run:
     device: torch.device
     end_ids: list[int]
     pad_id: int
+    packed: bool = False
 
 
 @dataclass
@@ -72,12 +73,11 @@ def opsd_step(run: Run, examples: Sequence[Example], number: int) -> StepResult:
     loss: Tensor = torch.zeros((), device=run.device)
     sums: dict[str, Tensor] = {}
     for chosen in micro_batches(list(map(len, written)), config.optim.micro_batch_size):
-        ids = [written[i] for i in chosen]
-        with clock("teacher"), autocast(config, run.device):
-            teacher_hidden = run.teacher.hidden([examples[i].teacher for i in chosen], ids)
-        with clock("student"):
+        ids, batch = [written[i] for i in chosen], [examples[i] for i in chosen]
+        with clock("score"), autocast(config, run.device):
+            student_hidden, teacher_hidden = score(run, batch, ids)
+        with clock("loss"):
             with autocast(config, run.device):
-                student_hidden = rollout_hidden(run.model, [examples[i].student for i in chosen], ids)
                 part, stats = divergence(run, student_hidden, teacher_hidden, ids, denominator)
             part.backward()
         loss = loss + part.detach()
@@ -88,6 +88,19 @@ def opsd_step(run: Run, examples: Sequence[Example], number: int) -> StepResult:
     metrics["rollout_length"] = tokens / len(rollouts)
     metrics["truncated"] = sum(rollout.truncated for rollout in rollouts) / len(rollouts)
     return StepResult(loss, tokens, metrics, clock, rollouts)
+
+
+def score(run: Run, examples: Sequence[Example], rollouts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """The hidden states that predict the rollouts' tokens, (R, H) each: the student's, with a gradient, the teacher's.
+
+    Packed, both contexts run without padding, and a gradient-checkpointed model takes them in one pass.
+    """
+    student, teacher = [example.student for example in examples], [example.teacher for example in examples]
+    if run.packed:
+        batch = pack_dual_context(student, teacher, rollouts)
+        return dual_hidden_states(run.model, batch, teacher=run.teacher.source)
+    teacher_hidden = run.teacher.hidden(teacher, rollouts)
+    return rollout_hidden(run.model, student, rollouts), teacher_hidden
 
 
 def sample(run: Run, examples: Sequence[Example], number: int) -> list[Rollout]:

@@ -21,6 +21,9 @@ class Teacher(Protocol):
     head: Head
     """Holds the student's own weight tensor where the two share it."""
 
+    source: str | nn.Module
+    """What `opsd_kernels.dual_hidden_states` calls this teacher: "live", "base", or the model it is."""
+
     def active(self) -> AbstractContextManager[nn.Module]:
         """A context in which the value it yields is the teacher as a model: its weights, dropout off."""
 
@@ -29,11 +32,12 @@ class Teacher(Protocol):
 
 
 class _ModelTeacher:
-    """Scores with `model`; `adapters_off` makes an adapted model the one it was before training."""
+    """Scores with `model`; the source "base" switches its adapters off, which makes it what it was before training."""
 
-    def __init__(self, model: nn.Module, *, adapters_off: bool = False):
-        self.model, self.adapters_off = model, adapters_off
+    def __init__(self, model: nn.Module, source: str | nn.Module):
+        self.model, self.adapters_off = model, source == "base"
         self.head = lm_head_of(model)
+        self.source: str | nn.Module = source
 
     @contextmanager
     def active(self) -> Iterator[nn.Module]:
@@ -57,9 +61,10 @@ def make_teacher(kind: str, model: nn.Module) -> Teacher:
     frozen copy, a second model in memory.
     """
     if kind == "live":
-        return _ModelTeacher(model)
+        return _ModelTeacher(model, "live")
     if kind != "base":
         raise ValueError(f"teacher kind {kind!r}; accepted: base, live")
     if is_adapted(model):
-        return _ModelTeacher(model, adapters_off=True)
-    return _ModelTeacher(copy.deepcopy(model).eval().requires_grad_(False))
+        return _ModelTeacher(model, "base")
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    return _ModelTeacher(frozen, frozen)

@@ -22,8 +22,9 @@ from opsd.evaluate import Evaluation, evaluate
 from opsd.metrics import Clock, Display, append_json, host_values
 from opsd.prompts import Example, Prompter, encode_rows
 from opsd.step import Run, Step, opsd_step
-from opsd.teachers import make_teacher
+from opsd.teachers import Teacher, make_teacher
 from opsd_kernels import lm_head_of
+from opsd_kernels.packing import plan_passes
 
 
 class NonFiniteError(Exception):
@@ -104,11 +105,13 @@ def train(config: Config, *, step: Step = opsd_step, quiet: bool = False) -> Run
         except (TypeError, ValueError) as error:
             raise ConfigError(f"model.path {config.model.path!r}: {error}") from error
         teacher = make_teacher(config.teacher.kind, model)
-        run = Run(config, model, tokenizer, head, teacher, device, ends, pad)
+        packed, how = _packing(config, model, teacher)
+        run = Run(config, model, tokenizer, head, teacher, device, ends, pad, packed)
 
         run_dir = _make_run_dir(name, run_dir)
         (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         _introduce(run, examples[0], counts, run_dir, display)
+        display.note(how)
 
         evaluations = {}
         if eval_examples:
@@ -318,6 +321,23 @@ def _check_context(config: Config, model: nn.Module, examples: Sequence[Example]
             f"the longest prompt has {longest} tokens and rollout.max_new_tokens adds {new}, but the model has {limit} "
             "positions; lower data.max_prompt_tokens (with data.too_long drop) or rollout.max_new_tokens"
         )
+
+
+def _packing(config: Config, model: nn.Module, teacher: Teacher) -> tuple[bool, str]:
+    """Whether both contexts run as packed rows, and a line that says how.
+
+    Raises ConfigError if they are to and the model does not allow it.
+    """
+    if config.model.packing == "off":
+        return False, "scoring: padded, as asked"
+    try:
+        model.train()
+        plan = plan_passes(model, teacher=teacher.source)
+    except (TypeError, ValueError) as error:
+        if config.model.packing == "on":
+            raise ConfigError(f"model.packing is on, but {error}") from error
+        return False, f"scoring: padded, since {error}"
+    return True, f"scoring: packed, {plan.passes} ({plan.reason})"
 
 
 def _introduce(run: Run, example: Example, counts: dict[str, int], run_dir: Path, display: Display) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import backends
 from .across import Across, across_group
-from .gemm import accumulate_weight_gradient, accumulation_dtype, back_project, project
+from .gemm import accumulate_weight_gradient, accumulation_dtype, back_project, conversion_bytes, project
 from .objective import Objective
 from .rows import DROPPED, Column
 from .workspace import ChunkPlan, plan_chunks
@@ -280,11 +280,14 @@ class _Sweep:
             widths += self.inputs.teacher.shape[1]
         # the gathered inputs, and their widened copies where the device has no mixed-precision product
         row_bytes += widths * (spec.compute.itemsize + own_dz * element)
+        budget = self.across.budget
+        if own_dz and not self.inputs.x.is_cuda:
+            budget = max(budget - conversion_bytes(spec.accumulate), budget // 2)
         in_torch = self.backend == "torch" or spec.kind == "cached" or spec.objective.top_k is not None
         # a collective for each block of a few rows would cost more than it saves
         temporaries = ("chunk" if spec.group else "block") if in_torch else "none"
         return plan_chunks(
-            self.tokens, self.across.widest, self.inputs.x.device, element, row_bytes, self.across.budget, temporaries
+            self.tokens, self.across.widest, self.inputs.x.device, element, row_bytes, budget, temporaries
         )
 
     def _own_dz(self) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 1 << 21  # elements of the wide operand that are converted at a time where there is no mixed product
+# Where there is no mixed product, operands are converted a few columns of the vocabulary at a time, in two blocks of
+# about this many elements.
+CONVERTED_ELEMENTS = 1 << 16
 
 
 def accumulation_dtype(compute: torch.dtype) -> torch.dtype:
@@ -21,7 +23,7 @@ def project(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None
         torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
     else:
         wide = x.to(out.dtype)
-        for rows in _blocks(weight):
+        for rows in _blocks(weight, x.shape[0]):
             torch.mm(wide, weight[rows].to(out.dtype).t(), out=out[:, rows])
     if bias is not None:
         out += bias
@@ -35,7 +37,7 @@ def back_project(out: Tensor, dz: Tensor, weight: Tensor) -> None:
         torch.mm(dz, weight, out_dtype=out.dtype, out=out)
     else:
         out.zero_()
-        for rows in _blocks(weight):
+        for rows in _blocks(weight, dz.shape[0]):
             out.addmm_(dz[:, rows].to(out.dtype), weight[rows].to(out.dtype))
 
 
@@ -50,11 +52,17 @@ def accumulate_weight_gradient(out: Tensor, dz: Tensor, x: Tensor, *, first: boo
             torch.addmm(out, dz.t(), x, out_dtype=out.dtype, out=out)
     else:
         wide = x.to(out.dtype)
-        for rows in _blocks(out):
+        for rows in _blocks(out, x.shape[0]):
             part = dz[:, rows].to(out.dtype).t()
             torch.addmm(out[rows], part, wide, beta=0 if first else 1, out=out[rows])
 
 
-def _blocks(wide: Tensor) -> list[slice]:
-    step = max(1, BLOCK_ELEMENTS // max(1, wide.shape[1]))
-    return [slice(a, a + step) for a in range(0, wide.shape[0], step)]
+def conversion_bytes(out: torch.dtype) -> int:
+    """What the two blocks take, about."""
+    return 2 * CONVERTED_ELEMENTS * out.itemsize
+
+
+def _blocks(weight: Tensor, tokens: int) -> list[slice]:
+    """Of the vocabulary: `weight` has (V, H) elements, a block of dz (tokens, columns)."""
+    step = max(64, CONVERTED_ELEMENTS // max(1, weight.shape[1], tokens))
+    return [slice(a, a + step) for a in range(0, weight.shape[0], step)]

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -85,12 +86,14 @@ def dense_loss(student, teacher, reduction, form, beta):
     return torch.stack([tokens.mean() for tokens in per_sequence]).mean()
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sequence_mean"])
 @pytest.mark.parametrize("form", ["full", "sampled_token"])
 @pytest.mark.parametrize("kind", ["base", "live"])
-def test_step_is_the_definition(fixed_rollouts, form, reduction, kind):
+def test_step_is_the_definition(fixed_rollouts, form, reduction, kind, packed):
     student = model().double().eval()
     run = run_of(student, teacher__kind=kind, objective__form=form, objective__reduction=reduction)
+    run = dataclasses.replace(run, packed=packed)
     with torch.no_grad():  # as after some training: a frozen copy must not follow
         initial = model(seed=0).double().eval()
         for p in student.parameters():
@@ -114,6 +117,21 @@ def test_supervised_loss_is_cross_entropy():
         logits = student(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
         expected += torch.nn.functional.cross_entropy(logits, torch.tensor(completion), reduction="sum")
     torch.testing.assert_close(loss, expected / 7, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_adapters_get_the_gradient_of_the_padded_ones(fixed_rollouts, checkpointing):
+    gradients = []
+    for packed in (False, True):
+        adapted = lora(model().double())
+        if checkpointing:  # then both contexts go through the model at once
+            adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        adapted.train()
+        opsd_step(dataclasses.replace(run_of(adapted), packed=packed), examples(), 1)
+        gradients.append({n: p.grad for n, p in adapted.named_parameters() if p.requires_grad})
+    assert any(g.abs().max() > 1e-4 for g in gradients[0].values())
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-8)
 
 
 def test_base_teacher_of_adapters_is_the_model_before_training(fixed_rollouts):

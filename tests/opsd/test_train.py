@@ -55,7 +55,7 @@ def test_train_saves_a_model_that_loads_and_has_changed(setup, tmp_path, adapted
     steps = lines(out / "metrics.jsonl")
     assert [record["step"] for record in steps] == [1, 2]
     expected = "loss divergence student_entropy teacher_entropy entry_clipped token_clipped rollout_length truncated "
-    expected += "grad_norm lr tokens_per_second seconds_rollout seconds_teacher seconds_student seconds_optimizer"
+    expected += "grad_norm lr tokens_per_second seconds_rollout seconds_score seconds_loss seconds_optimizer"
     assert set(expected.split()) <= steps[0].keys()
     assert steps[0]["divergence"] > 0
     assert steps[0]["loss"] == pytest.approx(steps[0]["divergence"], rel=1e-4)
@@ -213,3 +213,26 @@ def test_answers_and_intervals():
 
 def load_config_pattern():
     return load_config(None, [("model.path", "m"), ("data.train", "t")]).eval.answer_pattern
+
+
+@pytest.mark.parametrize(("kind", "packing", "code", "said"), [
+    ("llama", "auto", 0, "scoring: packed, two"),
+    ("llama", "off", 0, "scoring: padded, as asked"),
+    ("gpt2", "auto", 0, "scoring: padded, since"),
+    ("gpt2", "on", 2, "model.packing is on, but"),
+])  # fmt: skip
+def test_packing_is_said_and_refused_by_name(setup, tmp_path, capsys, kind, packing, code, said):
+    setup |= {"model.path": str(write_model(tmp_path / "other", kind)), "model.packing": packing, "optim.steps": "1"}
+    assert main(words(setup)) == code
+    assert said in "".join(capsys.readouterr())
+
+
+def test_packed_and_padded_runs_learn_the_same(setup, tmp_path):
+    records = {}
+    for packing in ("on", "off"):
+        options = {**setup, "model.packing": packing, "run.dir": str(tmp_path / packing)}
+        assert main(words(options)) == 0
+        records[packing] = lines(tmp_path / packing / "metrics.jsonl")
+    for packed, padded in zip(records["on"], records["off"], strict=True):
+        for name in ("loss", "grad_norm", "student_entropy", "teacher_entropy"):
+            assert packed[name] == pytest.approx(padded[name], rel=1e-3, abs=1e-6)

@@ -1,0 +1,344 @@
+"""The packed path against two padded batches: `python -m benchmarks.packing`.
+
+One round is the forward and backward pass of a small Qwen3-shaped model with the loss over its rollouts; the contenders
+take turns on the same draw of lengths, each round is a new draw, and ratios are taken round by round. Lengths are those
+of a real run divided by `SCALE`: prompts of 300 and solutions of 2000 tokens, each drawn ±50 %, rollouts up to 1024.
+The contenders' losses must agree. Results go to results/packing.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measure import _allocations, _peak, machine
+from opsd.scoring import rollout_hidden
+from opsd_kernels import jsd_loss, lm_head_of
+from opsd_kernels.packing import dual_hidden_states, pack_dual_context
+
+DATA = Path(__file__).parent / "results" / "packing.json"
+THREADS, SCALE, PROMPTS = 2, 8, 8
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Qwen3-shaped model, all of it trained, its own teacher."""
+
+    hidden: int
+    layers: int
+    vocab: int
+    intermediate: int
+
+    def model(self) -> Any:
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+
+        torch.manual_seed(0)
+        return Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=self.vocab,
+                hidden_size=self.hidden,
+                intermediate_size=self.intermediate,
+                num_hidden_layers=self.layers,
+                num_attention_heads=self.hidden // 64,
+                num_key_value_heads=max(1, self.hidden // 128),
+                head_dim=64,
+                max_position_embeddings=4096,
+                attn_implementation="sdpa",
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+            )
+        ).train()
+
+
+SHAPES = {
+    # The head outweighs the body here as in no real model; the second shape has the proportions of a 1.7B one.
+    "small": Shape(hidden=256, layers=4, vocab=32768, intermediate=768),
+    "deep": Shape(hidden=256, layers=12, vocab=8192, intermediate=768),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Lengths before scaling; `generations` rollouts for each of `PROMPTS` prompts."""
+
+    generations: int
+    rollout_max: int
+
+    @property
+    def key(self) -> str:
+        return f"G{self.generations}-R{self.rollout_max}"
+
+
+CASES = [Case(1, 1024), Case(8, 512)]
+
+
+@dataclass(frozen=True)
+class Draw:
+    students: list[list[int]]
+    teachers: list[list[int]]
+    rollouts: list[list[list[int]]]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(r) for own in self.rollouts for r in own)
+
+    def flat(self) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+        """Prompts repeated for each of their rollouts."""
+        rows = list(zip(self.students, self.teachers, self.rollouts, strict=True))
+        return (
+            [s for s, _, own in rows for _ in own],
+            [t for _, t, own in rows for _ in own],
+            [r for _, _, own in rows for r in own],
+        )
+
+
+def draw(case: Case, vocab: int, seed: int, solutions: int = 1) -> Draw:
+    """Prompts P and P + S: the teacher reads the problem as the student does, then the solution,
+    `solutions` times over: all else stays the same."""
+    random = torch.Generator().manual_seed(seed)
+
+    def tokens(low: float, high: float) -> list[int]:
+        least, most = max(1, round(low / SCALE)), max(1, round(high / SCALE))
+        n = int(torch.randint(least, most + 1, (), generator=random))
+        return torch.randint(3, vocab, (n,), generator=random).tolist()
+
+    students = [tokens(150, 450) for _ in range(PROMPTS)]
+    # The template's last words differ, so the last token or two of the student's prompt are not shared.
+    teachers = [[*s[:-2], *tokens(1000, 3000) * solutions] for s in students]
+    longest = case.rollout_max
+    rollouts = [[tokens(0.1 * longest, longest) for _ in range(case.generations)] for _ in range(PROMPTS)]
+    return Draw(students, teachers, rollouts)
+
+
+Contender = Callable[[Any, Draw], Tensor]
+"""Adds the gradients of the mean loss over the draw's tokens to the model and returns that loss."""
+
+
+def padded_loss(model: Any, data: Draw) -> Tensor:
+    """Two right-padded batches through the stock attention, then the fused loss on the rollouts' rows."""
+    students, teachers, rollouts = data.flat()
+    with torch.no_grad():
+        teacher = rollout_hidden(model, teachers, rollouts)
+    return fused(model, rollout_hidden(model, students, rollouts), teacher)
+
+
+def packed(passes: str) -> Contender:
+    def contender(model: Any, data: Draw) -> Tensor:
+        batch = pack_dual_context(data.students, data.teachers, data.rollouts)
+        hidden = dual_hidden_states(model, batch, passes=passes)
+        return fused(model, hidden.student, hidden.teacher)
+
+    return contender
+
+
+def fused(model: Any, student: Tensor, teacher: Tensor) -> Tensor:
+    head = lm_head_of(model)
+    return jsd_loss(student, teacher, head.weight, **head.options())
+
+
+def padded_dense(model: Any, data: Draw) -> Tensor:
+    """Two right-padded batches, logits of all rows, a JSD in eager torch; eight sequences at a time."""
+    students, teachers, rollouts = data.flat()
+    total = torch.zeros(())
+    for start in range(0, len(rollouts), PROMPTS):
+        part = slice(start, start + PROMPTS)
+        with torch.no_grad():
+            teacher = dense_logits(model, teachers[part], rollouts[part])
+        student = dense_logits(model, students[part], rollouts[part])
+        p, q = student.log_softmax(-1), teacher.log_softmax(-1)
+        m = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0))
+        both = p.exp() * (p - m) + q.exp() * (q - m)
+        loss = 0.5 * both.sum() / data.tokens
+        del student, teacher, p, q, m, both
+        if start + PROMPTS < len(rollouts) and loss.requires_grad:
+            loss.backward()
+            loss = loss.detach()
+        total = total + loss
+    return total
+
+
+def dense_logits(model: Any, prompts: list[list[int]], rollouts: list[list[int]]) -> Tensor:
+    """(tokens, V): logits of all padded rows are computed, those that predict a rollout are used."""
+    sequences = [[*p, *r[:-1]] for p, r in zip(prompts, rollouts, strict=True)]
+    width = max(map(len, sequences))
+    logits = model(input_ids=torch.tensor([s + [0] * (width - len(s)) for s in sequences]), use_cache=False).logits
+    rows = [logits[i, len(p) - 1 : len(p) - 1 + len(r)] for i, (p, r) in enumerate(zip(prompts, rollouts, strict=True))]
+    return torch.cat(rows)
+
+
+CONTENDERS: dict[str, Contender] = {
+    "padded_dense": padded_dense,
+    "padded_loss": padded_loss,
+    "packed_two": packed("two"),
+    "packed_joint": packed("joint"),
+}
+
+
+def timed(contender: Contender, model: nn.Module, data: Draw) -> tuple[float, float, float]:
+    """(seconds, loss, norm of the gradient)."""
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    begun = time.perf_counter()
+    loss = contender(model, data)
+    loss.backward()
+    seconds = time.perf_counter() - begun
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    return seconds, float(loss.detach()), float(norm)
+
+
+def memory(contender: Contender, model: nn.Module, data: Draw) -> dict[str, int]:
+    """Bytes that the graph holds after the forward pass, and the most that were allocated during a step."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    held: dict[int, tuple[int, Tensor]] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = (storage.nbytes(), t)
+        return t
+
+    model.zero_grad(set_to_none=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = contender(model, data)
+    saved = sum(size for size, _ in held.values())
+    held.clear()
+    del loss
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    _, sizes = _allocations(lambda: contender(model, data).backward())
+    return {"saved_bytes": saved, "peak_bytes": _peak(sizes)}
+
+
+def measure(shape: Shape, case: Case, rounds: int, names: list[str], checkpointing: bool) -> dict[str, Any]:
+    """Times by round and contender, ratios of their medians by round, memory on the first draw."""
+    model = shape.model()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    first = draw(case, shape.vocab, 0)
+    records: dict[str, dict[str, Any]] = {}
+    for name in names:
+        records[name] = {"seconds": [], "tokens_per_second": []}
+        if name == "padded_dense" and case.generations > 1:
+            records[name]["memory"] = "not comparable: eight sequences at a time, backward in between"
+            continue
+        records[name] |= memory(CONTENDERS[name], model, first)
+        longer = draw(case, shape.vocab, 0, solutions=2)
+        if name != "padded_dense":
+            records[name]["saved_bytes_solution_doubled"] = memory(CONTENDERS[name], model, longer)["saved_bytes"]
+    worst = 0.0
+    order, tokens = list(names), []
+    for number in range(rounds):
+        data = draw(case, shape.vocab, 1 + number)
+        tokens.append(data.tokens)
+        seen = []
+        for name in order:
+            seconds, loss, norm = timed(CONTENDERS[name], model, data)
+            records[name]["seconds"].append(seconds)
+            records[name]["tokens_per_second"].append(data.tokens / seconds)
+            seen.append((loss, norm))
+        order = [*order[1:], order[0]]
+        for values in zip(*seen, strict=True):
+            worst = max(worst, (max(values) - min(values)) / abs(values[0]))
+        print(
+            f"  round {number + 1}: " + ", ".join(f"{n} {records[n]['seconds'][-1]:.2f} s" for n in names), flush=True
+        )
+    if worst > 1e-3:
+        raise RuntimeError(f"{case.key}: the contenders' losses or gradients differ by {worst:.1e}")
+    rows = rows_of(first)
+    return {
+        "case": asdict(case), "checkpointing": checkpointing, "rounds": rounds, "rollout_tokens": tokens,
+        "rows": rows, "largest_difference": worst, "load": os.getloadavg()[0],
+        "contenders": records,
+        "ratios": {
+            f"{packed_name} over {name}": ratio(records, name, packed_name)
+            for packed_name in names if packed_name.startswith("packed")
+            for name in names if not name.startswith("packed")
+        }
+    }  # fmt: skip
+
+
+def keep_memory() -> None:
+    """Freed memory stays with the process: on a virtual machine fresh pages can cost more than what is computed on
+    them, and whoever allocates most would pay for all."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: from the heap, whatever the size
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back
+
+
+def ratio(records: dict[str, dict[str, Any]], slow: str, fast: str) -> dict[str, float]:
+    by_round = [a / b for a, b in zip(records[slow]["seconds"], records[fast]["seconds"], strict=True)]
+    return {"median": median(by_round), "least": min(by_round), "most": max(by_round)}
+
+
+def rows_of(data: Draw) -> dict[str, int]:
+    """How many rows go through the model."""
+    students, teachers, rollouts = data.flat()
+    batch = pack_dual_context(data.students, data.teachers, data.rollouts)
+
+    def padded(prompts: list[list[int]]) -> int:
+        return len(prompts) * max(len(p) + len(r) - 1 for p, r in zip(prompts, rollouts, strict=True))
+
+    return {
+        "padded_student": padded(students),
+        "padded_teacher": padded(teachers),
+        "packed_student": batch.student.layout.rows,
+        "packed_teacher": batch.teacher.layout.rows,
+        "joint": batch.joint(share_contexts=True).layout.rows,
+    }
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether results of both may stand beside each other."""
+    return all(one.get(key) == value for key, value in other.items() if key != "date")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=THREADS, help="1 where other work runs on the same cores")
+    parser.add_argument("--shape", choices=SHAPES, action="append", help="default: all")
+    parser.add_argument("--generations", type=int, action="append", help="of the cases; default: all")
+    parser.add_argument("--only", choices=CONTENDERS, action="append", help="contenders; default: all")
+    parser.add_argument("--data", type=Path, default=DATA)
+    options = parser.parse_args()
+    keep_memory()
+    torch.set_num_threads(options.threads)
+    here = {"machine": machine(torch.device("cpu")), "scale": SCALE, "prompts": PROMPTS}
+    results: dict[str, Any] = {**here, "shapes": {}}
+    if options.data.exists():  # what is not measured now stays, if it is from the same place
+        stored = json.loads(options.data.read_text(encoding="utf-8"))
+        if all(stored[k] == v for k, v in here.items() if k != "machine") and same(stored["machine"], here["machine"]):
+            results["shapes"] = stored["shapes"]
+    for shape_name in options.shape or SHAPES:
+        shape = SHAPES[shape_name]
+        found = results["shapes"].setdefault(shape_name, {"shape": asdict(shape), "cases": {}})
+        for case in CASES:
+            if options.generations and case.generations not in options.generations:
+                continue
+            for checkpointing in (False, True):
+                names = [n for n in options.only or CONTENDERS if not (checkpointing and n == "padded_dense")]
+                key = case.key + ("-checkpointed" if checkpointing else "")
+                print(f"{shape_name} {key}", flush=True)
+                found["cases"][key] = measure(shape, case, options.rounds, names, checkpointing)
+                for name, value in found["cases"][key]["ratios"].items():
+                    print(f"  {name}: {value['median']:.2f} ({value['least']:.2f} to {value['most']:.2f})", flush=True)
+                options.data.parent.mkdir(exist_ok=True)
+                options.data.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+"""The packed dual-context path: student and privileged teacher as rows without padding."""
+
+from .hooks import DualHidden, Plan, dual_hidden_states, plan_passes
+from .layout import DualContextBatch, fill_token_budget, pack_dual_context
+
+__all__ = [
+    "DualContextBatch",
+    "DualHidden",
+    "Plan",
+    "dual_hidden_states",
+    "fill_token_budget",
+    "pack_dual_context",
+    "plan_passes",
+]

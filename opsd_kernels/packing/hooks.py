@@ -1,0 +1,554 @@
+"""Packed rows through a transformers model: as two passes, or both contexts in one with nothing saved for the teacher.
+
+Two passes: the teacher's rows without a gradient, then the student's with one. They serve every teacher.
+
+Joint: one pass over [student rows | teacher rows] wherever both run on the same base weights. Each decoder layer runs
+on all rows without a graph and keeps only the student's rows of its input; backward recomputes just those, which never
+see a teacher row. Under gradient checkpointing that is what would be recomputed anyway; without it, it costs a second
+student forward pass and saves what checkpointing saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .attention import BACKENDS, KEYWORD, NAME, Pass, choose_backend, register
+from .layout import DualContextBatch, Joint, Layout
+
+
+class DualHidden(NamedTuple):
+    """The head's inputs, after the final norm; row r of each predicts `batch.target_ids[r]`."""
+
+    student: Tensor  #: (R, H), with a gradient where gradients are on
+    teacher: Tensor  #: (R, H of the teacher), never with one
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `dual_hidden_states` will do; `reason` is for people to read."""
+
+    passes: Literal["two", "joint"]
+    share_contexts: bool  #: teacher rows use the student's rows of the common beginning of both prompts
+    backend: str
+    reason: str
+
+
+def dual_hidden_states(
+    model: nn.Module,
+    batch: DualContextBatch,
+    *,
+    teacher: str | nn.Module = "live",
+    passes: str = "auto",
+    backend: str = "auto",
+) -> DualHidden:
+    """The hidden states that predict the rollout tokens of `batch` in both contexts.
+
+    Args:
+        model: a causal language model of transformers, with or without peft, in the mode (train or eval) that the
+            student is to run in. The teacher always runs with dropout off and without a gradient.
+        teacher: "live", the weights of `model`; "base", `model` with its LoRA adapters off; or another such model.
+        passes: "two", "joint", or "auto": joint if the model checkpoints its layers anyway and the teacher runs on the
+            same base weights.
+        backend: of the attention: "auto", "sdpa", "varlen", "flash" or "eager"; see `packing.attention`.
+
+    Returns:
+        Two tensors, (R, H) and (R, H of the teacher), on the device of the models.
+
+    Raises:
+        TypeError, ValueError: an argument is not of this form, or the model does something that packed rows cannot
+            give it; the message names it and says why.
+    """
+    if not isinstance(batch, DualContextBatch):
+        raise TypeError(f"batch must be a DualContextBatch from pack_dual_context, got {type(batch).__name__}")
+    plan = plan_passes(model, teacher=teacher, passes=passes, backend=backend)
+    student = _Body(model, "model")
+    other = student if isinstance(teacher, str) else _Body(teacher, "teacher")
+    for name, body, side in (("model", student, batch.student), ("teacher", other, batch.teacher)):
+        body.check(name, batch.largest_id, side.layout.longest)
+    if not batch.student.layout.rows:
+        return DualHidden(
+            *(b.embedding.weight.new_zeros(0, b.width).requires_grad_(b is student) for b in (student, other))
+        )
+    register()
+    if plan.passes == "joint":
+        joint = batch.to(student.device).joint(share_contexts=plan.share_contexts)
+        return _joint(student, joint, backend, adapters_off=teacher == "base")
+    with (
+        torch.no_grad(),
+        _evaluating(other.model),
+        _adapters_off(other.model, teacher == "base"),
+        _no_weight_cache(other),
+    ):
+        side = batch.teacher.to(other.device)
+        teacher_hidden = _run(other, side.layout, backend).index_select(0, side.rows)
+    side = batch.student.to(student.device)
+    return DualHidden(_run(student, side.layout, backend).index_select(0, side.rows), teacher_hidden)
+
+
+def plan_passes(
+    model: nn.Module, *, teacher: str | nn.Module = "live", passes: str = "auto", backend: str = "auto"
+) -> Plan:
+    """What `dual_hidden_states` does with these arguments, which are its own, and raises as it does."""
+    if isinstance(teacher, str):
+        if teacher not in ("live", "base"):
+            raise ValueError(f"teacher must be 'live', 'base' or a torch.nn.Module, got {teacher!r}")
+    elif not isinstance(teacher, nn.Module):
+        raise TypeError(f"teacher must be 'live', 'base' or a torch.nn.Module, got {type(teacher).__name__}")
+    if passes not in ("auto", "two", "joint"):
+        raise ValueError(f"passes must be 'auto', 'two' or 'joint', got {passes!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    body = _Body(model, "model")
+    if isinstance(teacher, nn.Module):
+        _Body(teacher, "teacher")
+    elif teacher == "base":
+        _check_base(model)
+    obstacle = _joint_obstacle(body, teacher)
+    if passes == "joint" and obstacle:
+        raise ValueError(f"passes='joint' is not possible: {obstacle}; accepted here: 'two'")
+    if obstacle:
+        chosen, reason = "two", obstacle
+    elif passes != "auto":
+        chosen, reason = passes, "as asked"
+    elif body.checkpoints:
+        chosen, reason = "joint", "the layers are checkpointed, so nothing is computed twice that was not before"
+    else:
+        chosen, reason = "two", "without checkpointing the joint pass would compute the student's forward pass twice"
+    share = chosen == "joint" and teacher == "live" and not _active_dropouts(body.inner)
+    cap = getattr(body.text, "attn_logit_softcapping", None)
+    head_size = getattr(body.text, "head_dim", None) or body.width // body.text.num_attention_heads
+    dtype = torch.get_autocast_dtype(body.device.type) if _autocasting(body) else body.embedding.weight.dtype
+    if backend == "auto":
+        backend, why = choose_backend(body.device, dtype, head_size, cap)
+        reason += f"; attention {backend}: {why}"
+    return Plan("joint" if chosen == "joint" else "two", share, backend, reason)
+
+
+# The model: its parts, and what it must not be.
+
+
+class _Body:
+    """A causal language model's parts, after a check that packed rows can serve it."""
+
+    def __init__(self, model: nn.Module, argument: str):
+        wrapper: Any = model
+        self.model = model
+        self.lm: Any = wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else wrapper
+        if not hasattr(self.lm, "get_input_embeddings") or not hasattr(self.lm, "config"):
+            raise TypeError(f"{argument} must be a causal language model of transformers, got {type(model).__name__}")
+        self.inner: Any = self.lm.base_model
+        if self.inner is self.lm:
+            raise TypeError(f"{argument} must have a body below its lm_head, {type(self.lm).__name__} has none")
+        self.text = self.lm.config.get_text_config()
+        refusal = _refusal(self.lm, self.text, training=argument == "model" and self.lm.training)
+        if refusal:
+            raise ValueError(f"{argument} {type(self.lm).__name__} cannot run on packed rows: {refusal}")
+        self.embedding: Any = self.lm.get_input_embeddings()
+        self.vocabulary = self.embedding.weight.shape[0]
+        self.width = self.text.hidden_size
+        self.device = self.embedding.weight.device
+
+    @property
+    def layers(self) -> list[Any]:
+        """The decoder layers that have a replaceable checkpoint function."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        return [m for m in self.inner.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+    @property
+    def checkpoints(self) -> bool:
+        return any(layer.gradient_checkpointing and layer.training for layer in self.layers)
+
+    def check(self, argument: str, largest_id: int, longest: int) -> None:
+        """That the ids and positions of a batch exist in this model."""
+        if largest_id >= self.vocabulary:
+            raise ValueError(
+                f"batch has token id {largest_id}, the embedding of {argument} accepts 0 to {self.vocabulary - 1}"
+            )
+        for rope in _rope_settings(self.text):
+            kind = rope.get("rope_type", "default")
+            limit = rope.get("original_max_position_embeddings") or getattr(self.text, "max_position_embeddings", 0)
+            if kind in ("dynamic", "longrope") and longest > (limit or 0):
+                raise ValueError(
+                    f"{argument} {type(self.lm).__name__} cannot run on packed rows: its rotary embedding ({kind}) "
+                    f"changes for every row once one context is longer than {limit}, and one has {longest} tokens"
+                )
+
+
+def _rope_settings(config: Any) -> list[dict[str, Any]]:
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [r for r in rope.values() if isinstance(r, dict)]
+    return nested or [rope]
+
+
+def _refusal(lm: Any, config: Any, *, training: bool) -> str | None:
+    """Why packed rows cannot serve this model, or None."""
+    if config is not lm.config:
+        return f"{lm.config.model_type} is multimodal; pass its language model alone"
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder"
+    if getattr(lm, "_is_stateful", False):
+        return "its layers are recurrent, so a state would run from one context into the next"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"layers of type {', '.join(sorted(kinds))} (hybrid or recurrent); accepted: full and sliding attention"
+    if getattr(config, "output_router_logits", False):
+        return "output_router_logits is set, but its router loss over packed rows would count teacher and shared rows"
+    if any("mrope_section" in rope for rope in _rope_settings(config)):
+        return "its rotary positions are three-dimensional (mrope_section)"
+    if getattr(config, "hidden_size_per_layer_input", None):
+        return "it feeds per-layer inputs (hidden_size_per_layer_input) beside the hidden states"
+    if getattr(config, "use_bidirectional_attention", False):
+        return "its attention is bidirectional (use_bidirectional_attention)"
+    if not getattr(lm, "_supports_attention_backend", False):
+        return "its attention cannot be replaced (no attention interface of transformers)"
+    for name in ("attention_dropout", "attn_pdrop"):  # as the older models call it
+        if getattr(config, name, 0) and training:
+            return f"{name} is {getattr(config, name):g} in training; accepted: 0"
+    return None
+
+
+def _check_base(model: nn.Module) -> None:
+    """That switching the adapters off gives the model as it was before training."""
+    wrapper: Any = model
+    if not hasattr(wrapper, "peft_config") or not hasattr(wrapper, "disable_adapter"):
+        raise ValueError(
+            "teacher='base' needs a model with LoRA adapters to switch off, got "
+            f"{type(model).__name__} without; pass a frozen copy of the initial model as teacher instead"
+        )
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    lm = wrapper.get_base_model()
+    for name, config in wrapper.peft_config.items():
+        if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
+            raise ValueError(f"teacher='base': adapter {name!r} is {config.peft_type}; accepted: LORA")
+        if getattr(config, "use_dora", False):
+            raise ValueError(f"teacher='base': adapter {name!r} uses DoRA (use_dora); accepted: plain LoRA")
+        if getattr(config, "modules_to_save", None):
+            raise ValueError(
+                f"teacher='base': adapter {name!r} has modules_to_save={list(config.modules_to_save)}; accepted: none, "
+                "whole trained modules are not the base model's"
+            )
+    ends = {id(lm.get_input_embeddings()): "embedding", id(lm.get_output_embeddings()): "head"}
+    for name, module in lm.named_modules():
+        if isinstance(module, BaseTunerLayer) and (id(module) in ends or id(module.get_base_layer()) in ends):
+            place = ends.get(id(module)) or ends[id(module.get_base_layer())]
+            raise ValueError(
+                f"teacher='base': LoRA on the {place} ({name}) is not supported; accepted: on linear layers"
+            )
+    for name, parameter in lm.named_parameters():
+        if parameter.requires_grad and "lora_" not in name:
+            raise ValueError(
+                f"teacher='base': {name} is trained too, so without its adapters this is not the base model"
+            )
+
+
+def _joint_obstacle(body: _Body, teacher: str | nn.Module) -> str | None:
+    """Why both contexts cannot go through `model` at once, or None."""
+    if not isinstance(teacher, str):
+        return "the teacher is a model of its own"
+    if not isinstance(getattr(body.inner, "norm", None), nn.Module):
+        return f"{type(body.inner).__name__} has no final norm called `norm`"
+    if not body.layers:
+        return f"the layers of {type(body.inner).__name__} have no replaceable checkpoint function"
+    adapters = _adapters(body.inner)
+    inside = {id(m) for layer in adapters for m in layer.modules()}
+    loose = [m for m in _active_dropouts(body.inner) if id(m) not in inside]
+    if loose:
+        return (
+            f"{type(body.inner).__name__} has dropout {loose[0].p:g} outside its adapters, which a teacher must not see"
+        )
+    if teacher == "base" and any(type(m.get_base_layer()) is not nn.Linear for m in adapters):
+        return "adapters sit on something other than torch.nn.Linear, whose rows cannot be told apart"
+    return None
+
+
+def _active_dropouts(module: nn.Module) -> list[Any]:
+    return [m for m in module.modules() if isinstance(m, nn.Dropout) and m.p > 0 and m.training]
+
+
+def _adapters(module: nn.Module) -> list[Any]:
+    """The peft layers within `module`."""
+    found = [m for m in module.modules() if hasattr(m, "get_base_layer") and hasattr(m, "lora_A")]
+    return found
+
+
+# Contexts in which a model runs.
+
+
+@contextmanager
+def _packed_attention(inner: nn.Module) -> Iterator[None]:
+    """Attention by `NAME`. The configs are restored, so that the model generates as ever in between."""
+    configs: list[Any] = list({id(m.config): m.config for m in inner.modules() if hasattr(m, "config")}.values())
+    before = [config._attn_implementation_internal for config in configs]
+    for config in configs:
+        config._attn_implementation_internal = NAME
+    try:
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation_internal = name
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    training = [m for m in module.modules() if m.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+def _adapters_off(model: Any, off: bool) -> AbstractContextManager:
+    return model.disable_adapter() if off else nullcontext()
+
+
+def _autocasting(body: _Body) -> bool:
+    return torch.is_autocast_enabled(body.device.type)
+
+
+def _no_weight_cache(body: _Body) -> AbstractContextManager:
+    """Autocast as it is, but without its cache: a weight cast under no_grad would be cached without its gradient."""
+    kind = body.device.type
+    if not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=False)
+
+
+@contextmanager
+def _checkpoint_function(
+    layers: list[Any], make: Callable[[Callable[..., Any] | None], Callable[..., Any]], *, always: bool
+) -> Iterator[None]:
+    """`make(former function)` as the checkpoint function of each layer that checkpoints, or of all of them."""
+    before = [
+        (
+            layer,
+            layer.__dict__.get("gradient_checkpointing"),
+            layer.__dict__.get("_gradient_checkpointing_func"),
+            layer.training,
+        )
+        for layer in layers
+    ]
+    try:
+        for layer, _, former, _ in before:
+            if always:
+                # The layer's own flag only: it asks for both before it checkpoints, what is inside keeps its mode.
+                layer.gradient_checkpointing = layer.training = True
+            if layer.gradient_checkpointing:
+                layer._gradient_checkpointing_func = make(former)
+        yield
+    finally:
+        for layer, flag, former, training in before:
+            layer.training = training
+            for name, value in (("gradient_checkpointing", flag), ("_gradient_checkpointing_func", former)):
+                if value is not None:
+                    setattr(layer, name, value)
+                else:
+                    layer.__dict__.pop(name, None)
+
+
+def _call(body: _Body, packed: Pass, **inputs: Any) -> Tensor:
+    """(rows, H): the body's output; raises if any layer never saw the layout."""
+    out = body.inner(
+        **inputs, position_ids=packed.layout.positions[None], use_cache=False, **{KEYWORD: packed}
+    ).last_hidden_state
+    expected = getattr(body.text, "num_hidden_layers", packed.calls)
+    if packed.calls != expected:
+        raise ValueError(
+            f"{type(body.lm).__name__} cannot run on packed rows: {packed.calls} of its {expected} layers use the "
+            "attention interface, and what the others mix is unknown"
+        )
+    return out[0]
+
+
+def _run(body: _Body, layout: Layout, backend: str) -> Tensor:
+    """(T, H) hidden states of one context, with a graph where gradients are on."""
+
+    def make(former: Callable[..., Any] | None) -> Callable[..., Any]:
+        assert former is not None  # transformers sets it together with the flag
+
+        def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
+            def again(*inputs: Any) -> Any:  # also in backward, long after the model's own attention is back
+                with _packed_attention(body.inner):
+                    return function(*inputs)
+
+            return former(again, *args)
+
+        return checkpoint
+
+    with _packed_attention(body.inner), _checkpoint_function(body.layers, make, always=False):
+        return _call(body, Pass(layout, backend), input_ids=layout.ids[None])
+
+
+# The joint pass.
+
+
+def _joint(body: _Body, joint: Joint, backend: str, *, adapters_off: bool) -> DualHidden:
+    n, norm = joint.student.rows, body.inner.norm
+    with torch.no_grad(), _evaluating(body.embedding), _adapters_off(body.model, adapters_off):
+        teacher_embeds = body.embedding(joint.layout.ids[None, n:]).detach()  # a hook may have asked for a gradient
+    embeds = torch.cat([body.embedding(joint.student.ids[None]), teacher_embeds], dim=1)
+    kept: list[Tensor] = []
+
+    def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Only the rows that predict something reach the norm, which would else save all of them."""
+        kept.append(args[0][0].detach().index_select(0, joint.teacher_rows))
+        return (args[0].index_select(1, joint.student_rows), *args[1:])
+
+    rows = _StudentRows(body, joint)
+    handle = norm.register_forward_pre_hook(select)
+    try:
+        with (
+            _packed_attention(body.inner),
+            _checkpoint_function(body.layers, lambda _: rows.checkpoint, always=True),
+            _row_wise_adapters(body.inner, n, joint.layout.rows, off=adapters_off),
+        ):
+            student = _call(body, Pass(joint.layout, backend), inputs_embeds=embeds)
+    finally:
+        handle.remove()
+        rows.forget()
+    with torch.no_grad():
+        teacher = norm(kept[0])
+    return DualHidden(student, teacher)
+
+
+@contextmanager
+def _row_wise_adapters(inner: nn.Module, n: int, total: int, *, off: bool) -> Iterator[None]:
+    """The adapters as the student runs them on the first `n` of `total` rows; on the others without dropout, or not at
+    all. The student's rows alone (the recompute) need none of it."""
+
+    def split(layer: Any, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def rowwise(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if x.dim() != 3 or x.shape[:2] != (1, total):
+                raise ValueError(
+                    f"passes='joint': an adapter on {type(layer.get_base_layer()).__name__} gets rows of shape "
+                    f"{tuple(x.shape)}, not {(1, total)}, and cannot tell the teacher's from the student's; "
+                    "accepted here: passes='two'"
+                )
+            if off:
+                teacher = layer.get_base_layer()(x[:, n:], *args, **kwargs)
+            else:
+                with _evaluating(layer):
+                    teacher = forward(x[:, n:], *args, **kwargs)
+            return torch.cat([forward(x[:, :n], *args, **kwargs), teacher], dim=1)
+
+        return rowwise
+
+    adapters = [layer for layer in _adapters(inner) if off or _active_dropouts(layer)]
+    before = [layer.__dict__.get("forward") for layer in adapters]
+    for layer in adapters:
+        layer.forward = split(layer, layer.forward)
+    try:
+        yield
+    finally:
+        for layer, former in zip(adapters, before, strict=True):
+            if former is None:
+                del layer.forward
+            else:
+                layer.forward = former
+
+
+class _StudentRows:
+    """The checkpoint function of the joint pass and what one trip through the model shares between its layers."""
+
+    def __init__(self, body: _Body, joint: Joint):
+        self.body, self.joint = body, joint
+        self._sliced: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def checkpoint(self, function: Any, hidden: Tensor, *args: Any) -> Tensor:
+        if args or not isinstance(function, partial):
+            raise ValueError("passes='joint' needs layers that take hidden states alone by position; use passes='two'")
+        if not torch.is_grad_enabled():
+            return function(hidden)
+        layer = function.args[0]
+        recompute = partial(function.func, layer, **self._student(function.keywords))
+        parameters = [p for p in layer.parameters() if p.requires_grad]
+        # As inputs of the function the parameters get their gradients from it, and a frozen embedding breaks nothing.
+        return _StudentRowsOnly.apply(self, function, recompute, parameters, hidden, *parameters)
+
+    def forget(self) -> None:
+        """Lets go of what belongs to all rows."""
+        self._sliced.clear()
+
+    def _student(self, value: Any) -> Any:
+        """`value`, an argument of a layer for all rows, for the student's rows alone."""
+        n, total = self.joint.student.rows, self.joint.layout.rows
+        if isinstance(value, Pass):
+            return Pass(self.joint.student, value.backend)
+        if isinstance(value, dict):
+            return {k: self._student(v) for k, v in value.items()}
+        if isinstance(value, tuple | list):
+            return type(value)(self._student(v) for v in value)
+        if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == total:
+            # Once for all layers, and a copy: a view would keep the teacher's part alive.
+            if id(value) not in self._sliced:
+                self._sliced[id(value)] = (value, value[:, :n].clone())
+            return self._sliced[id(value)][1]
+        return value
+
+
+class _StudentRowsOnly(torch.autograd.Function):
+    """A layer on all rows without a graph; backward recomputes and differentiates its first n rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: _StudentRows,
+        function: Any,
+        recompute: Any,
+        parameters: list[Tensor],
+        hidden: Tensor,
+        *_: Tensor,
+    ) -> Tensor:
+        device = hidden.device
+        ctx.device_type = device.type
+        ctx.cpu_state = torch.get_rng_state()
+        ctx.device_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        ctx.autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        with _no_weight_cache(rows.body):
+            out = function(hidden)
+        if not isinstance(out, Tensor):
+            raise ValueError(f"passes='joint' needs layers that return a tensor, got {type(out).__name__}")
+        ctx.save_for_backward(hidden[:, : rows.joint.student.rows].clone())
+        ctx.rows, ctx.recompute, ctx.parameters, ctx.total = rows, recompute, parameters, hidden.shape[1]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (saved,) = ctx.saved_tensors
+        n = saved.shape[1]
+        hidden = saved.detach().requires_grad_()
+        with ExitStack() as stack:
+            devices = [hidden.device] if ctx.device_state is not None else []
+            stack.enter_context(torch.random.fork_rng(devices=devices))
+            torch.set_rng_state(ctx.cpu_state)
+            if devices:
+                torch.cuda.set_rng_state(ctx.device_state, hidden.device)
+            stack.enter_context(_packed_attention(ctx.rows.body.inner))  # long after the model's own is back
+            stack.enter_context(torch.enable_grad())
+            enabled = ctx.autocast is not None
+            stack.enter_context(
+                torch.autocast(ctx.device_type, dtype=ctx.autocast, enabled=enabled, cache_enabled=not enabled)
+                if enabled
+                else torch.autocast(ctx.device_type, enabled=False)
+            )
+            out = ctx.recompute(hidden)
+        into = [hidden, *ctx.parameters]
+        found = torch.autograd.grad(out, into, grad[:, :n], allow_unused=True)
+        dx = None
+        if ctx.needs_input_grad[4] and found[0] is not None:
+            # No row of the student depends on a teacher's.
+            dx = found[0].new_zeros(1, ctx.total, found[0].shape[2])
+            dx[:, :n] = found[0]
+        return (None, None, None, None, dx, *found[1:])

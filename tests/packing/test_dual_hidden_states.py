@@ -1,0 +1,666 @@
+"""Packed passes against separate, unpadded, unbatched passes of the stock models, in float64."""
+
+from __future__ import annotations
+
+import itertools
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import opsd_kernels.packing.attention as attention
+import opsd_kernels.packing.hooks as hooks
+from opsd_kernels.packing import dual_hidden_states, pack_dual_context, plan_passes
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+VOCAB = 97
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3": ("Qwen3", {}),
+    "llama": ("Llama", {}),
+    "mistral": ("Mistral", {"sliding_window": 6}),
+    "gemma2": ("Gemma2", {"sliding_window": 5, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}),
+    "gemma3": ("Gemma3", {"sliding_window": 5, "query_pre_attn_scalar": 8, "layer_types": None}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _exact(monkeypatch):
+    """float64 stays float64: the models' norms and eager softmax would go through float32."""
+    to, to_float, softmax = torch.Tensor.to, torch.Tensor.float, nn.functional.softmax
+
+    def exact_to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self if self.dtype == torch.float64 and args[:1] == (torch.float32,) else to(self, *args, **kwargs)
+
+    def exact_softmax(x: torch.Tensor, *args: Any, dtype: Any = None, **kwargs: Any) -> torch.Tensor:
+        return softmax(x, *args, dtype=None if x.dtype == torch.float64 else dtype, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", exact_to)
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else to_float(self))
+    monkeypatch.setattr(nn.functional, "softmax", exact_softmax)
+
+
+def make_model(family: str, *, lora: bool = False, seed: int = 0, **extra: Any) -> Any:
+    name, own = FAMILIES[family]
+    torch.manual_seed(seed)
+    settings = {**COMMON, **own, **extra}
+    if family == "gemma3":
+        name = "Gemma3"
+        settings["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention"]
+        config = transformers.Gemma3TextConfig(**settings)
+    else:
+        config = getattr(transformers, f"{name}Config")(**settings)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).double()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            nn.init.uniform_(parameter, -0.3, 0.3) if "gemma" in family else nn.init.uniform_(parameter, 0.7, 1.3)
+        else:
+            nn.init.normal_(parameter, std=0.2)
+    if lora:
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+        ).double()
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                nn.init.normal_(parameter, std=0.2)
+    return model.train()
+
+
+def make_data(generations: int, seed: int = 0) -> tuple[list, list, list]:
+    draw = torch.Generator().manual_seed(seed)
+
+    def tokens(n: int) -> list[int]:
+        return torch.randint(3, VOCAB, (n,), generator=draw).tolist()
+
+    students = [tokens(9), tokens(4), tokens(1)]
+    # The first two teachers' prompts begin like the students', the second one contains all of it, the third differs.
+    teachers = [[*students[0][:6], *tokens(11)], [*students[1], *tokens(7)], tokens(5)]
+    lengths = itertools.cycle([7, 1, 12, 0, 5, 8, 2])
+    if generations == 1:
+        return students, teachers, [tokens(7), tokens(1), tokens(12)]
+    return students, teachers, [[tokens(next(lengths)) for _ in range(generations)] for _ in students]
+
+
+def lm_of(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def flat(prompts: list, rollouts: list) -> list[tuple[list[int], list[int]]]:
+    pairs = []
+    for prompt, own in zip(prompts, rollouts, strict=True):
+        pairs += [(prompt, r) for r in (own if own and isinstance(own[0], list) else [own])]
+    return pairs
+
+
+def separate(model: Any, prompts: list, rollouts: list) -> torch.Tensor:
+    """(R, H) by one stock, unpadded pass per rollout."""
+    body, rows = lm_of(model).model, []
+    for prompt, rollout in flat(prompts, rollouts):
+        if rollout:
+            out = body(input_ids=torch.tensor([[*prompt, *rollout[:-1]]]), use_cache=False).last_hidden_state[0]
+            rows.append(out[len(prompt) - 1 :])
+    return torch.cat(rows)
+
+
+def loss_of(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    weights = torch.linspace(-1, 1, student.numel(), dtype=torch.float64).view_as(student)
+    return (student * weights).sum() + (student * teacher.detach()).pow(2).sum()
+
+
+def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def worst(got: Any, want: Any) -> float:
+    if isinstance(want, dict):
+        assert got.keys() == want.keys()
+        return max(worst(got[k], want[k]) for k in want)
+    return float((got - want).abs().max() / want.abs().max().clamp_min(1e-30))
+
+
+def reference(model: Any, teacher: Any, data: tuple[list, list, list]) -> tuple[Any, Any, dict]:
+    students, teachers, rollouts = data
+    other = model if isinstance(teacher, str) else teacher
+    student = separate(model, students, rollouts)
+    off = model.disable_adapter() if teacher == "base" else nullcontext()
+    other.eval()
+    with torch.no_grad(), off:
+        target = separate(other, teachers, rollouts)
+    model.train()
+    return student.detach(), target, gradients(model, loss_of(student, target))
+
+
+def compare(
+    model: Any, teacher: Any, data: tuple, *, share: bool, checkpointing: bool = False, **options: Any
+) -> float:
+    """The largest relative difference from separate passes among hidden states and gradients."""
+    want_student, want_teacher, want = reference(model, teacher, data)
+    if checkpointing:
+        lm_of(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    batch = pack_dual_context(*data, share_prefix=share)
+    got = dual_hidden_states(model, batch, teacher=teacher, **options)
+    assert not got.teacher.requires_grad
+    grads = gradients(model, loss_of(got.student, got.teacher))
+    lm_of(model).gradient_checkpointing_disable()
+    return max(worst(got.student.detach(), want_student), worst(got.teacher, want_teacher), worst(grads, want))
+
+
+def make_pair(family: str, kind: str) -> tuple[Any, Any]:
+    if kind == "module":
+        return make_model(family), make_model(family, seed=1)
+    if kind == "live":
+        return make_model(family), "live"
+    return make_model(family, lora=True), "base" if kind == "base" else "live"
+
+
+KINDS = ["live", "live-lora", "base", "module"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize("share", [False, True], ids=["alone", "shared"])
+@pytest.mark.parametrize("generations", [1, 4])
+@pytest.mark.parametrize(
+    ("kind", "passes"), [(k, p) for k in KINDS for p in ("two", "joint") if (k, p) != ("module", "joint")]
+)
+def test_equals_separate_passes(kind, passes, generations, share, checkpointing):
+    model, teacher = make_pair("qwen3", kind)
+    data = make_data(generations)
+    assert compare(model, teacher, data, share=share, checkpointing=checkpointing, passes=passes) < 1e-12
+
+
+@pytest.mark.parametrize("generations", [1, 4])
+@pytest.mark.parametrize(("kind", "passes"), [("live", "two"), ("live", "joint"), ("base", "joint"), ("module", "two")])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "qwen3"])
+def test_families_equal_separate_passes(family, kind, passes, generations):
+    model, teacher = make_pair(family, kind)
+    data = make_data(generations)
+    assert compare(model, teacher, data, share=True, checkpointing=passes == "two", passes=passes) < 1e-12
+
+
+@pytest.mark.parametrize("passes", ["two", "joint"])
+@pytest.mark.parametrize("family", ["qwen3", "mistral"])
+def test_eager_backend(family, passes, monkeypatch):
+    monkeypatch.setattr(attention, "_TILE", 3)
+    assert compare(make_model(family), "live", make_data(4), share=True, passes=passes, backend="eager") < 1e-12
+
+
+def test_reentrant_checkpointing():
+    model = make_model("qwen3")
+    lm_of(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.enable_input_require_grads()
+    data = make_data(1)
+    want_student, want_teacher, want = reference(model, "live", data)
+    got = dual_hidden_states(model, pack_dual_context(*data), passes="two")
+    assert worst(got.student.detach(), want_student) < 1e-12
+    assert worst(gradients(model, loss_of(got.student, got.teacher)), want) < 1e-12
+    assert worst(got.teacher, want_teacher) < 1e-12
+
+
+# Dropout.
+
+
+class InjectedDropout(nn.Dropout):
+    """A mask that depends on the token alone, wherever its row is. `keys` names the tokens of the coming rows."""
+
+    keys: list[Any] = []  # noqa: RUF012
+    calls = 0
+
+    def __init__(self, number: int, width: int):
+        super().__init__(0.3)
+        self.number, self.width = number, width
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return x
+        assert x.shape[1] == len(self.keys)
+        InjectedDropout.calls += 1
+        masks = []
+        for key in self.keys:
+            draw = torch.Generator().manual_seed(hash((self.number, *key)) % 2**31)
+            masks.append(torch.rand(self.width, generator=draw, dtype=torch.float64) > self.p)
+        return x * torch.stack(masks) / (1 - self.p)
+
+
+def inject(model: Any) -> None:
+    number = 0
+    for module in model.modules():
+        if hasattr(module, "lora_dropout"):
+            number += 1
+            module.lora_dropout["default"] = InjectedDropout(number, module.in_features)
+
+
+@pytest.mark.parametrize("generations", [1, 4])
+@pytest.mark.parametrize("passes", ["two", "joint"])
+@pytest.mark.parametrize("teacher", ["live", "base"])
+def test_adapter_dropout_with_injected_masks(teacher, passes, generations):
+    model = make_model("qwen3", lora=True)
+    inject(model)
+    students, teachers, rollouts = make_data(generations)
+    several = [own if isinstance(own[0], list) else [own] for own in rollouts]
+    rows, want = [], []
+    for i, (prompt, own) in enumerate(zip(students, several, strict=True)):
+        prompt_keys = [(i, -1, t) for t in range(len(prompt))]
+        rows += prompt_keys
+        for g, rollout in enumerate(own):
+            if rollout:
+                own_keys = [(i, g, t) for t in range(len(rollout) - 1)]
+                rows += own_keys
+                InjectedDropout.keys = [*prompt_keys, *own_keys]
+                want.append(separate(model, [prompt], [rollout]))
+    expected = torch.cat(want)
+    model.eval()
+    with torch.no_grad(), model.disable_adapter() if teacher == "base" else nullcontext():
+        target = separate(model, teachers, rollouts)
+    model.train()
+    InjectedDropout.keys = rows
+    InjectedDropout.calls = 0
+    got = dual_hidden_states(model, pack_dual_context(students, teachers, rollouts), teacher=teacher, passes=passes)
+    assert InjectedDropout.calls > 0
+    assert worst(got.student.detach(), expected.detach()) < 1e-12
+    assert worst(got.teacher, target) < 1e-12
+    grads = gradients(model, loss_of(got.student, got.teacher))
+    want_grads: dict[str, torch.Tensor] = {}
+    model.zero_grad()
+    # The reference's masks were of one rollout at a time, so its graphs are kept and differentiated here at once.
+    loss_of(expected, target).backward()
+    want_grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert worst(grads, want_grads) < 1e-12
+
+
+@pytest.mark.parametrize("teacher", ["live", "base"])
+def test_recompute_draws_the_same_dropout(teacher):
+    model = make_model("qwen3", lora=True)
+    for module in model.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = nn.Dropout(0.3)
+    batch, found = pack_dual_context(*make_data(4)), []
+    for passes in ("two", "joint"):  # the student's rows draw in the same order in both, the teacher's never
+        torch.manual_seed(5)
+        got = dual_hidden_states(model, batch, teacher=teacher, passes=passes)
+        torch.rand(7)  # what happens in between must not matter
+        found.append((got.student.detach(), got.teacher, gradients(model, loss_of(got.student, got.teacher))))
+    for one, other in zip(*found, strict=True):
+        assert worst(one, other) < 1e-12
+
+
+def test_dropout_outside_adapters_takes_two_passes():
+    model = make_model("qwen3")
+    model.model.layers[0].mlp = nn.Sequential(model.model.layers[0].mlp, nn.Dropout(0.5))
+    assert plan_passes(model).passes == "two"
+    with pytest.raises(ValueError, match=r"dropout 0\.5 outside its adapters"):
+        dual_hidden_states(model, pack_dual_context(*make_data(1)), passes="joint")
+
+
+# The comparison itself.
+
+
+def altered(batch: Any, joint: Any) -> Any:
+    for share in (True, False):
+        batch._joint[share] = joint
+    return batch
+
+
+def test_a_leak_from_teacher_to_student_is_seen():
+    model, data = make_model("qwen3"), make_data(1)
+    want = separate(model, *data[::2]).detach()
+    batch = pack_dual_context(*data)
+    joint = batch.joint(share_contexts=True)
+    first, *others = joint.layout.segments
+    n = joint.student.rows
+    leaky = attention.Layout(
+        joint.layout.ids,
+        joint.layout.positions,
+        (type(first)(first.start, first.stop, ((n, n + 1),)), *others),
+    )
+    got = dual_hidden_states(
+        model, altered(batch, type(joint)(leaky, joint.student, joint.student_rows, joint.teacher_rows)), passes="joint"
+    )
+    assert worst(got.student.detach(), want) > 1e-6
+
+
+def test_a_wrong_position_is_seen():
+    model, data = make_model("qwen3"), make_data(4)
+    want = separate(model, *data[::2]).detach()
+    batch = pack_dual_context(*data)
+    rollout = next(s for s in batch.student.layout.segments if s.prefix)
+    batch.student.layout.positions[rollout.start : rollout.stop] += 1
+    assert worst(dual_hidden_states(model, batch, passes="two").student.detach(), want) > 1e-6
+
+
+def test_a_wrong_row_is_seen():
+    model, data = make_model("qwen3"), make_data(4)
+    want = separate(model, *data[::2]).detach()
+    batch = pack_dual_context(*data)
+    batch.student.rows[3] += 1
+    assert worst(dual_hidden_states(model, batch, passes="two").student.detach(), want) > 1e-6
+
+
+# Memory.
+
+
+def saved_bytes(model: Any, batch: Any, **options: Any) -> int:
+    """Bytes of the storages that the graph holds, views counting as what they are views of, parameters not at all."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    found: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = (storage.nbytes(), t)  # held, so that no address is used twice
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        got = dual_hidden_states(model, batch, **options)
+    assert got.student.requires_grad
+    return sum(size for size, _ in found.values())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["live", "live-lora", "base"])
+@pytest.mark.parametrize("passes", ["two", "joint"])
+def test_teacher_rows_save_nothing(passes, kind, checkpointing):
+    model, teacher = make_pair("qwen3", kind)
+    if checkpointing:
+        lm_of(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    students, teachers, rollouts = make_data(4)
+    sizes = [
+        saved_bytes(model, pack_dual_context(students, longer, rollouts), teacher=teacher, passes=passes)
+        for longer in (teachers, [[*t, *range(3, 90)] for t in teachers], [[5, *t, *range(3, 60)] for t in teachers])
+    ]
+    assert sizes[0] == sizes[1] == sizes[2]
+    without = pack_dual_context(students, students, rollouts)
+    assert saved_bytes(model, without, teacher=teacher, passes=passes) == sizes[0]
+    if checkpointing:
+        layer_inputs = 3 * without.student.layout.rows * 32 * 8
+        assert layer_inputs <= sizes[0] < 2.5 * layer_inputs
+
+
+# Around it.
+
+
+@pytest.mark.parametrize("passes", ["two", "joint"])
+@pytest.mark.parametrize("kind", ["live", "base"])
+def test_autocast(kind, passes):
+    """bfloat16 within twice the error of the stock path; weights cast for the teacher still get their gradients."""
+    model, teacher = make_pair("qwen3", kind)
+    data = make_data(4)
+    exact = reference(model, teacher, data)
+    model.to(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stock = reference_autocast(model, teacher, data)
+        got = dual_hidden_states(model, pack_dual_context(*data), teacher=teacher, passes=passes)
+    ours = (got.student.detach(), got.teacher, gradients(model, loss_of(got.student, got.teacher)))
+    for mine, theirs, want in zip(ours, stock, exact, strict=True):
+        assert difference(mine, want) < 2 * difference(theirs, want)
+
+
+def reference_autocast(model: Any, teacher: str, data: tuple) -> tuple[Any, Any, dict]:
+    students, teachers, rollouts = data
+    student = separate(model, students, rollouts)
+    model.eval()
+    with torch.no_grad(), model.disable_adapter() if teacher == "base" else nullcontext():
+        target = separate(model, teachers, rollouts)
+    model.train()
+    return student.detach(), target, gradients(model, loss_of(student, target))
+
+
+def difference(got: Any, want: Any) -> float:
+    if isinstance(want, dict):
+        assert got.keys() == want.keys()
+        pairs = [(got[k], want[k]) for k in want]
+    else:
+        pairs = [(got, want)]
+    return sum(float((a.double() - b).norm() / b.norm()) for a, b in pairs) / len(pairs)
+
+
+@pytest.mark.parametrize("passes", ["two", "joint"])
+def test_frozen_embedding_and_partial_training(passes):
+    model = make_model("qwen3")
+    model.model.embed_tokens.requires_grad_(False)
+    model.model.layers[1].requires_grad_(False)
+    assert compare(model, "live", make_data(1), share=True, passes=passes) < 1e-12
+
+
+@pytest.mark.parametrize("passes", ["two", "joint"])
+def test_without_gradients_and_in_eval_mode(passes):
+    model, data = make_model("qwen3").eval(), make_data(4)
+    want = separate(model, *data[::2]).detach()
+    with torch.no_grad():
+        got = dual_hidden_states(model, pack_dual_context(*data), passes=passes)
+    assert not got.student.requires_grad
+    assert worst(got.student, want) < 1e-12
+    got = dual_hidden_states(model, pack_dual_context(*data), passes=passes)
+    assert got.student.requires_grad
+    assert not any(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize("passes", ["two", "joint"])
+def test_leaves_the_model_as_it_was(passes):
+    model = make_model("qwen3", lora=True)
+    lm_of(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def state() -> list[Any]:
+        return [
+            (
+                m.training,
+                m.__dict__.get("gradient_checkpointing"),
+                m.__dict__.get("_gradient_checkpointing_func"),
+                "forward" in m.__dict__,
+                len(m._forward_pre_hooks),
+            )
+            for m in model.modules()
+        ]
+
+    before, implementation = state(), lm_of(model).config._attn_implementation
+    got = dual_hidden_states(model, pack_dual_context(*make_data(1)), teacher="base", passes=passes)
+    loss_of(*got).backward()
+    assert state() == before
+    assert lm_of(model).config._attn_implementation == implementation
+    with pytest.raises(ValueError, match="token id"):
+        dual_hidden_states(model, pack_dual_context([[VOCAB]], [[3]], [[4, 5]]), passes=passes)
+    assert state() == before
+
+
+def test_gradients_accumulate_and_graphs_can_be_used_twice():
+    model, batch = make_model("qwen3"), pack_dual_context(*make_data(4))
+    got = dual_hidden_states(model, batch, passes="joint")
+    loss = loss_of(*got)
+    loss.backward(retain_graph=True)
+    once = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    loss.backward()
+    assert all(torch.allclose(p.grad, 2 * once[n], rtol=1e-12) for n, p in model.named_parameters() if n in once)
+
+
+def test_nothing_to_predict():
+    model = make_model("qwen3")
+    got = dual_hidden_states(model, pack_dual_context([[3, 4]], [[5]], [[]]))
+    assert got.student.shape == got.teacher.shape == (0, 32)
+    got.student.sum().backward()
+
+
+def test_attention_refuses_to_run_without_its_layout():
+    model = make_model("qwen3")
+    attention.register()
+    model.config._attn_implementation = attention.NAME
+    with pytest.raises(RuntimeError, match="needs its layout"):
+        model(input_ids=torch.tensor([[3, 4]]))
+    model.config._attn_implementation = "sdpa"
+
+
+def test_mixture_of_experts():
+    FAMILIES["moe"] = (
+        "Qwen3Moe",
+        {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"},
+    )
+    for passes in ("two", "joint"):
+        assert compare(make_model("moe"), "live", make_data(4), share=True, passes=passes) < 1e-12
+
+
+def lora(model: Any, **options: Any) -> Any:
+    settings = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **options}
+    return peft.get_peft_model(model, peft.LoraConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"modules_to_save": ["norm"]}, "modules_to_save"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "embedding"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "head"),
+    ],
+)
+def test_adapters_refused_for_the_base_teacher(options, reason):
+    with pytest.raises(ValueError, match=reason):
+        dual_hidden_states(lora(make_model("qwen3"), **options), pack_dual_context(*make_data(1)), teacher="base")
+
+
+def test_base_teacher_needs_a_base():
+    batch = pack_dual_context(*make_data(1))
+    with pytest.raises(ValueError, match=r"teacher='base' needs a model with LoRA adapters.*frozen copy"):
+        dual_hidden_states(make_model("qwen3"), batch, teacher="base")
+    model = lora(make_model("qwen3"))
+    model.get_base_model().model.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"norm\.weight is trained too"):
+        dual_hidden_states(model, batch, teacher="base")
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"output_router_logits": True}, "router loss"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
+            "three-dimensional",
+        ),
+        ({"hidden_size_per_layer_input": 8}, "per-layer inputs"),
+        ({"layer_types": ["full_attention", "linear_attention", "full_attention"]}, "linear_attention"),
+        ({"use_bidirectional_attention": True}, "bidirectional"),
+        ({"attention_dropout": 0.1}, r"attention_dropout is 0\.1"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8}},
+            "dynamic",
+        ),
+    ],
+)
+def test_models_refused_by_name(settings, reason):
+    model = make_model("qwen3")
+    for name, value in settings.items():
+        setattr(model.config, name, value)
+    with pytest.raises(ValueError, match=f"model Qwen3ForCausalLM cannot run on packed rows.*{reason}"):
+        dual_hidden_states(model, pack_dual_context(*make_data(1)))
+
+
+def test_recurrent_models_refused():
+    config = transformers.MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4)
+    with pytest.raises(ValueError, match="MambaForCausalLM cannot run on packed rows: its layers are recurrent"):
+        dual_hidden_states(transformers.MambaForCausalLM(config), pack_dual_context(*make_data(1)))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"teacher": "ema"}, ValueError, "teacher must be 'live', 'base' or a torch.nn.Module, got 'ema'"),
+        ({"teacher": 3}, TypeError, "teacher must be .*, got int"),
+        ({"passes": "one"}, ValueError, "passes must be 'auto', 'two' or 'joint', got 'one'"),
+        ({"backend": "magic"}, ValueError, "backend must be one of 'auto', .*, got 'magic'"),
+    ],
+)
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message):
+        dual_hidden_states(make_model("qwen3"), pack_dual_context(*make_data(1)), **options)
+
+
+def test_bad_objects():
+    with pytest.raises(TypeError, match="batch must be a DualContextBatch from pack_dual_context, got tuple"):
+        dual_hidden_states(make_model("qwen3"), make_data(1))
+    with pytest.raises(TypeError, match="model must be a causal language model of transformers, got Linear"):
+        dual_hidden_states(nn.Linear(2, 2), pack_dual_context(*make_data(1)))
+    with pytest.raises(ValueError, match=r"passes='joint' is not possible: the teacher is a model of its own"):
+        dual_hidden_states(
+            make_model("qwen3"), pack_dual_context(*make_data(1)), teacher=make_model("qwen3"), passes="joint"
+        )
+
+
+def test_plan_says_what_and_why():
+    model = make_model("qwen3", lora=True)
+    plan = plan_passes(model, teacher="base")
+    assert (plan.passes, plan.backend) == ("two", "sdpa")
+    assert "twice" in plan.reason
+    lm_of(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert plan_passes(model, teacher="base").passes == "joint"
+    assert not plan_passes(model, teacher="base").share_contexts
+    assert plan_passes(model, teacher="live").share_contexts
+    assert plan_passes(model, teacher=make_model("qwen3")).passes == "two"
+    assert hooks.choose_backend(torch.device("cuda"), torch.bfloat16)[0] == "varlen"
+    assert hooks.choose_backend(torch.device("cuda"), torch.float32)[0] == "eager"
+
+
+# The CUDA backends, with the kernel they call replaced by what it documents.
+
+
+def documented_varlen(corner: str):
+    """FlashAttention over ragged sequences with causal masks aligned at a `corner`: "last" or "first"."""
+
+    def call(q, k, v, ragged, scale, window, softcap):
+        out, groups = [], q.shape[1] // k.shape[1]
+        assert (ragged.cu_q.dtype, ragged.cu_k.dtype) == (torch.int32, torch.int32)
+        assert ragged.max_q == int(ragged.cu_q.diff().max())
+        assert ragged.max_k == int(ragged.cu_k.diff().max())
+        for i in range(len(ragged.cu_q) - 1):
+            qi = q[ragged.cu_q[i] : ragged.cu_q[i + 1]].transpose(0, 1)
+            ki, vi = (
+                t[ragged.cu_k[i] : ragged.cu_k[i + 1]].transpose(0, 1).repeat_interleave(groups, 0) for t in (k, v)
+            )
+            n, m = qi.shape[1], ki.shape[1]
+            shift = m - n if corner == "last" else 0
+            distance = torch.arange(n)[:, None] + shift - torch.arange(m)
+            hidden = (distance < 0) | (distance > (m if window is None else window - 1))
+            scores = (qi @ ki.transpose(1, 2) * scale).masked_fill(hidden, -torch.inf)
+            out.append((scores.softmax(-1) @ vi).transpose(0, 1))
+        return torch.cat(out)
+
+    return call
+
+
+@pytest.mark.parametrize("passes", ["two", "joint"])
+@pytest.mark.parametrize("family", ["qwen3", "mistral"])
+def test_ragged_backends_get_the_right_ranges(family, passes, monkeypatch):
+    attention._check_alignment.cache_clear()
+    monkeypatch.setattr(attention, "_varlen_call", documented_varlen("last"))
+    for generations in (1, 4):
+        data = make_data(generations)
+        assert compare(make_model(family), "live", data, share=True, passes=passes, backend="varlen") < 1e-12
+
+
+@pytest.mark.parametrize("backend", ["varlen", "flash"])
+def test_ragged_backends_refuse_another_alignment(backend, monkeypatch):
+    attention._check_alignment.cache_clear()
+    monkeypatch.setattr(attention, f"_{backend}_call", documented_varlen("first"))
+    with pytest.raises(RuntimeError, match=f"'{backend}' does not align causal masks at the last key"):
+        dual_hidden_states(make_model("qwen3"), pack_dual_context(*make_data(4)), backend=backend)
+    attention._check_alignment.cache_clear()
+
+
+def test_softcap_without_a_kernel_for_it():
+    with pytest.raises(ValueError, match="backend 'sdpa' needs the CPU and no softcap"):
+        dual_hidden_states(make_model("gemma2"), pack_dual_context(*make_data(1)), backend="sdpa")
+    assert plan_passes(make_model("gemma2")).backend == "eager"
