@@ -12,6 +12,7 @@ import time
 from datetime import date
 from pathlib import Path
 from statistics import median
+from typing import Any
 from unittest import mock
 
 import torch
@@ -71,8 +72,8 @@ def measure(student: Tensor, teacher: Tensor, weight: Tensor) -> list[dict]:
     exact = _gradient(student, teacher, weight, None)[0]
     choose, kept = fused_linear.filtered_columns, []
 
-    def recording(dz: Tensor, head: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        columns, dropped = choose(dz, head, eps)
+    def recording(dz: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        columns, dropped = choose(dz, *rest)
         kept.append(len(columns) / dz.shape[1])
         return columns, dropped
 

@@ -151,14 +151,14 @@ def recorded(call: Call, inputs: Inputs) -> tuple[Tensor | None, int]:
             loss.backward()
         backward = torch.cuda.max_memory_allocated() - before
     else:
-        loss, sizes = _allocations(lambda: call(inputs))
-        forward = _peak(sizes)
-        _, later = _allocations(lambda: None if loss is None else loss.backward())
-        backward = _peak(later, alive=sum(sizes))
+        loss, sizes = allocations(lambda: call(inputs))
+        forward = peak(sizes)
+        _, later = allocations(lambda: None if loss is None else loss.backward())
+        backward = peak(later, alive=sum(sizes))
     return loss, max(forward, backward - inputs.gradient_bytes())
 
 
-def _allocations(run: Callable[[], Tensor | None]) -> tuple[Tensor | None, list[int]]:
+def allocations(run: Callable[[], Tensor | None]) -> tuple[Tensor | None, list[int]]:
     """The sizes in bytes of every CPU allocation (positive) and release (negative) of torch's, in order."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = run()
@@ -167,7 +167,7 @@ def _allocations(run: Callable[[], Tensor | None]) -> tuple[Tensor | None, list[
     return result, [e.nbytes() for e in events if e.name() == "[memory]"]
 
 
-def _peak(sizes: Sequence[int], alive: int = 0) -> int:
+def peak(sizes: Sequence[int], alive: int = 0) -> int:
     most = alive
     for size in sizes:
         alive += size

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import _allocations, _peak, machine
+from benchmarks.measure import allocations, machine, peak
+from benchmarks.report import replace_section
 from opsd.scoring import rollout_hidden
 from opsd_kernels import jsd_loss, lm_head_of
 from opsd_kernels.packing import dual_hidden_states, pack_dual_context
@@ -218,8 +219,8 @@ def memory(contender: Contender, model: nn.Module, data: Draw) -> dict[str, int]
     del loss
     model.zero_grad(set_to_none=True)
     gc.collect()
-    _, sizes = _allocations(lambda: contender(model, data).backward())
-    return {"saved_bytes": saved, "peak_bytes": _peak(sizes)}
+    _, sizes = allocations(lambda: contender(model, data).backward())
+    return {"saved_bytes": saved, "peak_bytes": peak(sizes)}
 
 
 def measure(shape: Shape, case: Case, rounds: int, names: list[str], checkpointing: bool) -> dict[str, Any]:
@@ -306,6 +307,33 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(one.get(key) == value for key, value in other.items() if key != "date")
 
 
+NAMES = {"padded_dense": "padded, dense logits", "padded_loss": "padded, our loss", "packed_two": "packed, two passes",
+         "packed_joint": "packed, joint"}  # fmt: skip
+
+
+def table(results: dict[str, Any]) -> str:
+    """The README's table, in Markdown."""
+    lines = [
+        "| model | rollouts per prompt | " + " | ".join(NAMES.values()) + " | saved for backward |",
+        "|---|---|" + "---|" * (len(NAMES) + 1),
+    ]
+    for found in results["shapes"].values():
+        for case in found["cases"].values():
+            contenders = case["contenders"]
+
+            def relative(name: str, contenders: dict[str, Any] = contenders) -> str:
+                if name not in contenders:
+                    return "–"
+                return f"{ratio(contenders, name, 'packed_two')['median']:.2f}"
+
+            saved = (f"{contenders[n]['saved_bytes'] / 2**20:.0f}" for n in NAMES if "loss" in n or "packed" in n)
+            sizes = found["shape"]
+            model = f"{sizes['layers']} layers, V {sizes['vocab']:,}{', checkpointed' if case['checkpointing'] else ''}"
+            cells = [model, str(case["case"]["generations"]), *map(relative, NAMES), " / ".join(saved) + " MiB"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
@@ -314,7 +342,11 @@ def main() -> None:
     parser.add_argument("--generations", type=int, action="append", help="of the cases; default: all")
     parser.add_argument("--only", choices=CONTENDERS, action="append", help="contenders; default: all")
     parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--table", action="store_true", help="run nothing: make the README's table")
     options = parser.parse_args()
+    if options.table:
+        replace_section("packing", table(json.loads(options.data.read_text(encoding="utf-8"))))
+        return
     keep_memory()
     torch.set_num_threads(options.threads)
     here = {"machine": machine(torch.device("cpu")), "scale": SCALE, "prompts": PROMPTS}
