@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from . import backends
 from .across import Across, across_group
@@ -99,7 +99,7 @@ def weighted(losses: Tensor, weights: Tensor) -> Tensor:
     return losses.masked_fill((weights == 0) & losses.isinf(), 0.0) * weights
 
 
-@torch.library.custom_op("opsd::fused_linear", mutates_args=())
+@library.custom_op("opsd::fused_linear", mutates_args=())
 def _fused_linear(
     x: Tensor,
     weight: Tensor,
@@ -181,7 +181,7 @@ def _backward(ctx: Any, total: Tensor, table: Tensor, *_: Tensor) -> tuple[Tenso
 _fused_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("opsd::scaled", mutates_args=())
+@library.custom_op("opsd::scaled", mutates_args=())
 def scaled(gradient: Tensor, upstream: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The saved gradient times the upstream one, 0-d or one a row, in a new tensor of `dtype`.
 
@@ -465,7 +465,7 @@ def top_k_of(inputs: Inputs, spec: Spec) -> tuple[Tensor, Tensor, Tensor]:
     return _top_k(inputs.x, inputs.weight, inputs.bias, inputs.mask, *spec.encoded())
 
 
-@torch.library.custom_op("opsd::top_k", mutates_args=())
+@library.custom_op("opsd::top_k", mutates_args=())
 def _top_k(
     x: Tensor,
     weight: Tensor,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from . import backends
 from .fused_linear import Spec, check_ids, scaled
@@ -22,7 +22,7 @@ def logits_loss(
     return table[0], table.detach()
 
 
-@torch.library.custom_op("opsd::logits_loss", mutates_args=())
+@library.custom_op("opsd::logits_loss", mutates_args=())
 def _logits_loss(
     student: Tensor,
     teacher: Tensor,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from _helpers import leaf, problem, relative
+from torch import library
 
 import opsd_kernels
 from opsd_kernels.fused_linear import Inputs, Spec
@@ -59,8 +60,8 @@ def test_operators_are_well_formed():
     for targets in (IDS.view(-1), None):
         for wanted in ([True, False, False], [True, True, False]):
             inputs = Inputs(x, w, teacher=TEACHER, mask=MASK.view(-1), targets=targets)
-            torch.library.opcheck(ops.fused_linear.default, (*inputs.all(), *spec.encoded(), wanted))
+            library.opcheck(ops.fused_linear.default, (*inputs.all(), *spec.encoded(), wanted))
     logits = leaf(STUDENT @ WEIGHT.T)
-    torch.library.opcheck(ops.logits_loss.default, (logits, TEACHER @ WEIGHT.T, None, None, *spec.encoded(), True))
+    library.opcheck(ops.logits_loss.default, (logits, TEACHER @ WEIGHT.T, None, None, *spec.encoded(), True))
     top = Spec("top_k", Objective(top_k=3), 1, 50, torch.float32, 1 << 24, "torch")
-    torch.library.opcheck(ops.top_k.default, (STUDENT, WEIGHT, None, None, *top.encoded()))
+    library.opcheck(ops.top_k.default, (STUDENT, WEIGHT, None, None, *top.encoded()))
