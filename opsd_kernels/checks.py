@@ -55,6 +55,16 @@ def bias_vector(name: str, value: Any, weight: Tensor) -> None:
         shape(name, value, (weight.shape[0],), "(V,)")
 
 
+def projection(name: str, hidden: Any, weight: Any, bias: Any) -> None:
+    """Of the hidden states called `name` (..., H) by a head (V, H) with its bias (V,), if it has one."""
+    floating(name, hidden)
+    floating("weight", weight)
+    at_least_two_dimensions(name, hidden, "H")
+    shape("weight", weight, (None, hidden.shape[-1]), "(V, H)")
+    bias_vector("bias", bias, weight)
+    same_device(hidden, weight=weight, bias=bias)
+
+
 def vocabulary(valid_vocab: Any, columns: int, *, split: bool = False) -> int:
     """The columns that take part; `split`: `columns` are one rank's alone, and WHOLE stands for all there are."""
     if columns == 0 and not split:

@@ -125,8 +125,8 @@ def _fused_linear(
     inputs = Inputs(x, weight, bias, teacher, teacher_weight, teacher_bias, support, mask, targets, row_weight)
     spec, now = Spec.decoded(numbers, sizes, names, compute), Wanted(*wanted).now(row_weight)
     size: Tensor | None = None
-    if row_weight is not None and x.shape[0]:
-        # weights as small as 1 / tokens would take dz below what float16 can hold: they go in relative to the largest
+    if row_weight is not None and x.shape[0] and compute == torch.float16:
+        # weights as small as 1 / tokens would take dz below what it can hold: they go in relative to the largest
         size = row_weight.abs().amax().clamp(min=torch.finfo(row_weight.dtype).tiny)
         inputs.row_weight = row_weight / size
     with torch.autocast(x.device.type, enabled=False):
@@ -157,8 +157,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.spec, ctx.wanted, ctx.dtypes = spec, wanted, [t.dtype if t is not None else None for t in tensors[:3]]
     ctx.scalar = tensors[-1] is not None
     ctx.recompute = Wanted(*wanted).later(tensors[-1])
-    # a teacher from inference mode cannot be saved as it is
-    kept = [t.clone() if t is not None and t.is_inference() else t for t in tensors[:-1]]
+    if ctx.recompute:  # a teacher from inference mode cannot be saved as it is
+        kept = [t.clone() if t is not None and t.is_inference() else t for t in tensors[:-1]]
     ctx.save_for_backward(*(kept if ctx.recompute else output[2:]))
 
 
@@ -235,7 +235,7 @@ class _Sweep:
         self.across: Across = across_group(spec.group, inputs.weight.shape[0], spec.vocab, spec.budget)
         x, teacher = inputs.x, inputs.teacher
         self.backend = backends.chosen(spec.backend, x.device, spec.compute, spec.group)
-        self.rows = None if inputs.mask is None else inputs.mask.nonzero().squeeze(-1)  # the one host sync there is
+        self.rows = None if inputs.mask is None else inputs.mask.nonzero().squeeze(-1)  # for which the host waits
         self.tokens = x.shape[0] if self.rows is None else self.rows.shape[0]
         self.vocab = self.across.columns
         self.weight, self.bias = self._head(inputs.weight, inputs.bias)

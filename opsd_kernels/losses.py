@@ -164,11 +164,8 @@ def jsd_loss(
         TypeError, ValueError: naming the argument, what it was and what is accepted, before any work is done.
     """
     weight, bias, teacher_weight, teacher_bias = (_whole(t) for t in (weight, bias, teacher_weight, teacher_bias))
-    checks.floating("student_hidden", student_hidden)
+    checks.projection("student_hidden", student_hidden, weight, bias)
     checks.floating("teacher_hidden", teacher_hidden)
-    checks.floating("weight", weight)
-    checks.at_least_two_dimensions("student_hidden", student_hidden, "H")
-    checks.shape("weight", weight, (None, student_hidden.shape[-1]), "(V, H)")
     if teacher_weight is weight:  # one product then serves both
         teacher_weight = None
         if teacher_bias is None and bias is not None:  # a bias is shared only where no weight is named
@@ -186,12 +183,10 @@ def jsd_loss(
     checks.shape(
         "teacher_hidden", teacher_hidden, (*lead, head.shape[1]), "the leading shape of student_hidden, and H_t"
     )
-    checks.bias_vector("bias", bias, weight)
     checks.bias_vector("teacher_bias", teacher_bias, head)
     checks.same_device(
-        student_hidden, teacher_hidden=teacher_hidden, weight=weight, teacher_weight=teacher_weight, bias=bias,
-        teacher_bias=teacher_bias,
-    )  # fmt: skip
+        student_hidden, teacher_hidden=teacher_hidden, teacher_weight=teacher_weight, teacher_bias=teacher_bias
+    )
     vocab = checks.vocabulary(valid_vocab, min(weight.shape[0], head.shape[0]), split=process_group is not None)
     objective = Objective.checked(
         beta=beta, temperature=temperature, entry_clip=entry_clip, token_clip=token_clip, top_k=top_k,
@@ -307,13 +302,8 @@ def token_logprobs(
         TypeError, ValueError: naming the argument, what it was and what is accepted, before any work is done.
     """
     weight, bias = _whole(weight), _whole(bias)
-    checks.floating("hidden", hidden)
-    checks.floating("weight", weight)
-    checks.at_least_two_dimensions("hidden", hidden, "H")
-    checks.shape("weight", weight, (None, hidden.shape[-1]), "(V, H)")
-    checks.bias_vector("bias", bias, weight)
+    checks.projection("hidden", hidden, weight, bias)
     checks.int64("target_ids", target_ids)
-    checks.same_device(hidden, weight=weight, bias=bias)
     vocab = checks.vocabulary(valid_vocab, weight.shape[0], split=process_group is not None)
     objective = Objective.checked(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
     spec = _spec(
@@ -357,12 +347,7 @@ def top_k_logprobs(
         TypeError, ValueError: naming the argument, what it was and what is accepted, before any work is done.
     """
     weight, bias = _whole(weight), _whole(bias)
-    checks.floating("hidden", hidden)
-    checks.floating("weight", weight)
-    checks.at_least_two_dimensions("hidden", hidden, "H")
-    checks.shape("weight", weight, (None, hidden.shape[-1]), "(V, H)")
-    checks.bias_vector("bias", bias, weight)
-    checks.same_device(hidden, weight=weight, bias=bias)
+    checks.projection("hidden", hidden, weight, bias)
     vocab = checks.vocabulary(valid_vocab, weight.shape[0])
     top_k = integer("k", k, high=vocab)
     objective = Objective.checked(temperature=temperature, logit_scale=logit_scale, softcap=softcap, top_k=top_k)
@@ -414,20 +399,14 @@ def jsd_loss_from_top_k(
     Returns and raises as `jsd_loss` does.
     """
     weight, bias = _whole(weight), _whole(bias)
-    checks.floating("student_hidden", student_hidden)
-    checks.floating("weight", weight)
-    checks.at_least_two_dimensions("student_hidden", student_hidden, "H")
-    checks.shape("weight", weight, (None, student_hidden.shape[-1]), "(V, H)")
-    checks.bias_vector("bias", bias, weight)
+    checks.projection("student_hidden", student_hidden, weight, bias)
     checks.int64("teacher_ids", teacher_ids)
     checks.floating("teacher_logprobs", teacher_logprobs)
     lead = student_hidden.shape[:-1]
     checks.shape("teacher_ids", teacher_ids, (*lead, None), "the leading shape of student_hidden, and k")
     k = teacher_ids.shape[-1]
     checks.shape("teacher_logprobs", teacher_logprobs, (*lead, k), "that of teacher_ids")
-    checks.same_device(
-        student_hidden, weight=weight, bias=bias, teacher_ids=teacher_ids, teacher_logprobs=teacher_logprobs
-    )
+    checks.same_device(student_hidden, teacher_ids=teacher_ids, teacher_logprobs=teacher_logprobs)
     vocab = checks.vocabulary(valid_vocab, weight.shape[0])
     if not 1 <= k <= vocab:
         raise ValueError(f"teacher_ids must hold 1 to {vocab} tokens a position, got {k}")

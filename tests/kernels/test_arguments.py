@@ -9,7 +9,6 @@ from _helpers import problem
 import opsd_kernels
 
 STUDENT, TEACHER, WEIGHT = problem(6, 4, 9, dtype=torch.float32)
-SHAPED = {"lead": (2, 3)}
 
 
 def call(**changes):

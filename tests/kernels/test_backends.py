@@ -23,7 +23,7 @@ def _fresh():
     backends._available.cache_clear()
 
 
-def test_auto_takes_native_where_it_works(monkeypatch):
+def test_auto_takes_native_where_it_works():
     there, _ = native_backend.available()
     assert backends.chosen("auto", CPU, torch.float32) == ("native" if there else "torch")
     assert backends.chosen("auto", CPU, torch.float64) == "torch"
