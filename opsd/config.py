@@ -17,6 +17,9 @@ from typing import Any, Literal
 import yaml
 
 
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
 class ConfigError(Exception):
     """The run cannot start as asked: an option, a file or a combination of them is unusable."""
 
@@ -54,8 +57,15 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: str | None = _opt(None, "JSONL file: problem, solution, and optionally answer and teacher_prompt")
-    eval: str | None = _opt(None, "JSONL file: problem, answer, and solution if the teacher is to be evaluated too")
+    train: str | None = _opt(
+        None,
+        "JSONL or Parquet file, or a datasets directory: problem and solution, or prompt and privileged_context; "
+        "optionally answer and teacher_prompt",
+    )
+    eval: str | None = _opt(None, "the same with answer; solution only if the teacher is to be evaluated too")
+    columns: tuple[str, ...] | None = _opt(
+        None, "names of the file's columns that are not called so: problem=question,solution=gold"
+    )
     max_prompt_tokens: int = _opt(4096, "longest prompt, student's or teacher's, template included", low=1)
     too_long: Literal["error", "drop"] = _opt("error", "what to do with a row whose prompt is longer; never cut")
     skip_bad_rows: bool = _opt(False, "count and skip rows that cannot be used instead of stopping")
@@ -75,23 +85,51 @@ class PromptsConfig:
     chat: Literal["auto", "on", "off"] = _opt(
         "auto", "wrap the text as a user message in the tokenizer's chat template; auto: if it has one"
     )
+    student_chat_args: str | None = _opt(
+        None, "JSON object of arguments for the chat template of the student's prompt: {\"enable_thinking\": false}"
+    )
+    teacher_chat_args: str | None = _opt(None, "the same for the teacher's prompt")
+    reason: str = _opt(
+        "{problem}\n\nA correct solution:\n\n{solution}\n\nExplain in a few sentences which ideas make it work and "
+        "where one could go wrong. Do not solve the problem anew.",
+        "with teacher.reason_first: template of what the teacher reads to write its analysis",
+    )
+    analysis: str = _opt(
+        "{teacher}\n\nYour own notes on that solution:\n\n{analysis}",
+        "with teacher.reason_first: how the analysis joins the text of the teacher's prompt",
+    )
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
     max_new_tokens: int = _opt(1024, "longest rollout", low=1)
+    per_prompt: int = _opt(1, "rollouts of each prompt in a step", low=1)
     temperature: float = _opt(1.0, "sampling temperature", above=0)
     top_p: float = _opt(
         1.0, "nucleus sampling; 1: off, so that rollouts come from the student's own distribution", above=0, high=1
     )
     top_k: int = _opt(0, "sample among the k likeliest tokens; 0: off", low=0)
     min_p: float = _opt(0.0, "drop tokens below this share of the likeliest; 0: off", low=0, high=1)
-    batch_size: int = _opt(32, "prompts generated together", low=1)
+    batch_size: int = _opt(32, "rollouts generated together; changes memory and speed, not the samples", low=1)
+    importance_cap: float | None = _opt(
+        None, "weight each token by min(p_student / p_sampler, this); none: no weights", above=0
+    )
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    kind: Literal["base", "live"] = _opt("base", "base: the initial weights, frozen; live: the weights being trained")
+    kind: Literal["base", "live", "ema", "model"] = _opt(
+        "base",
+        "base: the initial weights, frozen; live: the weights being trained; ema: their moving average; model: another "
+        "model, teacher.path",
+    )
+    path: str | None = _opt(None, "with kind model: local directory or hub id, of the same vocabulary")
+    ema_decay: float = _opt(0.99, "with kind ema: teacher = decay * teacher + (1 - decay) * student", low=0, high=1)
+    ema_every: int = _opt(1, "with kind ema: steps between updates of the teacher", low=1)
+    reason_first: bool = _opt(
+        False, "the teacher first writes an analysis of each solution, once, which joins its prompt"
+    )
+    reason_max_new_tokens: int = _opt(512, "longest analysis", low=1)
 
 
 @dataclass(frozen=True)
@@ -123,7 +161,7 @@ class OptimConfig:
     betas: tuple[float, float] = _opt((0.9, 0.999), "of AdamW", low=0, high=0.999999)
     weight_decay: float = _opt(0.0, "of AdamW; never on norms and biases", low=0)
     steps: int = _opt(100, "optimiser steps", low=1)
-    batch_size: int = _opt(32, "prompts per step, one rollout each", low=1)
+    batch_size: int = _opt(32, "prompts per step", low=1)
     micro_batch_size: int = _opt(4, "rollouts scored together; changes memory and speed, not the gradient", low=1)
     warmup_steps: int = _opt(10, "steps of linear warm-up", low=0)
     schedule: Literal["constant", "linear", "cosine"] = _opt("constant", "of the learning rate after the warm-up")
@@ -133,8 +171,15 @@ class OptimConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     every: int = _opt(0, "evaluate every so many steps, besides before and after; 0: off", low=0)
+    scorer: str = _opt(
+        "exact",
+        "exact: the text of eval.answer_pattern equals the answer; math_verify: mathematically equal (needs the package "
+        "math-verify); module:function or file.py:function: your own, of (text, row)",
+    )
+    keep_best: bool = _opt(False, "keep the weights of the best evaluation in <dir>/best (needs eval.every)")
+    patience: int | None = _opt(None, "stop after so many evaluations without a better one (needs eval.every)", low=1)
     max_problems: int | None = _opt(None, "use the first so many problems; none: all", low=1)
-    samples: int = _opt(1, "answers per problem, averaged", low=1)
+    samples: int = _opt(1, "answers per problem: avg@k, and pass@k for k up to this", low=1)
     temperature: float = _opt(0.0, "0: greedy", low=0)
     max_new_tokens: int | None = _opt(None, "none: that of rollout", low=1)
     answer_pattern: str = _opt(
@@ -153,6 +198,9 @@ class RunConfig:
     log_every: int = _opt(1, "steps between printed lines; every step is in metrics.jsonl", low=1)
     sample_every: int = _opt(10, "steps between rollouts written to samples.jsonl; 0: off", low=0)
     save: bool = _opt(True, "save the trained model, or the adapter, in <dir>/model")
+    checkpoint_every: int = _opt(50, "steps between checkpoints in <dir>/checkpoints; 0: off", low=0)
+    keep_checkpoints: int = _opt(2, "how many of the last ones stay", low=1)
+    trackers: tuple[str, ...] | None = _opt(None, "also log to these: tensorboard, wandb, trackio")
 
 
 @dataclass(frozen=True)
@@ -355,7 +403,24 @@ def _check_together(config: Config) -> None:
         for name in ("entry_clip", "token_clip", "top_k"):
             if getattr(o, name) is not None:
                 raise ConfigError(f"objective.{name} has no meaning with objective.form sampled_token")
-    for name, required in (("student", ("{problem}",)), ("teacher", ("{problem}", "{solution}"))):
+    if (config.teacher.kind == "model") != (config.teacher.path is not None):
+        raise ConfigError(
+            f"teacher.kind is {config.teacher.kind!r} and teacher.path {config.teacher.path!r}: the kind model, and no "
+            "other, has a path"
+        )
+    for option in ("keep_best", "patience"):
+        if getattr(config.eval, option) and not config.eval.every:
+            raise ConfigError(f"eval.{option} is {getattr(config.eval, option)!r} without eval.every")
+    for tracker in config.run.trackers or ():
+        if tracker not in TRACKERS:
+            raise ConfigError(f"run.trackers has {tracker!r}; accepted: {', '.join(TRACKERS)}")
+    templates = {
+        "student": ("{problem}",),
+        "teacher": ("{problem}", "{solution}"),
+        "reason": ("{solution}",),
+        "analysis": ("{teacher}", "{analysis}"),
+    }
+    for name, required in templates.items():
         for placeholder in required:
             if placeholder not in getattr(config.prompts, name):
                 raise ConfigError(f"prompts.{name} lacks {placeholder}: {getattr(config.prompts, name)!r}")

@@ -42,7 +42,7 @@ def test_learning_rate_follows_the_kind_of_training():
         ("optim.lr", "nan", ["optim.lr", "nan"]),
         ("optim.betas", "0.9", ["optim.betas", "float,float"]),
         ("objective.beta", "1.1", ["objective.beta", "1.1", ">= 0 and <= 1"]),
-        ("teacher.kind", "ema", ["teacher.kind", "ema", "base|live"]),
+        ("teacher.kind", "emma", ["teacher.kind", "ema", "base|live"]),
         ("lora.enabled", "maybe", ["lora.enabled", "true|false"]),
         ("objective.tail_bucket", "true", ["top_k"]),
         ("prompts.teacher", "{problem} only", ["prompts.teacher", "{solution}"]),
