@@ -1,11 +1,23 @@
 """On-policy self-distillation: a language model learns from itself, told more."""
 
 try:
+    from opsd.checkpoint import CheckpointError
     from opsd.config import Config, ConfigError, load_config
-    from opsd.trainer import NonFiniteError, RunResult, train
+    from opsd.trainer import Interrupted, NonFiniteError, RunResult, WriteError, resume, train
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"the training loop needs {error.name}, which is not installed: pip install 'opsd[train]'", name=error.name
     ) from error
 
-__all__ = ["Config", "ConfigError", "NonFiniteError", "RunResult", "load_config", "train"]
+__all__ = [
+    "CheckpointError",
+    "Config",
+    "ConfigError",
+    "Interrupted",
+    "NonFiniteError",
+    "RunResult",
+    "WriteError",
+    "load_config",
+    "resume",
+    "train",
+]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from opsd.config import Config, ConfigError, describe, is_flag, load_config, to_yaml
+from opsd.config import ConfigError, describe, is_flag, load_config, to_yaml
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,20 +20,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     training = commands.add_parser(
         "train",
         help="train a model; without options: the embedded tiny set-up",
-        usage="opsd train [--config FILE] [--print-config] [--section.option VALUE ...]",
+        usage="opsd train [--preset NAME] [--config FILE] [--resume RUN_DIR] [--print-config] "
+        "[--section.option VALUE ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=describe(),
         allow_abbrev=False,
     )
     training.add_argument("--config", metavar="FILE", help="YAML file of sections and options; the command line wins")
+    training.add_argument(
+        "--preset", metavar="NAME", help="settings below those of the file: tiny, paper, sdft or sdpo"
+    )
+    training.add_argument(
+        "--resume",
+        metavar="RUN_DIR",
+        help="go on with a run that was stopped; only optim.steps and the options of run and eval may be given besides",
+    )
     training.add_argument("--print-config", action="store_true", help="print all options as YAML and stop")
     known, rest = parser.parse_known_args(argv)
     try:
-        config = load_config(known.config, parse_overrides(rest))
+        overrides = parse_overrides(rest)
+        if known.resume:
+            for option in ("config", "preset", "print_config"):
+                if getattr(known, option):
+                    raise ConfigError(f"--{option.replace('_', '-')} has no meaning with --resume")
+            return _train(lambda trainer: trainer.resume(known.resume, overrides))
+        config = load_config(known.config, overrides, known.preset)
         if known.print_config:
             print(to_yaml(config), end="")
             return 0
-        return _train(config)
+        return _train(lambda trainer: trainer.train(config))
     except ConfigError as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
@@ -64,20 +80,21 @@ def parse_overrides(words: Sequence[str]) -> list[tuple[str, str]]:
     return options
 
 
-def _train(config: Config) -> int:
+def _train(run: Callable[[Any], Any]) -> int:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from opsd.trainer import Interrupted, NonFiniteError, train
+    from opsd import trainer
+    from opsd.checkpoint import CheckpointError
 
     if not sys.stderr.isatty():
         disable_progress_bar()
     try:
-        result = train(config)
-    except NonFiniteError as error:
+        result = run(trainer)
+    except (trainer.NonFiniteError, trainer.WriteError, CheckpointError) as error:
         return _fail(str(error), 1)
-    except Interrupted as error:
-        return _fail(str(error), 130)
+    except trainer.Interrupted as error:
+        return _fail(str(error), 128 + error.signal)
     except torch.cuda.OutOfMemoryError as error:
         advice = "lower optim.micro_batch_size or rollout.batch_size, or set model.gradient_checkpointing"
         return _fail(f"the GPU is out of memory: {advice}\n{error}", 1)

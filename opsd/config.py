@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import yaml
 
-
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -86,7 +85,7 @@ class PromptsConfig:
         "auto", "wrap the text as a user message in the tokenizer's chat template; auto: if it has one"
     )
     student_chat_args: str | None = _opt(
-        None, "JSON object of arguments for the chat template of the student's prompt: {\"enable_thinking\": false}"
+        None, 'JSON object of arguments for the chat template of the student\'s prompt: {"enable_thinking": false}'
     )
     teacher_chat_args: str | None = _opt(None, "the same for the teacher's prompt")
     reason: str = _opt(
@@ -173,8 +172,8 @@ class EvalConfig:
     every: int = _opt(0, "evaluate every so many steps, besides before and after; 0: off", low=0)
     scorer: str = _opt(
         "exact",
-        "exact: the text of eval.answer_pattern equals the answer; math_verify: mathematically equal (needs the package "
-        "math-verify); module:function or file.py:function: your own, of (text, row)",
+        "exact: the text of eval.answer_pattern equals the answer; math_verify: mathematically equal (needs the "
+        "package math-verify); module:function or file.py:function: your own, of (text, row)",
     )
     keep_best: bool = _opt(False, "keep the weights of the best evaluation in <dir>/best (needs eval.every)")
     patience: int | None = _opt(None, "stop after so many evaluations without a better one (needs eval.every)", low=1)
@@ -220,40 +219,65 @@ class Config:
 SECTIONS: dict[str, type] = {f.name: f.default_factory for f in fields(Config)}  # type: ignore[misc]
 
 
-def load_config(path: str | Path | None = None, overrides: Iterable[tuple[str, Any]] = ()) -> Config:
-    """The configuration of a run: defaults, below a YAML file, below `overrides`.
+def load_config(
+    source: str | Path | Mapping[str, Any] | None = None,
+    overrides: Iterable[tuple[str, Any]] = (),
+    preset: str | None = None,
+) -> Config:
+    """The configuration of a run: defaults, below a preset, below a file or mapping, below `overrides`.
 
     Args:
-        path: YAML file of nested sections, or None.
+        source: a YAML file of nested sections, or such a mapping, or None. It may name a `preset`, too.
         overrides: (dotted option, value) pairs, later ones win; values may be text, dashes may stand for underscores.
-
-    Without a `model.path` the settings of the embedded tiny set-up lie between the defaults and the user's options.
+        preset: one of `opsd.presets.PRESETS`, or "tiny", the embedded set-up, which is also what there is without a
+            `model.path`; wins over that of `source`.
 
     Raises:
         ConfigError: naming the option, its value and what is accepted.
     """
+    named, given = _read(source)
+    preset = preset or named
     user: dict[str, dict[str, Any]] = {}
-    for name, value in [*_yaml_options(path), *overrides]:
+    for name, value in [*given, *overrides]:
         section, option = _find(name)
         user.setdefault(section, {})[option.name] = _coerce(f"{section}.{option.name}", value, option)
-    model_path, train = user.get("model", {}).get("path"), user.get("data", {}).get("train")
-    if train and not model_path:
-        raise ConfigError("data.train is given without model.path: the embedded tiny model only fits its own data")
-    if not model_path and user.get("data", {}).get("eval"):
-        raise ConfigError("data.eval is given without model.path: the embedded tiny model only fits its own data")
-    if model_path and not train:
-        raise ConfigError("model.path is given without data.train: name a JSONL file with problem and solution")
-    if not model_path:
-        from opsd import tiny
-
-        for name, value in _flatten(tiny.SETTINGS, "the embedded set-up"):
-            section, option = _find(name)
-            user.setdefault(section, {}).setdefault(option.name, _coerce(name, value, option))
+    for name, value in _preset_options(preset, user):
+        section, option = _find(name)
+        user.setdefault(section, {}).setdefault(option.name, _coerce(name, value, option))
     config = Config(**{name: section(**user.get(name, {})) for name, section in SECTIONS.items()})
     _check_together(config)
     if config.optim.lr is None:
         object.__setattr__(config.optim, "lr", 5e-6 if config.lora.enabled else 1e-6)
     return config
+
+
+def _preset_options(preset: str | None, user: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Any]]:
+    """The settings of `preset`, which has to go with what the user says of model and data."""
+    from opsd.presets import PRESETS
+
+    if preset is not None and preset != "tiny" and preset not in PRESETS:
+        raise ConfigError(f"preset is {preset!r}; accepted: tiny, {', '.join(PRESETS)}")
+    model_path, data = user.get("model", {}).get("path"), user.get("data", {})
+    if preset == "tiny" and model_path:
+        raise ConfigError(f"preset tiny is the embedded model and its data; model.path is {model_path!r}")
+    if model_path:
+        if not data.get("train"):
+            raise ConfigError("model.path is given without data.train: name a file with problem and solution")
+    else:
+        for option in ("train", "eval"):
+            if data.get(option):
+                raise ConfigError(
+                    f"data.{option} is given without model.path: the embedded tiny model only fits its own data"
+                )
+    if preset in PRESETS:
+        if not model_path:
+            raise ConfigError(f"preset {preset} needs a model.path and data.train")
+        return _flatten(PRESETS[preset], f"preset {preset}")
+    if model_path:
+        return []
+    from opsd import tiny
+
+    return _flatten(tiny.SETTINGS, "the embedded set-up")
 
 
 def describe() -> str:
@@ -281,14 +305,22 @@ def is_flag(name: str) -> bool:
     return option.type is bool
 
 
-def _yaml_options(path: str | Path | None) -> list[tuple[str, Any]]:
-    if path is None:
-        return []
-    try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
-    return _flatten({} if loaded is None else loaded, str(path))
+def _read(source: str | Path | Mapping[str, Any] | None) -> tuple[str | None, list[tuple[str, Any]]]:
+    """The preset that `source` names, and its options."""
+    if source is None:
+        return None, []
+    loaded: Any = source
+    if not isinstance(source, Mapping):
+        try:
+            loaded = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{source}: cannot be read as YAML: {error}") from error
+    name = "config" if isinstance(source, Mapping) else str(source)
+    options = {} if loaded is None else loaded
+    preset = options.get("preset") if isinstance(options, Mapping) else None
+    if preset is not None:
+        options = {section: values for section, values in options.items() if section != "preset"}
+    return preset, _flatten(options, name)
 
 
 def _flatten(nested: Any, source: str) -> list[tuple[str, Any]]:

@@ -12,8 +12,8 @@ from torch import nn
 from opsd.config import Config, ConfigError
 
 
-def load_tokenizer(config: Config) -> Any:
-    """The tokenizer of `model.path`.
+def load_tokenizer(path: str | None, option: str = "model.path") -> Any:
+    """The tokenizer of `path`, which errors call `option`.
 
     Raises:
         ConfigError: there is none.
@@ -21,9 +21,27 @@ def load_tokenizer(config: Config) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(config.model.path)
+        return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConfigError(f"model.path {config.model.path!r}: no tokenizer can be loaded: {error}") from error
+        raise ConfigError(f"{option} {path!r}: no tokenizer can be loaded: {error}") from error
+
+
+def load_weights(config: Config, path: str | None, option: str = "model.path") -> Any:
+    """The causal language model of `path`, in the types of `config.model`; errors call the path `option`.
+
+    Raises:
+        ConfigError: no model can be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path,  # type: ignore[arg-type]
+            dtype=getattr(torch, config.model.dtype),
+            attn_implementation=config.model.attn_implementation,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConfigError(f"{option} {path!r}: no model can be loaded: {error}") from error
 
 
 def load_model(config: Config, device: torch.device) -> nn.Module:
@@ -32,16 +50,7 @@ def load_model(config: Config, device: torch.device) -> nn.Module:
     Raises:
         ConfigError: no model can be loaded from `model.path`, or the adapters do not fit it.
     """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            config.model.path,  # type: ignore[arg-type]
-            dtype=getattr(torch, config.model.dtype),
-            attn_implementation=config.model.attn_implementation,
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConfigError(f"model.path {config.model.path!r}: no model can be loaded: {error}") from error
+    model: Any = load_weights(config, config.model.path)
     model.to(device)
     if config.lora.enabled:
         model = _add_adapters(model, config)

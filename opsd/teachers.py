@@ -1,22 +1,24 @@
-"""The teacher: the same model, told more. It never generates during training and never gets a gradient."""
+"""The teacher: the same model, told more. It scores rollouts, never writes them, and never gets a gradient."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from opsd.models import evaluating, is_adapted
+from opsd.config import Config, ConfigError
+from opsd.models import evaluating, is_adapted, load_tokenizer, load_weights
 from opsd.scoring import rollout_hidden
 from opsd_kernels import Head, lm_head_of
 
 
 class Teacher(Protocol):
-    """What a step and an evaluation need of a teacher."""
+    """What a step, an evaluation and a checkpoint need of a teacher."""
 
     head: Head
     """Holds the student's own weight tensor where the two share it."""
@@ -29,6 +31,15 @@ class Teacher(Protocol):
 
     def hidden(self, prompts: Sequence[Sequence[int]], rollouts: Sequence[Sequence[int]]) -> Tensor:
         """(R, H) inputs of its head that predict the R rollout tokens after its own prompts, without a gradient."""
+
+    def update(self, step: int) -> None:
+        """Called once after each step of the optimiser, numbered from 1."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What changes in the course of a run and is no part of the student; empty where nothing does."""
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes back what `state_dict` gave."""
 
 
 class _ModelTeacher:
@@ -53,18 +64,106 @@ class _ModelTeacher:
         with self.active() as model:
             return rollout_hidden(model, prompts, rollouts)
 
+    def update(self, step: int) -> None:
+        pass
 
-def make_teacher(kind: str, model: nn.Module) -> Teacher:
-    """The teacher of `kind` for `model`, to be made before the first step.
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if state:
+            raise ValueError(f"this teacher keeps nothing, got {len(state)} tensors")
+
+
+class _AverageTeacher(_ModelTeacher):
+    """A second copy of what is trained, and of nothing else, that follows the student as a moving average."""
+
+    def __init__(self, student: nn.Module, decay: float, every: int):
+        copied = _frozen_copy(student)
+        super().__init__(copied, copied)
+        self.decay, self.every = decay, every
+        mine = dict(copied.named_parameters())
+        self.pairs = {n: (mine[n], p) for n, p in student.named_parameters() if p.requires_grad}
+        # An update is about (1 - decay) of a step of the optimiser: 16-bit weights would round it away.
+        self.exact = {n: t.detach().float() for n, (t, _) in self.pairs.items() if t.element_size() < 4}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        if step % self.every:
+            return
+        for name, (teacher, student) in self.pairs.items():
+            average = self.exact.get(name, teacher)
+            average.lerp_(student.to(average.dtype), 1 - self.decay)
+            if average is not teacher:
+                teacher.copy_(average)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: self.exact.get(name, teacher).detach() for name, (teacher, _) in self.pairs.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if state.keys() != self.pairs.keys():
+            raise ValueError(
+                f"the average of {len(self.pairs)} tensors, got {len(state)}: {_first_difference(state, self.pairs)}"
+            )
+        for name, (teacher, _) in self.pairs.items():
+            if name in self.exact:
+                self.exact[name].copy_(state[name])
+            teacher.copy_(state[name])
+
+
+def make_teacher(config: Config, model: nn.Module, tokenizer: Any) -> Teacher:
+    """The teacher of `config.teacher` for `model`, to be made before the first step.
 
     "live" is the weights being trained. "base" is the initial weights: with adapters, the model without them; else a
-    frozen copy, a second model in memory.
+    frozen copy, a second model in memory. "ema" is their moving average, a second copy of what is trained. "model" is
+    `teacher.path`, which must have the same vocabulary.
+
+    Raises:
+        ConfigError: the other model cannot be loaded or has another vocabulary.
     """
-    if kind == "live":
+    options = config.teacher
+    if options.kind == "live":
         return _ModelTeacher(model, "live")
-    if kind != "base":
-        raise ValueError(f"teacher kind {kind!r}; accepted: base, live")
+    if options.kind == "ema":
+        return _AverageTeacher(model, options.ema_decay, options.ema_every)
+    if options.kind == "model":
+        return _other_model(config, model, tokenizer)
     if is_adapted(model):
         return _ModelTeacher(model, "base")
-    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    frozen = _frozen_copy(model)
     return _ModelTeacher(frozen, frozen)
+
+
+def _frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy of `model` that shares the tensors that are not trained."""
+    shared: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, shared).eval().requires_grad_(False)
+
+
+def _other_model(config: Config, model: nn.Module, tokenizer: Any) -> Teacher:
+    path = config.teacher.path
+    theirs = load_tokenizer(path, "teacher.path").get_vocab()
+    ours = tokenizer.get_vocab()
+    if theirs != ours:
+        raise ConfigError(
+            f"teacher.path {path!r} has another vocabulary than model.path: {len(theirs)} and {len(ours)} tokens, "
+            f"{_first_difference(theirs, ours)}"
+        )
+    other = load_weights(config, path, "teacher.path").to(next(model.parameters()).device)
+    teacher = _ModelTeacher(other.eval().requires_grad_(False), other)
+    # Published sizes of one family pad the vocabulary differently.
+    rows, wanted = teacher.head.weight.shape[0], lm_head_of(model).weight.shape[0]
+    if rows < wanted:
+        raise ConfigError(f"teacher.path {path!r}: its lm_head has {rows} rows, fewer than the {wanted} of model.path")
+    if rows > wanted:
+        bias = teacher.head.bias
+        teacher.head = dataclasses.replace(
+            teacher.head, weight=teacher.head.weight[:wanted], bias=None if bias is None else bias[:wanted]
+        )
+    return teacher
+
+
+def _first_difference(one: dict[str, Any], other: dict[str, Any]) -> str:
+    names = sorted(one.keys() ^ other.keys()) or sorted(n for n in one if one[n] is not other[n] and one[n] != other[n])
+    return f"first difference {names[0]!r}"

@@ -1,4 +1,4 @@
-"""The loop around a step: load, evaluate, train, evaluate, save."""
+"""The loop around a step: evaluate, train, evaluate, save; and to go on after any interruption as if there was none."""
 
 from __future__ import annotations
 
@@ -6,25 +6,27 @@ import dataclasses
 import json
 import math
 import re
+import signal
+import threading
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from opsd import models
-from opsd.config import Config, ConfigError, OptimConfig, to_yaml
-from opsd.data import DataError, Row, batches, read_rows
+from opsd import checkpoint, models
+from opsd.config import Config, ConfigError, OptimConfig, load_config, to_yaml
+from opsd.data import batches
 from opsd.evaluate import Evaluation, evaluate
-from opsd.metrics import Clock, Display, append_json, host_values
-from opsd.prompts import Example, Prompter, encode_rows
+from opsd.metrics import Clock, Display, append_json, host_values, rewind_json
+from opsd.prompts import Example
+from opsd.reasoning import analyse
+from opsd.setup import MakeTeacher, Setup, check_identity, describe_run, embedded, introduce, set_up
 from opsd.step import Run, Step, opsd_step
-from opsd.teachers import Teacher, make_teacher
-from opsd_kernels import lm_head_of
-from opsd_kernels.packing import plan_passes
+from opsd.teachers import make_teacher
 
 
 class NonFiniteError(Exception):
@@ -32,7 +34,19 @@ class NonFiniteError(Exception):
 
 
 class Interrupted(Exception):
-    """The user stopped the run; the message says what was kept."""
+    """The run was asked to stop; the message says what was kept. `signal` is the number of the signal."""
+
+    def __init__(self, message: str, signal: int = signal.SIGINT):
+        super().__init__(message)
+        self.signal = signal
+
+
+class WriteError(Exception):
+    """Something of the run cannot be written, a full disk for example; the message says what is safe."""
+
+
+Evaluate = Callable[[Run, nn.Module, Sequence[Example], Literal["student", "teacher"]], Evaluation]
+"""evaluate(run, model, examples, context): how well `model` answers under the prompts of `context`."""
 
 
 @dataclass(frozen=True)
@@ -46,168 +60,354 @@ class RunResult:
     summary: dict[str, Any]
 
 
-def train(config: Config, *, step: Step = opsd_step, quiet: bool = False) -> RunResult:
+@dataclass
+class Progress:
+    """How far a run has come: with the weights, all that a checkpoint has to hold."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    """Of all processes that worked on the run, as of the last step."""
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    best: dict[str, Any] | None = None
+    """Step and accuracy of the best evaluation in training."""
+    since_best: int = 0
+    last_record: dict[str, Any] = field(default_factory=dict)
+
+
+def train(
+    config: Config | Mapping[str, Any] | str | Path,
+    *,
+    rollouts: Callable | None = None,
+    teacher: MakeTeacher = make_teacher,
+    loss: Callable | None = None,
+    evaluate: Evaluate = evaluate,
+    step: Step = opsd_step,
+    quiet: bool = False,
+) -> RunResult:
     """Train as `config` says; everything written goes to the run directory.
 
     Args:
-        config: from `opsd.config.load_config`.
-        step: computes a loss on some examples and its gradients; see `opsd.step.Step`.
+        config: from `opsd.load_config`, or what it takes: nested sections, or the path of a YAML file.
+        rollouts: in place of sampling from the student; see `opsd.step.Sampler`.
+        teacher: makes the teacher; see `opsd.teachers.make_teacher` and `opsd.teachers.Teacher`.
+        loss: in place of the objective; see `opsd.step.Loss`.
+        evaluate: in place of `opsd.evaluate.evaluate`.
+        step: in place of the whole step; see `opsd.step.Step`.
         quiet: print nothing.
 
     Raises:
         ConfigError: the run cannot start as asked (`DataError` for a row that cannot be used).
         NonFiniteError: before the optimiser would have used a non-finite loss or gradient.
-        Interrupted: on Ctrl-C after the first step, once the weights are saved.
+        Interrupted: on the first Ctrl-C or SIGTERM, once the step is done and a checkpoint is written.
+        WriteError: a file of the run cannot be written.
     """
-    started = time.perf_counter()
+    if not isinstance(config, Config):
+        config = load_config(config)
     with Display(every=config.run.log_every, quiet=quiet) as display:
         run_dir = _check_run_dir(config)
-        device = _device(config)
-        if config.run.threads is not None:
-            torch.set_num_threads(config.run.threads)
         name = Path(config.model.path).name if config.model.path else "tiny"
         if config.model.path is None:
-            config = _embedded(config, display)
-        rows, skipped = read_rows(config.data.train or "", skip_bad_rows=config.data.skip_bad_rows)
-        eval_rows: list[Row] = []
-        eval_skipped = 0
-        if config.data.eval:
-            required = ("problem", "answer")
-            eval_rows, eval_skipped = read_rows(
-                config.data.eval, required=required, skip_bad_rows=config.data.skip_bad_rows
-            )
-            eval_rows = eval_rows[: config.eval.max_problems]
-
-        torch.manual_seed(config.run.seed)
-        tokenizer = models.load_tokenizer(config)
-        prompter = Prompter(tokenizer, config.prompts)
-        limit, too_long = config.data.max_prompt_tokens, config.data.too_long
-        examples, dropped = encode_rows(prompter, rows, limit=limit, too_long=too_long)
-        eval_examples: list[Example] = []
-        eval_dropped = 0
-        if eval_rows:
-            eval_examples, eval_dropped = encode_rows(prompter, eval_rows, limit=limit, too_long=too_long)
-        counts = {
-            "train_rows": len(examples),
-            "train_rows_skipped": skipped,
-            "train_rows_too_long": dropped,
-            "eval_rows": len(eval_examples),
-            "eval_rows_skipped": eval_skipped,
-            "eval_rows_too_long": eval_dropped,
-        }
-
-        model = models.load_model(config, device)
-        _check_context(config, model, [*examples, *eval_examples])
-        ends = models.end_ids(model, tokenizer)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
-        try:
-            head = lm_head_of(model)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"model.path {config.model.path!r}: {error}") from error
-        teacher = make_teacher(config.teacher.kind, model)
-        packed, how = _packing(config, model, teacher)
-        run = Run(config, model, tokenizer, head, teacher, device, ends, pad, packed)
-
+            config = embedded(config, display)
+        setup = _with_parts(set_up(config, teacher), rollouts, loss)
         run_dir = _make_run_dir(name, run_dir)
-        (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        _introduce(run, examples[0], counts, run_dir, display)
-        display.note(how)
-
-        evaluations = {}
-        if eval_examples:
-            evaluations["base"] = _evaluate(run, model, eval_examples, "student", 0, "base", run_dir, display)
-            if all(example.teacher for example in eval_examples):
-                with run.teacher.active() as told:
-                    evaluations["teacher"] = _evaluate(
-                        run, told, eval_examples, "teacher", 0, "teacher", run_dir, display
-                    )
-        records = _loop(run, examples, eval_examples, step, run_dir, display)
-        if eval_examples:
-            evaluations["trained"] = _evaluate(
-                run, model, eval_examples, "student", config.optim.steps, "trained", run_dir, display
-            )
-
-        model_dir = _save(run, run_dir / "model") if config.run.save else None
-        seconds = time.perf_counter() - started
-        summary = {
-            "steps": config.optim.steps,
-            "seconds": seconds,
-            "tokens": sum(record["tokens"] for record in records),
-            **counts,
-            "evaluations": {name: asdict(evaluation) for name, evaluation in evaluations.items()},
-            "last_step": records[-1],
-            "model": "model" if model_dir else None,
-        }
-        (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        return RunResult(run_dir, model_dir, evaluations, seconds, summary)
+        described = describe_run(setup)
+        checkpoint.replace_file(run_dir / "config.yaml", to_yaml(config))
+        checkpoint.replace_file(run_dir / "run.json", json.dumps(described, indent=2) + "\n")
+        return _Loop(setup, run_dir, described["id"], display, step, evaluate).run()
 
 
-def _loop(
-    run: Run,
-    examples: Sequence[Example],
-    eval_examples: Sequence[Example],
-    step: Step,
-    run_dir: Path,
-    display: Display,
-) -> list[dict[str, Any]]:
-    config, options = run.config, run.config.optim
-    optimizer = make_optimizer(run.model, config)
-    order = batches(len(examples), options.batch_size, config.run.seed)
-    run.model.train()
-    records: list[dict[str, Any]] = []
-    try:
-        for number in range(1, options.steps + 1):
-            records.append(_one_step(run, [examples[i] for i in next(order)], step, number, optimizer, run_dir))
-            last = records[-1]
-            text = "  ".join(f"{k} {last[k]:.4g}" for k in ("loss", "rollout_length", "grad_norm") if k in last)
-            display.advance("step", number, options.steps, f"{text}  {last['tokens_per_second']:.0f} tokens/s")
-            if eval_examples and config.eval.every and number % config.eval.every == 0 and number < options.steps:
-                _evaluate(run, run.model, eval_examples, "student", number, f"step {number}", run_dir, display)
-    except KeyboardInterrupt:
-        if not records or not config.run.save:
-            raise
-        kept = _save(run, run_dir / f"model-after-step-{len(records)}")
-        raise Interrupted(f"stopped by the user; the weights after step {len(records)} are in {kept}") from None
-    return records
+def resume(
+    run_dir: str | Path,
+    overrides: Iterable[tuple[str, Any]] = (),
+    *,
+    rollouts: Callable | None = None,
+    teacher: MakeTeacher = make_teacher,
+    loss: Callable | None = None,
+    evaluate: Evaluate = evaluate,
+    step: Step = opsd_step,
+    quiet: bool = False,
+) -> RunResult:
+    """Go on with the run in `run_dir` from its newest usable checkpoint, or from its start if it has none.
 
+    On one machine with the same number of threads the weights come out as if the run had never stopped, bit for bit on
+    a CPU. Callables are to be those that the run began with.
 
-def _one_step(
-    run: Run, batch: Sequence[Example], step: Step, number: int, optimizer: torch.optim.Optimizer, run_dir: Path
-) -> dict[str, Any]:
-    """Loss, gradients, the check that both are finite, and only then the optimiser."""
-    began, rate = time.perf_counter(), learning_rate(run.config.optim, number)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    result = step(run, batch, number)
-    clock = result.clock or Clock(run.device)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    with clock("optimizer"):
-        norm = nn.utils.clip_grad_norm_(parameters, run.config.optim.max_grad_norm or math.inf)
-        values = host_values({"loss": result.loss, "grad_norm": norm, **result.metrics})
-        for name, what in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
-            if not math.isfinite(values[name]):
-                raise NonFiniteError(
-                    f"step {number}: the {what} is {values[name]}; stopped before the optimiser, so the weights are "
-                    f"those after step {number - 1}"
+    Args:
+        run_dir: a run directory that `train` made.
+        overrides: (dotted option, value) pairs; `optim.steps` and the sections eval and run may change. Other steps
+            also change the learning rates of a schedule that ends at 0.
+
+    Raises:
+        ConfigError: the directory holds no run, another option would change, or model or data have changed since.
+        CheckpointError: there are checkpoints, and none can be used.
+        Others: as `train`.
+    """
+    run_dir, overrides = Path(run_dir), list(overrides)
+    described = _read_description(run_dir)
+    began = load_config(run_dir / "config.yaml")
+    config = load_config(run_dir / "config.yaml", overrides)
+    for name, section in asdict(began).items():
+        for option, value in section.items():
+            now = getattr(getattr(config, name), option)
+            fixed = name not in ("eval", "run") and (name, option) != ("optim", "steps")
+            if now != value and (fixed or (name, option) in (("run", "seed"), ("run", "dir"))):
+                raise ConfigError(
+                    f"{name}.{option} is {now!r}, the run began with {value!r}; a resumed run may change optim.steps "
+                    "and the sections eval and run, but for run.seed and run.dir"
                 )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    phases = {f"seconds_{phase}": seconds for phase, seconds in clock.seconds().items()}
-    seconds = time.perf_counter() - began
-    record = {"step": number, **values, "lr": rate, "tokens": result.tokens}
-    record |= {"tokens_per_second": result.tokens / seconds, "seconds": seconds, **phases}
-    if run.device.type == "cuda":
-        record["peak_memory_bytes"] = torch.cuda.max_memory_allocated(run.device)
-    append_json(run_dir / "metrics.jsonl", record)
-    every = run.config.run.sample_every
-    if every and (number == 1 or number % every == 0):
-        for example, rollout in list(zip(batch, result.rollouts, strict=False))[:2]:
-            text = run.tokenizer.decode(rollout.ids)
+    with Display(every=config.run.log_every, quiet=quiet) as display:
+        setup = _with_parts(set_up(config, teacher), rollouts, loss)
+        check_identity(setup, described)
+        loop = _Loop(setup, run_dir, described["id"], display, step, evaluate)
+        loop.restore()
+        checkpoint.replace_file(run_dir / "config.yaml", to_yaml(config))
+        return loop.run()
+
+
+class _Loop:
+    """A run from wherever it stands to its end."""
+
+    def __init__(self, setup: Setup, run_dir: Path, run_id: str, display: Display, step: Step, evaluate: Evaluate):
+        self.setup, self.run_dir, self.run_id, self.display = setup, run_dir, run_id, display
+        self.step, self.evaluate = step, evaluate
+        self.state, self.config = setup.run, setup.run.config
+        self.optimizer = make_optimizer(setup.run.model, self.config)
+        self.progress = Progress()
+        self.saved_step = 0  #: of the newest checkpoint
+        self.began = time.perf_counter()
+
+    def run(self) -> RunResult:
+        introduce(self.setup, self.run_dir, self.display)
+        if self.progress.step:
+            self.display.note(f"going on after step {self.progress.step}")
+        try:
+            if self.setup.eval_examples and not self.progress.evaluations:
+                self._evaluate_before()
+            self._train()
+            model_dir = self._save_model(self.run_dir / "model") if self.config.run.save else None
+            summary = self._summary(model_dir)
+            checkpoint.replace_file(self.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+        except OSError as error:
+            raise WriteError(f"{error}; {self._what_is_safe()}") from error
+        evaluations = {name: Evaluation(**values) for name, values in self.progress.evaluations.items()}
+        return RunResult(self.run_dir, model_dir, evaluations, summary["seconds"], summary)
+
+    def restore(self) -> None:
+        """Takes up the newest usable checkpoint, and takes back what was logged after it."""
+        checkpoint.remove_unfinished(self.run_dir)
+        found = checkpoint.latest_checkpoint(self._checkpoints, run_id=self.run_id, warn=self.display.note)
+        if found is None:
+            self.display.note("no checkpoint was finished yet: the run starts anew")
+            last = -1
+        else:
+            path, state = found
+            try:
+                checkpoint.load_trained_state(self.state.model, state["model"])
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.state.teacher.load_state_dict(state["teacher"])
+                self.progress = Progress(**state["progress"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise checkpoint.CheckpointError(f"{path}: does not fit this run: {error}") from error
+            checkpoint.set_random_state(state["random"])
+            last = self.saved_step = self.progress.step
+        for name in ("metrics", "evaluations", "samples"):
+            rewind_json(self.run_dir / f"{name}.jsonl", last)
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.run_dir / "checkpoints"
+
+    def _train(self) -> None:
+        options, progress = self.config.optim, self.progress
+        earlier = progress.seconds
+        order = batches(len(self.setup.examples), options.batch_size, self.config.run.seed, start=progress.step)
+        self.state.model.train()
+        with _StopRequest(self.display) as stop:
+            while progress.step < options.steps and not self._out_of_patience():
+                batch = [self.setup.examples[i] for i in next(order)]
+                record = self._one_step(batch, progress.step + 1)
+                progress.step += 1
+                progress.tokens += record["tokens"]
+                progress.last_record = record
+                progress.seconds = earlier + time.perf_counter() - self.began
+                last = progress.step == options.steps
+                every = self.config.eval.every
+                if self.setup.eval_examples and (last or (every and progress.step % every == 0)):
+                    self._evaluate_student("trained" if last else f"step {progress.step}")
+                every = self.config.run.checkpoint_every
+                if stop.signal or (every and (last or progress.step % every == 0)):
+                    self._checkpoint()
+                if stop.signal and not last:
+                    raise Interrupted(f"stopped after step {progress.step}; {self._what_is_safe()}", stop.signal)
+
+    def _one_step(self, batch: Sequence[Example], number: int) -> dict[str, Any]:
+        """Loss, gradients, the check that both are finite, and only then the optimiser and the teacher's update."""
+        run, config = self.state, self.config
+        began, rate = time.perf_counter(), learning_rate(config.optim, number)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        first = Clock(run.device)
+        told: dict[str, float] = {}
+        if config.teacher.reason_first:
+            with first("reason"):
+                analysed = analyse(run, self.setup.prompter, batch, number)
+            batch = analysed.examples
+            told = {"analysis_length": analysed.mean_length, "analysis_truncated": analysed.truncated}
+        result = self.step(run, batch, number)
+        clock = result.clock or Clock(run.device)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        with clock("optimizer"):
+            norm = nn.utils.clip_grad_norm_(parameters, config.optim.max_grad_norm or math.inf)
+            values = host_values({"loss": result.loss, "grad_norm": norm, **result.metrics, **told})
+            for name, what in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
+                if not math.isfinite(values[name]):
+                    raise NonFiniteError(
+                        f"step {number}: the {what} is {values[name]}; stopped before the optimiser, so the weights "
+                        f"are those after step {number - 1}; {self._what_is_safe()}"
+                    )
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            run.teacher.update(number)
+        phases = {f"seconds_{phase}": s for phase, s in (first.seconds() | clock.seconds()).items()}
+        seconds = time.perf_counter() - began
+        record = {"step": number, **values, "lr": rate, "tokens": result.tokens}
+        record |= {"tokens_per_second": result.tokens / seconds, "seconds": seconds, **phases}
+        if run.device.type == "cuda":
+            record["peak_memory_bytes"] = torch.cuda.max_memory_allocated(run.device)
+        append_json(self.run_dir / "metrics.jsonl", record)
+        text = "  ".join(f"{k} {record[k]:.4g}" for k in ("loss", "rollout_length", "grad_norm") if k in record)
+        text += f"  {record['tokens_per_second']:.0f} tokens/s"
+        self.display.advance("step", number, config.optim.steps, text)
+        every = config.run.sample_every
+        if every and (number == 1 or number % every == 0):
+            self._write_samples(batch, result.rollouts, number)
+        return record
+
+    def _write_samples(self, batch: Sequence[Example], rollouts: Sequence[Any], number: int) -> None:
+        for example, rollout in list(zip(batch, rollouts, strict=False))[:2]:
+            text = self.state.tokenizer.decode(rollout.ids)
             sample = {"step": number, "source": example.row.source, "problem": example.row.problem, "rollout": text}
             append_json(
-                run_dir / "samples.jsonl", {**sample, "tokens": len(rollout.ids), "truncated": rollout.truncated}
+                self.run_dir / "samples.jsonl", {**sample, "tokens": len(rollout.ids), "truncated": rollout.truncated}
             )
-    return record
+
+    def _evaluate_before(self) -> None:
+        examples = self.setup.eval_examples
+        self._evaluated("base", self.evaluate(self.state, self.state.model, examples, "student"))
+        if all(example.teacher for example in examples):
+            if self.config.teacher.reason_first:
+                examples = analyse(self.state, self.setup.prompter, examples, 0).examples
+            with self.state.teacher.active() as told:
+                self._evaluated("teacher", self.evaluate(self.state, told, examples, "teacher"))
+
+    def _evaluate_student(self, name: str) -> None:
+        """Evaluates the student and keeps count of the best; `keep_best` keeps its weights, too."""
+        result = self.evaluate(self.state, self.state.model, self.setup.eval_examples, "student")
+        self._evaluated(name, result)
+        if not self.config.eval.every:
+            return
+        best = self.progress.best
+        if best is not None and result.accuracy <= best["accuracy"]:
+            self.progress.since_best += 1
+        else:
+            self.progress.best, self.progress.since_best = self._here(result), 0
+            if self.config.eval.keep_best:
+                self._save_model(self.run_dir / "best")
+        if self._out_of_patience() and name != "trained":
+            self.progress.evaluations["trained"] = asdict(result)
+            self.display.note(
+                f"stopped early: no better evaluation than {best['accuracy']:.1%} at step {best['step']} "  # type: ignore[index]
+                f"in {self.progress.since_best} evaluations"
+            )
+
+    def _here(self, result: Evaluation) -> dict[str, Any]:
+        return {"step": self.progress.step, "accuracy": result.accuracy}
+
+    def _out_of_patience(self) -> bool:
+        patience = self.config.eval.patience
+        return patience is not None and self.progress.since_best >= patience
+
+    def _evaluated(self, name: str, result: Evaluation) -> None:
+        self.display.note(f"accuracy, {name}: {result}")
+        record = asdict(result)
+        append_json(self.run_dir / "evaluations.jsonl", {"step": self.progress.step, "name": name, **record})
+        if not name.startswith("step"):
+            self.progress.evaluations[name] = record
+
+    def _checkpoint(self) -> None:
+        state = {
+            "model": checkpoint.trained_state(self.state.model),
+            "optimizer": self.optimizer.state_dict(),
+            "teacher": self.state.teacher.state_dict(),
+            "progress": asdict(self.progress),
+            "random": checkpoint.random_state(),
+        }
+        step, keep = self.progress.step, self.config.run.keep_checkpoints
+        try:
+            checkpoint.save_checkpoint(self._checkpoints, step, state, run_id=self.run_id, keep=keep)
+        except checkpoint.CheckpointError as error:
+            raise WriteError(f"{error}; {self._what_is_safe()}") from error
+        self.saved_step = step
+
+    def _what_is_safe(self) -> str:
+        if not self.saved_step:
+            return f"no checkpoint was written yet, opsd train --resume {self.run_dir} starts anew"
+        return f"opsd train --resume {self.run_dir} goes on after step {self.saved_step}"
+
+    def _summary(self, model_dir: Path | None) -> dict[str, Any]:
+        progress = self.progress
+        return {
+            "steps": progress.step,
+            "seconds": progress.seconds,
+            "tokens": progress.tokens,
+            **self.setup.counts,
+            "evaluations": progress.evaluations,
+            "best": progress.best,
+            "stopped_early": progress.step < self.config.optim.steps,
+            "last_step": progress.last_record,
+            "model": "model" if model_dir else None,
+        }
+
+    def _save_model(self, directory: Path) -> Path:
+        """The model, or its adapter, and the tokenizer, for `from_pretrained`."""
+        return checkpoint.replace_directory(directory, lambda fresh: save_model(self.state, fresh))
+
+
+class _StopRequest:
+    """While open, the first SIGINT or SIGTERM asks for a stop after the step, and the next one stops at once."""
+
+    def __init__(self, display: Display):
+        self.display, self.signal, self.former = display, 0, {}  # type: ignore[var-annotated]
+
+    def __enter__(self) -> _StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self.former = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+        self.display.note("stopping after this step, with a checkpoint; once more stops at once")
+
+
+def save_model(run: Run, directory: Path) -> None:
+    """Writes the model, or its adapter, and the tokenizer to `directory`, for `from_pretrained`."""
+    from transformers import GenerationConfig
+
+    lm = models.causal_lm(run.model)
+    try:
+        lm.generation_config.validate(strict=True)
+    except ValueError:
+        # Some published models carry generation settings that load and then refuse to be saved.
+        lm.generation_config = GenerationConfig(eos_token_id=run.end_ids or None, pad_token_id=run.pad_id)
+    run.model.save_pretrained(directory)  # type: ignore[operator]
+    run.tokenizer.save_pretrained(directory)
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
@@ -233,57 +433,18 @@ def learning_rate(options: OptimConfig, number: int) -> float:
     return options.lr * factor[options.schedule]
 
 
-def _evaluate(
-    run: Run,
-    model: nn.Module,
-    examples: Sequence[Example],
-    context: Any,
-    step: int,
-    name: str,
-    run_dir: Path,
-    display: Display,
-) -> Evaluation:
-    result = evaluate(run, model, examples, context)
-    display.note(f"accuracy, {name}: {result}")
-    append_json(run_dir / "evaluations.jsonl", {"step": step, "name": name, **asdict(result)})
-    return result
+def _with_parts(setup: Setup, rollouts: Callable | None, loss: Callable | None) -> Setup:
+    parts = {name: part for name, part in (("sample", rollouts), ("divergence", loss)) if part is not None}
+    return dataclasses.replace(setup, run=dataclasses.replace(setup.run, **parts)) if parts else setup
 
 
-def _save(run: Run, directory: Path) -> Path:
-    """The model, or its adapter, and the tokenizer, for `from_pretrained`."""
-    from transformers import GenerationConfig
-
-    lm = models.causal_lm(run.model)
+def _read_description(run_dir: Path) -> dict[str, Any]:
     try:
-        lm.generation_config.validate(strict=True)
-    except ValueError:
-        # Some published models carry generation settings that load and then refuse to be saved.
-        lm.generation_config = GenerationConfig(eos_token_id=run.end_ids or None, pad_token_id=run.pad_id)
-    run.model.save_pretrained(directory)  # type: ignore[operator]
-    run.tokenizer.save_pretrained(directory)
-    return directory
-
-
-def _embedded(config: Config, display: Display) -> Config:
-    """`config` pointing at the embedded model and its data, made first if need be."""
-    from opsd import tiny
-
-    def on_step(step: int, total: int, loss: float) -> None:
-        display.advance("preparing the embedded model", step, total, f"loss {loss:.3f}", every=max(1, total // 10))
-
-    directory = tiny.prepare(seed=config.run.seed, on_step=on_step)
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, path=str(directory / "model")),
-        data=dataclasses.replace(config.data, train=str(directory / "train.jsonl"), eval=str(directory / "eval.jsonl")),
-    )
-
-
-def _device(config: Config) -> torch.device:
-    if config.run.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("run.device is cuda, but torch finds no CUDA device; accepted here: auto, cpu")
-    use_cuda = config.run.device == "cuda" or (config.run.device == "auto" and torch.cuda.is_available())
-    return torch.device("cuda" if use_cuda else "cpu")
+        described = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+        described["id"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{run_dir} is no run that can be resumed: its run.json cannot be read: {error}") from error
+    return described
 
 
 def _check_run_dir(config: Config) -> Path | None:
@@ -292,7 +453,8 @@ def _check_run_dir(config: Config) -> Path | None:
     directory = Path(config.run.dir)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ConfigError(
-            f"run.dir {config.run.dir!r} is not empty; name a new directory, a run never overwrites another"
+            f"run.dir {config.run.dir!r} is not empty; name a new directory, a run never overwrites another, or go on "
+            f"with it by opsd train --resume {directory}"
         )
     return directory
 
@@ -309,45 +471,3 @@ def _make_run_dir(name: str, directory: Path | None) -> Path:
             return Path("runs") / f"{name}-{number}"
         except FileExistsError:
             number += 1
-
-
-def _check_context(config: Config, model: nn.Module, examples: Sequence[Example]) -> None:
-    """A model run beyond its positions degrades without a word, or fails in the middle of a run."""
-    limit = models.decoder_limit(model)
-    new = max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)
-    longest = max(max(len(example.student), len(example.teacher)) for example in examples)
-    if limit is not None and longest + new > limit:
-        raise DataError(
-            f"the longest prompt has {longest} tokens and rollout.max_new_tokens adds {new}, but the model has {limit} "
-            "positions; lower data.max_prompt_tokens (with data.too_long drop) or rollout.max_new_tokens"
-        )
-
-
-def _packing(config: Config, model: nn.Module, teacher: Teacher) -> tuple[bool, str]:
-    """Whether both contexts run as packed rows, and a line that says how.
-
-    Raises ConfigError if they are to and the model does not allow it.
-    """
-    if config.model.packing == "off":
-        return False, "scoring: padded, as asked"
-    try:
-        model.train()
-        plan = plan_passes(model, teacher=teacher.source)
-    except (TypeError, ValueError) as error:
-        if config.model.packing == "on":
-            raise ConfigError(f"model.packing is on, but {error}") from error
-        return False, f"scoring: padded, since {error}"
-    return True, f"scoring: packed, {plan.passes} ({plan.reason})"
-
-
-def _introduce(run: Run, example: Example, counts: dict[str, int], run_dir: Path, display: Display) -> None:
-    """What is about to happen, with the first prompts as the model reads them."""
-    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in run.model.parameters())
-    display.note(f"run directory {run_dir}; {run.device.type}; {trained:,} of {total:,} parameters are trained")
-    display.note("; ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items()))
-    if run.config.model.dtype == "bfloat16" and not run.config.lora.enabled:
-        display.note("warning: full training of bfloat16 weights loses small updates; model.dtype float32 keeps them")
-    for name, ids in (("student", example.student), ("teacher", example.teacher)):
-        display.note(f"--- first {name} prompt, {len(ids)} tokens ---\n{run.tokenizer.decode(ids)}")
-    display.note("---")

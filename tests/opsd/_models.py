@@ -101,8 +101,9 @@ def run_of(student, **options) -> Run:
     overrides = [("model.path", "given"), ("data.train", "given"), ("rollout.max_new_tokens", 12)]
     overrides += [(name.replace("__", "."), value) for name, value in options.items()]
     config = load_config(None, overrides)
-    teacher = make_teacher(config.teacher.kind, student)
-    return Run(config, student, tokenizer(), lm_head_of(student), teacher, torch.device("cpu"), [1], 0)
+    words = tokenizer()
+    teacher = make_teacher(config, student, words)
+    return Run(config, student, words, lm_head_of(student), teacher, torch.device("cpu"), [1], 0)
 
 
 def examples(lengths=((3, 9), (7, 12), (2, 5), (5, 20), (4, 6)), seed: int = 0) -> list[Example]:

@@ -1,0 +1,237 @@
+"""Checkpoints: everything that the rest of a run depends on, written so that a crash at any moment leaves a good one.
+
+A checkpoint is a directory `step-00000050` with `state.pt` and, written after it, `manifest.json`, which holds the
+state's size and SHA-256 and the id of the run. It is made under another name, flushed to the disk and then renamed, so
+that under its own name it is whole; what the disk or a copy did to it later, the manifest tells.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{8})")
+_UNFINISHED = ".unfinished-"
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be used or written; the message names it and says why."""
+
+
+def save_checkpoint(directory: Path, step: int, state: dict[str, Any], *, run_id: str, keep: int) -> Path:
+    """Writes `state` as the checkpoint of `step` in `directory` and removes all but the last `keep` ones.
+
+    Args:
+        state: nested dicts, lists and tuples of tensors, numbers, text and None.
+        run_id: what `load_checkpoint` will compare.
+
+    Raises:
+        CheckpointError: it cannot be written (a full disk, say). Older checkpoints are then as they were.
+    """
+    final = directory / f"step-{step:08d}"
+    unfinished = directory / f"{_UNFINISHED}{final.name}"
+    try:
+        directory.mkdir(exist_ok=True)
+        remove_unfinished(directory)
+        unfinished.mkdir()
+        with (unfinished / "state.pt").open("wb") as file:
+            torch.save(state, file)
+            _flush(file)
+        manifest = {"format": FORMAT, "run": run_id, "step": step, **_digest(unfinished / "state.pt")}
+        with (unfinished / "manifest.json").open("w", encoding="utf-8") as file:
+            json.dump(manifest, file)
+            _flush(file)
+        _flush_directory(unfinished)
+        if final.exists():  # a step repeated after a resume from an older checkpoint
+            shutil.rmtree(final)
+        unfinished.rename(final)
+        _flush_directory(directory)
+    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
+        shutil.rmtree(unfinished, ignore_errors=True)
+        left = list_checkpoints(directory)
+        last = f"the last good one is {left[0].name}" if left else "there is no older one"
+        raise CheckpointError(f"{final}: cannot be written, {last}: {error}") from error
+    for old in list_checkpoints(directory)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def load_checkpoint(path: Path, *, run_id: str) -> dict[str, Any]:
+    """The state in the checkpoint at `path`, its tensors on the CPU.
+
+    Raises:
+        CheckpointError: it is incomplete, changed since it was written, of another version, or of another run.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        expected = {name: manifest[name] for name in ("format", "run", "step", "bytes", "sha256")}
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: is incomplete, it has no manifest.json") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: its manifest.json cannot be read: {error!r}") from error
+    if expected["format"] != FORMAT:
+        raise CheckpointError(f"{path}: has format {expected['format']!r}, this version reads {FORMAT}")
+    if expected["run"] != run_id:
+        raise CheckpointError(f"{path}: belongs to another run, {expected['run']!r}; this one is {run_id!r}")
+    if path.name != f"step-{expected['step']:08d}":
+        raise CheckpointError(f"{path}: its manifest.json is that of step {expected['step']}")
+    try:
+        found = _digest(path / "state.pt")
+    except OSError as error:
+        raise CheckpointError(f"{path}: its state.pt cannot be read: {error.strerror or error}") from error
+    if found["bytes"] != expected["bytes"]:
+        raise CheckpointError(f"{path}: its state.pt has {found['bytes']} bytes, {expected['bytes']} were written")
+    if found["sha256"] != expected["sha256"]:
+        raise CheckpointError(f"{path}: its state.pt is corrupted, its SHA-256 is not that of manifest.json")
+    return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+
+
+def latest_checkpoint(
+    directory: Path, *, run_id: str, warn: Callable[[str], None]
+) -> tuple[Path, dict[str, Any]] | None:
+    """The newest usable checkpoint with its state; None if none was ever finished. Each one passed over is named to
+    `warn`.
+
+    Raises:
+        CheckpointError: there are some, and none can be used.
+    """
+    found = list_checkpoints(directory)
+    reasons = []
+    for path in found:
+        try:
+            return path, load_checkpoint(path, run_id=run_id)
+        except CheckpointError as error:
+            reasons.append(str(error))
+            warn(f"warning: passed over a checkpoint: {error}")
+    if found:
+        raise CheckpointError("no checkpoint can be used:\n" + "\n".join(reasons))
+    return None
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints in `directory`, the newest first."""
+    if not directory.is_dir():
+        return []
+    return sorted((path for path in directory.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Removes what an earlier process left behind in the middle of writing, and puts back what it had set aside."""
+    for path in directory.glob(f"{_UNFINISHED}old-*"):
+        former = directory / path.name.removeprefix(f"{_UNFINISHED}old-")
+        if not former.exists():
+            path.rename(former)
+    for path in directory.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def replace_directory(directory: Path, write: Callable[[Path], None]) -> Path:
+    """Has `write` fill a new directory and puts it in the place of `directory`, which is never half-written."""
+    fresh, old = (directory.with_name(f"{_UNFINISHED}{kind}-{directory.name}") for kind in ("new", "old"))
+    for path in (fresh, old):
+        shutil.rmtree(path, ignore_errors=True)
+    write(fresh)
+    if directory.exists():
+        directory.rename(old)
+    fresh.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+    return directory
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes `text` to `path`, which holds either all of it or what it held before."""
+    fresh = path.with_name(f"{_UNFINISHED}{path.name}")
+    with fresh.open("w", encoding="utf-8") as file:
+        file.write(text)
+        _flush(file)
+    fresh.replace(path)
+
+
+def random_state() -> dict[str, Any]:
+    """The states of the generators of torch (all devices), Python and numpy."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Puts back what `random_state` gave."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+
+
+def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What training changes of `model`: the parameters that require a gradient, and its persistent buffers."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    state = model.state_dict(keep_vars=False)
+    return {name: value for name, value in state.items() if name in trained or name not in parameters}
+
+
+def load_trained_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Puts back what `trained_state` gave.
+
+    Raises:
+        ValueError: `state` is that of another model or of other adapters; the first difference is named.
+    """
+    own = trained_state(model)
+    for name in sorted(own.keys() | state.keys()):
+        shapes = [tuple(values[name].shape) if name in values else None for values in (own, state)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{name} has shape {shapes[0]} in the model and {shapes[1]} in the checkpoint")
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(state[name])
+
+
+def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """A digest of names, types, shapes and a sample of the values: tells whether a model is still the same one."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 1024)].cpu().contiguous().view(torch.uint8)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _flush(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _flush_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

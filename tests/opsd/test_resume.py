@@ -1,0 +1,302 @@
+"""Runs that are killed, corrupted and starved of disk, against the same run left alone: equal bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from _models import tokenizer, write_model, write_rows
+from safetensors.torch import load_file
+
+# A server that has imported everything forks each run, so that a run takes a second and can be killed at any moment of it.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["opsd.trainer", "opsd.cli", "peft", "transformers.models.llama.modeling_llama"])
+
+STEPS, EVERY = 6, 2
+TEACHERS = ("base", "live", "ema", "model")
+CASES = [(teacher, adapted) for teacher in TEACHERS for adapted in (False, True)]
+TIMED = ("seconds", "tokens_per_second", "peak_memory_bytes")
+
+
+def work(argv: list[str], log: str, slow_write: float = 0, file_limit: int | None = None) -> None:
+    """One process of a run; what it prints goes to `log`."""
+    import opsd.checkpoint
+    from opsd.cli import main
+
+    torch.set_num_threads(1)
+    with open(log, "w", buffering=1) as file:
+        sys.stdout = sys.stderr = file
+        if slow_write:
+            flush = opsd.checkpoint._flush
+            opsd.checkpoint._flush = lambda handle: (flush(handle), time.sleep(slow_write))
+        if file_limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+        sys.exit(main(argv))
+
+
+class Runs:
+    """A set-up in `directory` and the processes that work on it."""
+
+    def __init__(self, directory: Path, teacher: str, adapted: bool):
+        self.directory, self.log = directory, directory / "log"
+        write_model(directory / "base")
+        options = {
+            "model.path": directory / "base",
+            "data.train": write_rows(directory / "train.jsonl"),
+            "data.eval": write_rows(directory / "eval.jsonl", 2),
+            "teacher.kind": teacher,
+            "teacher.ema_decay": 0.7,
+            "teacher.ema_every": 2,
+            "lora.enabled": adapted,
+            "lora.dropout": 0.1,
+            "optim.steps": STEPS,
+            "optim.batch_size": 3,
+            "optim.micro_batch_size": 4,
+            "optim.lr": 2e-2,
+            "optim.schedule": "linear",
+            "optim.warmup_steps": 1,
+            "rollout.per_prompt": 2,
+            "rollout.max_new_tokens": 6,
+            "eval.every": 3,
+            "eval.keep_best": True,
+            "run.device": "cpu",
+            "run.checkpoint_every": EVERY,
+            "run.sample_every": 2,
+        }
+        if teacher == "model":
+            from _models import model
+
+            model(seed=5).save_pretrained(directory / "other")
+            tokenizer().save_pretrained(directory / "other")
+            options["teacher.path"] = directory / "other"
+        self.options = [f"--{name}={value}" for name, value in options.items()]
+
+    def start(self, run: Path, *extra: str, **how):
+        again = (run / "run.json").exists()
+        words = ["--resume", str(run)] if again else [*self.options, f"--run.dir={run}"]
+        if not again:
+            shutil.rmtree(run, ignore_errors=True)  # killed before it was more than a directory
+        process = FORKS.Process(target=work, args=(["train", *words, *extra], str(self.log)), kwargs=how)
+        process.start()
+        return process
+
+    def finish(self, run: Path, *extra: str, code: int = 0, **how) -> str:
+        process = self.start(run, *extra, **how)
+        process.join(120)
+        said = self.log.read_text()
+        assert process.exitcode == code, said[-3000:]
+        return said
+
+    def stop_after(self, run: Path, step: int) -> None:
+        """Kills a process of `run` once it has logged `step`."""
+        process = self.start(run)
+        while process.is_alive() and steps_logged(run) < step:
+            time.sleep(0.002)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+
+
+def steps_logged(run: Path) -> int:
+    with contextlib.suppress(FileNotFoundError):
+        return (run / "metrics.jsonl").read_bytes().count(b"\n")
+    return 0
+
+
+def outcome(run: Path) -> dict[str, object]:
+    """All that a run leaves and that does not tell the time."""
+    found: dict[str, object] = {}
+    for directory in ("model", "best"):
+        (weights,) = (run / directory).glob("*.safetensors")
+        found |= {f"{directory}/{name}": tensor for name, tensor in load_file(weights).items()}
+    for name in ("metrics", "evaluations", "samples"):
+        lines = [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
+        found[name] = [{k: v for k, v in line.items() if not k.startswith(TIMED)} for line in lines]
+    summary = json.loads((run / "summary.json").read_text())
+    return found | {name: summary[name] for name in ("steps", "tokens", "evaluations", "best")}
+
+
+def assert_same(actual: dict[str, object], expected: dict[str, object]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        same = torch.equal(actual[name], value) if isinstance(value, torch.Tensor) else actual[name] == value
+        assert same, name
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return Runs(tmp_path, "ema", True)
+
+
+@pytest.fixture
+def expected(runs):
+    runs.finish(runs.directory / "whole")
+    return outcome(runs.directory / "whole")
+
+
+@pytest.mark.parametrize(("teacher", "adapted"), CASES)
+def test_killed_at_random_moments(tmp_path, teacher, adapted):
+    runs = Runs(tmp_path, teacher, adapted)
+    began = time.perf_counter()
+    runs.finish(tmp_path / "whole")
+    duration = time.perf_counter() - began
+    expected = outcome(tmp_path / "whole")
+    # the run has to be one in which something happens
+    assert all(record["divergence"] > 1e-3 and record["grad_norm"] > 1e-3 for record in expected["metrics"])
+    first = load_file(next((tmp_path / "base").glob("*.safetensors")))
+    assert adapted or any(not torch.equal(expected[f"model/{n}"], v) for n, v in first.items())
+
+    draw = random.Random(f"{teacher}{adapted}")
+    killed, run = 0, tmp_path / "killed"
+    for _ in range(3):
+        process = runs.start(run)
+        process.join(draw.uniform(0.2, 1) * duration)
+        if process.is_alive():
+            process.kill()
+            killed += 1
+        process.join()
+        if process.exitcode == 0:
+            break
+    said = runs.finish(run)
+    assert killed
+    assert_same(outcome(run), expected)
+    assert "passed over" not in said  # a kill leaves no bad checkpoint behind, only an unfinished one
+
+
+def test_killed_while_writing(runs, expected):
+    run = runs.directory / "killed"
+    checkpoints = run / "checkpoints"
+    seen = 0
+    for _ in range(3):
+        process = runs.start(run, slow_write=0.15)
+        while process.is_alive() and not list(checkpoints.glob(".unfinished-*/state.pt")):
+            time.sleep(0.002)
+        process.kill()
+        process.join()
+        seen += bool(list(checkpoints.glob(".unfinished-*/state.pt")))
+    assert seen == 3
+    assert not [path for path in checkpoints.iterdir() if path.name.startswith("step-")]
+    runs.finish(run)
+    assert_same(outcome(run), expected)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000004", "step-00000006"]
+
+
+def shorten(path: Path) -> None:
+    os.truncate(path / "state.pt", (path / "state.pt").stat().st_size // 2)
+
+
+def flip(path: Path) -> None:
+    content = bytearray((path / "state.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (path / "state.pt").write_bytes(content)
+
+
+def other_run(path: Path) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, "run": "somebody-else"}))
+
+
+DAMAGE = {
+    "bytes": shorten,
+    "corrupted": flip,
+    "another run": other_run,
+    "no manifest.json": lambda path: (path / "manifest.json").unlink(),
+    "cannot be read": lambda path: (path / "manifest.json").write_text('{"format": 1, "ru'),
+    "state.pt": lambda path: (path / "state.pt").unlink(),
+}
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(runs, expected):
+    run = runs.directory / "damaged"
+    runs.stop_after(run, 5)
+    for reason, damage in DAMAGE.items():
+        copy = runs.directory / "copy"
+        shutil.copytree(run, copy)
+        damage(copy / "checkpoints" / "step-00000004")
+        said = runs.finish(copy)
+        assert "step-00000004" in said
+        assert reason in said
+        assert "going on after step 2" in said
+        assert_same(outcome(copy), expected)
+        shutil.rmtree(copy)
+    for path in (run / "checkpoints").iterdir():
+        flip(path)
+    said = runs.finish(run, code=1)
+    assert "no checkpoint can be used" in said
+    assert "step-00000002" in said
+    assert "step-00000004" in said
+
+
+def test_a_full_disk_stops_the_run_and_leaves_the_last_good_one(runs, expected):
+    run = runs.directory / "full"
+    runs.stop_after(run, 3)
+    size = (run / "checkpoints" / "step-00000002" / "state.pt").stat().st_size
+    said = runs.finish(run, code=1, file_limit=size // 2)
+    assert "step-00000004: cannot be written" in said
+    assert "last good one is step-00000002" in said
+    assert f"--resume {run} goes on after step 2" in said
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
+    runs.finish(run)
+    assert_same(outcome(run), expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_step_with_a_checkpoint(runs, expected, number):
+    run = runs.directory / "stopped"
+    process = runs.start(run)
+    while process.is_alive() and steps_logged(run) < 1:
+        time.sleep(0.002)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == 128 + number
+    done = steps_logged(run)
+    assert 1 <= done < STEPS
+    assert (run / "checkpoints" / f"step-{done:08d}").is_dir()
+    assert f"goes on after step {done}" in runs.log.read_text()
+    runs.finish(run)
+    assert_same(outcome(run), expected)
+
+
+def test_a_finished_run_can_be_made_longer_and_nothing_else(runs):
+    runs.options.append("--optim.schedule=constant")
+    runs.finish(runs.directory / "long", f"--optim.steps={STEPS + 2}")
+    runs.finish(runs.directory / "short")
+    said = runs.finish(runs.directory / "short", "--optim.lr=1", code=2)
+    assert "optim.lr is 1.0" in said
+    assert "0.02" in said
+    runs.finish(runs.directory / "short", f"--optim.steps={STEPS + 2}")
+    long, short = (outcome(runs.directory / name) for name in ("long", "short"))
+    assert short["metrics"] == long["metrics"]
+    for name, value in long.items():
+        if name.startswith("model/"):
+            assert torch.equal(short[name], value)
+
+
+def test_another_model_or_other_data_is_named(runs):
+    run = runs.directory / "run"
+    runs.stop_after(run, 2)
+    write_rows(runs.directory / "train.jsonl", 7)
+    assert "data.train" in runs.finish(run, code=2)
+    write_rows(runs.directory / "train.jsonl")
+    from _models import model
+
+    model(seed=9).save_pretrained(runs.directory / "base")
+    assert "model.path" in runs.finish(run, code=2)
+
+
+def test_what_is_no_run_is_named(tmp_path, capsys):
+    from opsd.cli import main
+
+    assert main(["train", "--resume", str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
