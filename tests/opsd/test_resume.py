@@ -19,7 +19,7 @@ import torch
 from _models import tokenizer, write_model, write_rows
 from safetensors.torch import load_file
 
-# A server that has imported everything forks each run, so that a run takes a second and can be killed at any moment of it.
+# A server that has imported everything forks each run: it then takes a second, and can be killed at any moment of it.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["opsd.trainer", "opsd.cli", "peft", "transformers.models.llama.modeling_llama"])
 
