@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 import signal
 import threading
@@ -393,7 +394,8 @@ class _StopRequest:
         if self.signal:
             raise KeyboardInterrupt
         self.signal = number
-        self.display.note("stopping after this step, with a checkpoint; once more stops at once")
+        if not self.display.quiet:  # print would fail where the signal comes in the middle of a print
+            os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
 
 
 def save_model(run: Run, directory: Path) -> None:

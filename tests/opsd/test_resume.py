@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["opsd.trainer", "opsd.cli", "peft", "transformers.models.llama.modeling_llama"])
 
-STEPS, EVERY = 6, 2
+STEPS, EVERY, KILLS = 6, 2, 5
 TEACHERS = ("base", "live", "ema", "model")
 CASES = [(teacher, adapted) for teacher in TEACHERS for adapted in (False, True)]
 TIMED = ("seconds", "tokens_per_second", "peak_memory_bytes")
@@ -124,7 +124,8 @@ def outcome(run: Path) -> dict[str, object]:
         lines = [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
         found[name] = [{k: v for k, v in line.items() if not k.startswith(TIMED)} for line in lines]
     summary = json.loads((run / "summary.json").read_text())
-    return found | {name: summary[name] for name in ("steps", "tokens", "evaluations", "best")}
+    found |= {name: summary[name] for name in ("steps", "tokens", "evaluations", "best")}
+    return found
 
 
 def assert_same(actual: dict[str, object], expected: dict[str, object]) -> None:
@@ -148,9 +149,7 @@ def expected(runs):
 @pytest.mark.parametrize(("teacher", "adapted"), CASES)
 def test_killed_at_random_moments(tmp_path, teacher, adapted):
     runs = Runs(tmp_path, teacher, adapted)
-    began = time.perf_counter()
     runs.finish(tmp_path / "whole")
-    duration = time.perf_counter() - began
     expected = outcome(tmp_path / "whole")
     # the run has to be one in which something happens
     assert all(record["divergence"] > 1e-3 and record["grad_norm"] > 1e-3 for record in expected["metrics"])
@@ -158,18 +157,21 @@ def test_killed_at_random_moments(tmp_path, teacher, adapted):
     assert adapted or any(not torch.equal(expected[f"model/{n}"], v) for n, v in first.items())
 
     draw = random.Random(f"{teacher}{adapted}")
-    killed, run = 0, tmp_path / "killed"
-    for _ in range(3):
+    step = json.loads((tmp_path / "whole" / "summary.json").read_text())["seconds"] / STEPS
+    killed, run = 1, tmp_path / "killed"
+    runs.stop_after(run, EVERY + 1)
+    for _ in range(KILLS):
+        target = steps_logged(run) + draw.randrange(3)
         process = runs.start(run)
-        process.join(draw.uniform(0.2, 1) * duration)
-        if process.is_alive():
-            process.kill()
-            killed += 1
+        while process.is_alive() and steps_logged(run) < target:
+            time.sleep(0.001)
+        # from before it has loaded the model to the middle of a later step
+        process.join(draw.uniform(0, 3 * step if target else 20 * step))
+        process.kill()
         process.join()
-        if process.exitcode == 0:
-            break
+        killed += process.exitcode == -signal.SIGKILL
     said = runs.finish(run)
-    assert killed
+    assert killed > 1
     assert_same(outcome(run), expected)
     assert "passed over" not in said  # a kill leaves no bad checkpoint behind, only an unfinished one
 
