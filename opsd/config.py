@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import yaml
 
-
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -86,7 +85,7 @@ class PromptsConfig:
         "auto", "wrap the text as a user message in the tokenizer's chat template; auto: if it has one"
     )
     student_chat_args: str | None = _opt(
-        None, "JSON object of arguments for the chat template of the student's prompt: {\"enable_thinking\": false}"
+        None, 'JSON object of arguments for the chat template of the student\'s prompt: {"enable_thinking": false}'
     )
     teacher_chat_args: str | None = _opt(None, "the same for the teacher's prompt")
     reason: str = _opt(
@@ -173,8 +172,8 @@ class EvalConfig:
     every: int = _opt(0, "evaluate every so many steps, besides before and after; 0: off", low=0)
     scorer: str = _opt(
         "exact",
-        "exact: the text of eval.answer_pattern equals the answer; math_verify: mathematically equal (needs the package "
-        "math-verify); module:function or file.py:function: your own, of (text, row)",
+        "exact: the text of eval.answer_pattern equals the answer; math_verify: mathematically equal (needs the "
+        "package math-verify); module:function or file.py:function: your own, of (text, row)",
     )
     keep_best: bool = _opt(False, "keep the weights of the best evaluation in <dir>/best (needs eval.every)")
     patience: int | None = _opt(None, "stop after so many evaluations without a better one (needs eval.every)", low=1)
@@ -220,23 +219,39 @@ class Config:
 SECTIONS: dict[str, type] = {f.name: f.default_factory for f in fields(Config)}  # type: ignore[misc]
 
 
-def load_config(path: str | Path | None = None, overrides: Iterable[tuple[str, Any]] = ()) -> Config:
+def load_config(
+    path: str | Path | None = None,
+    overrides: Iterable[tuple[str, Any]] = (),
+    *,
+    training: bool = True,
+    below: Iterable[tuple[str, Any]] = (),
+) -> Config:
     """The configuration of a run: defaults, below a YAML file, below `overrides`.
 
     Args:
         path: YAML file of nested sections, or None.
         overrides: (dotted option, value) pairs, later ones win; values may be text, dashes may stand for underscores.
+        training: whether the options are for training. If not, they are for the evaluation of a model: `model.path` and
+            `data.eval` must be there and `data.train` need not.
+        below: more pairs, between the defaults and the YAML file.
 
-    Without a `model.path` the settings of the embedded tiny set-up lie between the defaults and the user's options.
+    When training without a `model.path`, the settings of the embedded tiny set-up lie between the defaults and the
+    user's options.
 
     Raises:
         ConfigError: naming the option, its value and what is accepted.
     """
     user: dict[str, dict[str, Any]] = {}
-    for name, value in [*_yaml_options(path), *overrides]:
+    for name, value in [*below, *yaml_options(path), *overrides]:
         section, option = _find(name)
         user.setdefault(section, {})[option.name] = _coerce(f"{section}.{option.name}", value, option)
     model_path, train = user.get("model", {}).get("path"), user.get("data", {}).get("train")
+    if not training:
+        for needed in ("model.path", "data.eval"):
+            section, _, name = needed.partition(".")
+            if not user.get(section, {}).get(name):
+                raise ConfigError(f"{needed} is not given: an evaluation needs a model and data with answers")
+        return _finish(user)
     if train and not model_path:
         raise ConfigError("data.train is given without model.path: the embedded tiny model only fits its own data")
     if not model_path and user.get("data", {}).get("eval"):
@@ -249,6 +264,11 @@ def load_config(path: str | Path | None = None, overrides: Iterable[tuple[str, A
         for name, value in _flatten(tiny.SETTINGS, "the embedded set-up"):
             section, option = _find(name)
             user.setdefault(section, {}).setdefault(option.name, _coerce(name, value, option))
+    return _finish(user)
+
+
+def _finish(user: dict[str, dict[str, Any]]) -> Config:
+    """The options of `user` over the defaults, checked together."""
     config = Config(**{name: section(**user.get(name, {})) for name, section in SECTIONS.items()})
     _check_together(config)
     if config.optim.lr is None:
@@ -281,7 +301,12 @@ def is_flag(name: str) -> bool:
     return option.type is bool
 
 
-def _yaml_options(path: str | Path | None) -> list[tuple[str, Any]]:
+def yaml_options(path: str | Path | None) -> list[tuple[str, Any]]:
+    """The (dotted option, value) pairs of a YAML file, as they stand there; none for None.
+
+    Raises:
+        ConfigError: the file cannot be read, or does not hold sections of options.
+    """
     if path is None:
         return []
     try:
