@@ -1,10 +1,11 @@
-"""The command line: `opsd train [--config FILE] [--section.option VALUE ...]`."""
+"""The command line: `opsd train [--config FILE] [--section.option VALUE ...]`, `opsd eval --model DIR --data FILE`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -36,8 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="go on with a run that was stopped; only optim.steps and the options of run and eval may be given besides",
     )
     training.add_argument("--print-config", action="store_true", help="print all options as YAML and stop")
+    _add_eval(commands)
     known, rest = parser.parse_known_args(argv)
     try:
+        if known.command == "eval":
+            return _eval(known, rest)
         overrides = parse_overrides(rest)
         if known.resume:
             for option in ("config", "preset", "print_config"):
@@ -111,6 +115,80 @@ def _train(run: Callable[[Any], Any]) -> int:
     print(f"metrics and samples: {result.run_dir}")
     if result.model_dir:
         print(f"model: {result.model_dir}")
+    return 0
+
+
+def _add_eval(commands: Any) -> None:
+    parser = commands.add_parser(
+        "eval",
+        help="evaluate a model: avg@k and pass@k with intervals",
+        usage="opsd eval --model DIR --data FILE [--output FILE] [--context student|teacher] [--config FILE] "
+        "[--section.option VALUE ...]",
+        description="How often a model is right. The model of a run, RUN_DIR/model, is evaluated as in that run: its "
+        "prompts, its settings of rollouts and evaluations, its types and its seed, unless others are given.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=describe(),
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", metavar="DIR", help="a model, or an adapter whose base is named in it (model.path)")
+    parser.add_argument("--data", metavar="FILE", help="rows with problem and answer (data.eval)")
+    parser.add_argument("--output", metavar="FILE", help="write a summary here, as JSON, and beside it every answer")
+    parser.add_argument(
+        "--context",
+        choices=("student", "teacher"),
+        default="student",
+        help="whose prompt the model reads; the teacher's holds the solution",
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of sections and options; the command line wins")
+
+
+def _eval(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from opsd.evaluate_model import answers_path, evaluate_model, evaluation_config
+
+    config, said = evaluation_config(known.model, known.data, known.config, parse_overrides(rest))
+    output = Path(known.output) if known.output else None
+    if output is not None:  # before the hours that the answers may take
+        for path in (output, answers_path(output)):
+            if path.exists():
+                raise ConfigError(f"--output {path} exists; name a new file, an evaluation never overwrites another")
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--output {output}: the directory cannot be made: {error.strerror}") from error
+    if said:
+        print(said)
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    try:
+        report = evaluate_model(config, known.context)
+    except torch.cuda.OutOfMemoryError as error:
+        return _fail(f"the GPU is out of memory: lower eval.batch_size\n{error}", 1)
+    e = report.evaluation
+    answers = "1 answer" if e.samples == 1 else f"{e.samples} answers"
+    print(
+        f"{config.model.path} on {config.data.eval}, {known.context}'s prompts: {e.problems} problems, {answers} each"
+    )
+    table = Table("", "", "95 % interval")
+    table.add_row(
+        "accuracy" if e.samples == 1 else f"avg@{e.samples}", f"{e.accuracy:.1%}", f"{e.low:.1%} to {e.high:.1%}"
+    )
+    for p in e.pass_at if e.samples > 1 or e.pass_at[0].value != e.accuracy else ():
+        table.add_row(f"pass@{p.k}", f"{p.value:.1%}", f"{p.low:.1%} to {p.high:.1%}")
+    table.add_row("mean length", f"{e.mean_length:.0f}", "tokens")
+    table.add_row("truncated", f"{e.truncated:.1%}", "")
+    for name, count in (
+        ("answers not judged", e.undecided),
+        ("rows skipped", report.rows_skipped),
+        ("rows too long", report.rows_too_long),
+    ):
+        if count:
+            table.add_row(name, str(count), "")
+    Console().print(table)
+    if output is not None:
+        print(f"summary: {output}\nanswers: {report.write(output)}")
     return 0
 
 

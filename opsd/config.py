@@ -223,6 +223,9 @@ def load_config(
     source: str | Path | Mapping[str, Any] | None = None,
     overrides: Iterable[tuple[str, Any]] = (),
     preset: str | None = None,
+    *,
+    training: bool = True,
+    below: Iterable[tuple[str, Any]] = (),
 ) -> Config:
     """The configuration of a run: defaults, below a preset, below a file or mapping, below `overrides`.
 
@@ -231,6 +234,9 @@ def load_config(
         overrides: (dotted option, value) pairs, later ones win; values may be text, dashes may stand for underscores.
         preset: one of `opsd.presets.PRESETS`, or "tiny", the embedded set-up, which is also what there is without a
             `model.path`; wins over that of `source`.
+        training: whether the options are for training. If not, they are for the evaluation of a model: `model.path` and
+            `data.eval` must be there, `data.train` need not, and presets mean nothing.
+        below: more pairs, between the defaults and `source`.
 
     Raises:
         ConfigError: naming the option, its value and what is accepted.
@@ -238,12 +244,18 @@ def load_config(
     named, given = _read(source)
     preset = preset or named
     user: dict[str, dict[str, Any]] = {}
-    for name, value in [*given, *overrides]:
+    for name, value in [*below, *given, *overrides]:
         section, option = _find(name)
         user.setdefault(section, {})[option.name] = _coerce(f"{section}.{option.name}", value, option)
-    for name, value in _preset_options(preset, user):
-        section, option = _find(name)
-        user.setdefault(section, {}).setdefault(option.name, _coerce(name, value, option))
+    if training:
+        for name, value in _preset_options(preset, user):
+            section, option = _find(name)
+            user.setdefault(section, {}).setdefault(option.name, _coerce(name, value, option))
+    else:
+        for needed in ("model.path", "data.eval"):
+            section, _, name = needed.partition(".")
+            if not user.get(section, {}).get(name):
+                raise ConfigError(f"{needed} is not given: an evaluation needs a model and data with answers")
     config = Config(**{name: section(**user.get(name, {})) for name, section in SECTIONS.items()})
     _check_together(config)
     if config.optim.lr is None:
@@ -303,6 +315,15 @@ def is_flag(name: str) -> bool:
     """Whether the option `name` (dotted) is true or false, so that it may stand alone on a command line."""
     _, option = _find(name)
     return option.type is bool
+
+
+def yaml_options(path: str | Path | None) -> list[tuple[str, Any]]:
+    """The (dotted option, value) pairs of a YAML file, as they stand there; none for None.
+
+    Raises:
+        ConfigError: the file cannot be read, or does not hold sections of options.
+    """
+    return _read(path)[1]
 
 
 def _read(source: str | Path | Mapping[str, Any] | None) -> tuple[str | None, list[tuple[str, Any]]]:

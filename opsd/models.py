@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,6 +60,50 @@ def load_model(config: Config, device: torch.device) -> nn.Module:
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def load_trained(config: Config, device: torch.device) -> nn.Module:
+    """The model in `model.path` as it is, on `device`: one of transformers, or an adapter on the base that it names.
+
+    Raises:
+        ConfigError: no model can be loaded from there, or not the base of the adapter.
+    """
+    path = config.model.path or ""
+    adapter = Path(path) / "adapter_config.json"
+    if not adapter.is_file():
+        plain = replace(config.model, gradient_checkpointing=False)
+        return load_model(replace(config, model=plain, lora=replace(config.lora, enabled=False)), device)
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ConfigError(f"model.path {path!r} is an adapter, which needs the package peft") from error
+    try:
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{adapter}: cannot be read: {error}") from error
+    if not base:
+        raise ConfigError(f"{adapter} does not name its base model (base_model_name_or_path)")
+    of_base = replace(config.model, path=base, gradient_checkpointing=False)
+    try:
+        model = load_model(replace(config, model=of_base, lora=replace(config.lora, enabled=False)), device)
+    except ConfigError as error:
+        raise ConfigError(f"{adapter} names a base model that cannot be loaded: {error}") from error
+    try:
+        return PeftModel.from_pretrained(model, path).to(device)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ConfigError(f"model.path {path!r}: the adapter cannot be loaded onto {base!r}: {error}") from error
+
+
+def pick_device(config: Config) -> torch.device:
+    """The device of `run.device`.
+
+    Raises:
+        ConfigError: it is cuda and there is none.
+    """
+    if config.run.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("run.device is cuda, but torch finds no CUDA device; accepted here: auto, cpu")
+    use_cuda = config.run.device == "cuda" or (config.run.device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if use_cuda else "cpu")
 
 
 def _add_adapters(model: nn.Module, config: Config) -> nn.Module:

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import opsd.trainer
 from opsd.cli import main
 from opsd.config import OptimConfig, load_config
-from opsd.evaluate import extract, wilson
+from opsd.evaluate import wilson
+from opsd.scorers import extract
 from opsd.step import StepResult, opsd_step, supervised_loss
 from opsd.trainer import NonFiniteError, learning_rate, make_optimizer, train
 

@@ -1,0 +1,195 @@
+"""`opsd eval`: a model's directory and a file of problems in, an evaluation and all its answers out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from opsd import models
+from opsd.config import Config, ConfigError, load_config, yaml_options
+from opsd.data import DataError, read_rows
+from opsd.evaluate import Answer, Context, Evaluation, answer, check_examples, summarise
+from opsd.prompts import Example, Prompter, encode_rows
+from opsd.scorers import Undecided, scorer_of
+
+# The options that change an evaluation, a whole section or one option, and those of the sections that do not.
+USED = {"model", "data", "prompts", "rollout.max_new_tokens", "eval", "run.seed", "run.device", "run.threads"}
+UNUSED = {
+    "model.packing",
+    "model.gradient_checkpointing",
+    "data.train",
+    "prompts.reason",
+    "prompts.analysis",
+    "eval.every",
+    "eval.keep_best",
+    "eval.patience",
+}
+# Those whose defaults a run's own model takes from its run, so that its evaluation is the run's own.
+FROM_RUN = {"prompts", "rollout", "eval", "model.dtype", "model.autocast", "model.attn_implementation", "run.seed"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `opsd eval` found: the numbers, every answer, and what they were made of."""
+
+    evaluation: Evaluation
+    answers: list[Answer]
+    config: Config
+    context: Context
+    rows_skipped: int
+    rows_too_long: int
+    seconds: float
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but the answers, for JSON."""
+        options = {
+            section: {name: value for name, value in values.items() if is_used(f"{section}.{name}")}
+            for section, values in asdict(self.config).items()
+        }
+        return {
+            "model": self.config.model.path,
+            "data": self.config.data.eval,
+            "context": self.context,
+            **asdict(self.evaluation),
+            "rows_skipped": self.rows_skipped,
+            "rows_too_long": self.rows_too_long,
+            "seconds": self.seconds,
+            "options": {section: values for section, values in options.items() if values},
+        }
+
+    def write(self, output: Path) -> Path:
+        """The summary to `output`, the answers, one to a line, beside it; returns the path of the answers."""
+        path = answers_path(output)
+        lines = (json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in self.answers)
+        path.write_text("".join(lines), encoding="utf-8")
+        output.write_text(json.dumps(self.summary(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return path
+
+
+def answers_path(output: Path) -> Path:
+    """Where the answers of the summary `output` go: eval.json has eval.answers.jsonl."""
+    return output.with_suffix(".answers.jsonl")
+
+
+def is_used(name: str) -> bool:
+    """Whether the option `name` (dotted) can change an evaluation."""
+    return _within(name, USED) and not _within(name, UNUSED)
+
+
+def _within(name: str, names: set[str]) -> bool:
+    return name in names or name.partition(".")[0] in names
+
+
+def evaluation_config(
+    model: str | None,
+    data: str | None,
+    path: str | Path | None = None,
+    overrides: Sequence[tuple[str, Any]] = (),
+) -> tuple[Config, str | None]:
+    """The configuration that evaluates `model` on `data`, and a line that says where its defaults are from.
+
+    If `model` is a directory with a run's config.yaml above it, the prompts, the lengths, the options of `eval`, the
+    model's types and the seed default to that run's. A YAML file `path` goes before those, and `overrides` before all.
+    Of a YAML file, what concerns training alone is passed over.
+
+    Raises:
+        ConfigError: model or data is missing, an option is unusable or would change nothing.
+    """
+    given = list(overrides)
+    if model is not None:
+        given.append(("model.path", model))
+    if data is not None:
+        given.append(("data.eval", data))
+    for name, _ in overrides:
+        if not is_used(name.replace("-", "_")):
+            raise ConfigError(f"{name} changes nothing in an evaluation; it is an option of opsd train")
+    given = [*yaml_options(path), *given]  # read once, since it may be a pipe
+    named = {name.replace("-", "_"): value for name, value in given}
+    # Normalised, so that "." has the directory above it too.
+    of_run = Path(os.path.normpath(Path(str(named.get("model.path"))) / ".." / "config.yaml"))
+    below: list[tuple[str, Any]] = []
+    if named.get("model.path") and of_run.is_file():
+        try:
+            options = yaml_options(of_run)
+        except ConfigError as error:  # another program's
+            config = load_config(None, given, training=False)
+            return config, f"defaults of opsd, since above the model is no run: {error}"
+        below = [(name, value) for name, value in options if _within(name, FROM_RUN) and is_used(name)]
+    config = load_config(None, given, training=False, below=below)
+    if not below:
+        return config, None
+    # Those that are the defaults anyway, or that the user gave, need not be told.
+    plain = dict(_pairs(Config()))
+    told = [f"{name} {_shown(value)}" for name, value in below if name not in named and value != plain.get(name)]
+    return config, f"defaults from {of_run}: {', '.join(told) or 'as opsd has them'}"
+
+
+def _pairs(config: Config) -> list[tuple[str, Any]]:
+    return [(f"{section}.{name}", value) for section, of in asdict(config).items() for name, value in of.items()]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 50 else f"{text[:46]} ..."
+
+
+def evaluate_model(config: Config, context: Context = "student") -> Report:
+    """Load `model.path`, a model or an adapter, and evaluate it on `data.eval`. `config` is from `evaluation_config`.
+
+    Raises:
+        ConfigError: the scorer, the model or the device cannot be had (`DataError` for a row that cannot be used).
+    """
+    began = time.perf_counter()
+    device = models.pick_device(config)
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
+    scorer = scorer_of(config)
+    rows, skipped = read_rows(
+        config.data.eval or "", required=("problem", "answer"), skip_bad_rows=config.data.skip_bad_rows
+    )
+    rows = rows[: config.eval.max_problems]
+    with contextlib.suppress(Undecided):
+        scorer("", rows[0])  # a fault of the scorer should show now, not after all the answers
+    tokenizer = models.load_tokenizer(config)
+    examples, dropped = encode_rows(
+        Prompter(tokenizer, config.prompts), rows, limit=config.data.max_prompt_tokens, too_long=config.data.too_long
+    )
+    check_examples(examples, context)
+    model = models.load_trained(config, device)
+    _check_positions(config, model, examples, context)
+    ends = models.end_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
+    setting = _Setting(config, tokenizer, device, ends, pad)
+    answers = answer(setting, model, examples, context, scorer)
+    evaluation = summarise(answers, config.eval.samples)
+    return Report(evaluation, answers, config, context, skipped, dropped, time.perf_counter() - began)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    config: Config
+    tokenizer: Any
+    device: torch.device
+    end_ids: list[int]
+    pad_id: int
+
+
+def _check_positions(config: Config, model: nn.Module, examples: Sequence[Example], context: Context) -> None:
+    limit = models.decoder_limit(model)
+    name = "eval.max_new_tokens" if config.eval.max_new_tokens else "rollout.max_new_tokens"
+    new = config.eval.max_new_tokens or config.rollout.max_new_tokens
+    longest = max(len(getattr(example, context)) for example in examples)
+    if limit is not None and longest + new > limit:
+        raise DataError(
+            f"the longest prompt has {longest} tokens and {name} adds {new}, but the model has {limit} positions; "
+            f"lower data.max_prompt_tokens (with data.too_long drop) or {name}"
+        )

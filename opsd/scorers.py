@@ -1,0 +1,194 @@
+"""Is an answer right? The scorers of `eval.scorer`: exact, math_verify, or a function of the user's."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import math
+import re
+import sys
+import threading
+from collections.abc import Callable
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from opsd.config import Config, ConfigError
+from opsd.data import Row
+
+Scorer = Callable[[str, Row], "bool | float"]
+"""scorer(text, row): the score of `text`, all that the model wrote, from 0 to 1; True and 1 are right.
+
+It may raise `Undecided` for an answer that it cannot judge; any other exception ends the evaluation.
+"""
+
+SECONDS = 5  # for math_verify to read or to compare one expression
+
+
+class Undecided(Exception):
+    """A scorer cannot judge this answer: it counts as wrong, and is counted among the undecided."""
+
+
+class ScorerError(ConfigError):
+    """The user's scorer failed, or what it gave back is no score."""
+
+
+def scorer_of(config: Config) -> Scorer:
+    """The scorer that `eval.scorer` names. Needs no model, so call it before one is loaded.
+
+    - "exact": the text of `eval.answer_pattern` equals `row.answer`, blanks around either aside.
+    - "math_verify": the two are mathematically equal, by the package math-verify; see `math_verify_scorer`.
+    - "module:function" or "path/to/file.py:function": a `Scorer` of the user's. The file is run anew at each call of
+      `scorer_of`, its neighbours are not importable from it. What it returns is checked: a `bool`, or a finite number
+      from 0 to 1 (of NumPy or torch, too).
+
+    Raises:
+        ConfigError: the name is none of these, math-verify is not installed, or there is no such function, or it cannot
+            be called with (text, row). The scorer itself raises `ScorerError` for a fault in the user's function.
+    """
+    name, pattern = config.eval.scorer, config.eval.answer_pattern
+    if name == "exact":
+        return lambda text, row: extract(text, pattern) == (row.answer or "").strip()
+    if name == "math_verify":
+        return math_verify_scorer(pattern)
+    return _own_scorer(name)
+
+
+def extract(text: str, pattern: str) -> str | None:
+    """The one group of the last match of `pattern` in `text`, stripped, or None without a match."""
+    matches = re.findall(pattern, text)
+    return matches[-1].strip() if matches else None
+
+
+def math_verify_scorer(pattern: str) -> Scorer:
+    """A scorer that compares the answer found by `pattern` with `row.answer` as mathematics: 1/2 is \\frac{1}{2}.
+
+    Both are LaTeX or plain; dollar signs around either and a \\boxed{} around the row's do no harm. The whole text is
+    not searched, since math-verify finds some number in nearly any text. Where math-verify fails, or takes longer than
+    `SECONDS`, the answer is `Undecided`. The time limit is a signal, which exists in the main thread alone: elsewhere
+    there is none.
+
+    Raises:
+        ConfigError: math-verify is not installed.
+    """
+    try:
+        from math_verify import parse, verify
+        from math_verify.errors import TimeoutException
+    except ImportError as error:
+        raise ConfigError(
+            f"eval.scorer math_verify needs the package math-verify: pip install 'opsd[math]' ({error})"
+        ) from error
+
+    def read(text: str, seconds: int | None) -> list[Any]:
+        # In a box a bare expression, a number or a word is found just as well as one between dollar signs.
+        boxed = text if "\\boxed" in text else f"\\boxed{{{_without_dollars(text)}}}"
+        return parse(boxed, parsing_timeout=seconds, raise_on_error=True)
+
+    def score(text: str, row: Row) -> bool:
+        found, answer = extract(text, pattern), (row.answer or "").strip()
+        if found is None:
+            return False
+        if found == answer:  # without a parser that may fail
+            return True
+        seconds = SECONDS if threading.current_thread() is threading.main_thread() else None
+        failure: BaseException | None = None
+        try:
+            pairs = [(gold, given) for gold in read(answer, seconds) for given in read(found, seconds)]
+        except (Exception, TimeoutException) as error:  # its timeout is no Exception
+            raise Undecided(_told(error)) from error
+        for gold, given in pairs:
+            try:
+                if verify(gold, given, timeout_seconds=seconds, raise_on_error=True):
+                    return True
+            except (Exception, TimeoutException) as error:
+                failure = error
+        if failure is not None:
+            raise Undecided(_told(failure)) from failure
+        return False
+
+    return score
+
+
+def _without_dollars(text: str) -> str:
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] == "$" else text
+
+
+def _told(error: BaseException) -> str:
+    return f"math-verify: {type(error).__name__}: {error}"
+
+
+def _own_scorer(name: str) -> Scorer:
+    place, colon, attribute = name.rpartition(":")
+    if not colon or not place or not attribute:
+        raise ConfigError(
+            f"eval.scorer is {name!r}; accepted: exact, math_verify, module:function, path/to/file.py:function"
+        )
+    try:
+        function: Any = _module(place)
+        for part in attribute.split("."):
+            function = getattr(function, part)
+    except AttributeError:
+        raise ConfigError(f"eval.scorer {name!r}: {place} has no {attribute!r}") from None
+    if not callable(function):
+        raise ConfigError(f"eval.scorer {name!r}: {attribute} is {type(function).__name__}, expected a function")
+    try:
+        inspect.signature(function).bind("", None)
+    except TypeError as error:
+        raise ConfigError(f"eval.scorer {name!r}: it is called with (text, row), but {error}") from None
+    except ValueError:
+        pass  # some functions written in C have no signature
+
+    def score(text: str, row: Row) -> float:
+        try:
+            value = function(text, row)
+        except Undecided:
+            raise
+        except Exception as error:
+            raise ScorerError(
+                f"eval.scorer {name!r} failed on an answer to {row.source}: {type(error).__name__}: {error}"
+            ) from error
+        number = _number(value)
+        if number is None:
+            raise ScorerError(
+                f"eval.scorer {name!r} returned {value!r} for an answer to {row.source}; accepted: a bool, or a number "
+                "from 0 to 1"
+            )
+        return number
+
+    return score
+
+
+def _number(value: Any) -> float | None:
+    """`value` as a score, or None if it is none."""
+    if not isinstance(value, Real) and callable(getattr(value, "item", None)):  # a scalar of NumPy or torch
+        try:
+            value = value.item()
+        except (RuntimeError, ValueError):
+            return None
+    if not isinstance(value, Real):
+        return None
+    number = float(value)
+    return number if math.isfinite(number) and 0 <= number <= 1 else None
+
+
+def _module(place: str) -> Any:
+    """The module called `place`, or the one in the file `place`."""
+    try:
+        if not place.endswith(".py"):
+            return importlib.import_module(place)
+        if not Path(place).is_file():
+            raise ConfigError(f"eval.scorer: there is no file {place}")
+        module_name = f"opsd_scorer_{Path(place).stem}"
+        spec = importlib.util.spec_from_file_location(module_name, place)
+        assert spec is not None  # the name ends in .py
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module  # dataclasses and pickles look their module up there
+        spec.loader.exec_module(module)
+        return module
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:
+        hint = "" if place.endswith(".py") else "; a file is named by its path: path/to/file.py:function"
+        raise ConfigError(f"eval.scorer: {place} cannot be imported: {type(error).__name__}: {error}{hint}") from error
