@@ -149,6 +149,12 @@ def test_synonyms_and_chat_messages_of_every_kind_of_file(write):
     assert [row.teacher_prompt for row in rows] == [[{"role": "user", "content": "t"}], None]
 
 
+def test_messages_keep_their_own_keys_only(write):
+    named = [{"role": "user", "content": "x", "name": "ann"}]
+    path = write({"prompt": named, "solution": "s"}, {"prompt": CHAT, "solution": "s"})
+    assert [row.problem for row in read_rows(path).rows] == [named, CHAT]
+
+
 def test_equal_synonyms_are_no_contradiction_and_null_counts_as_absent(tmp_path):
     record = {"problem": "x", "prompt": "x", "solution": None, "privileged_context": "y"}
     (row,), _ = read_rows(jsonl(tmp_path / "rows.jsonl", record))
