@@ -122,7 +122,14 @@ def answer(
             score, undecided = 0.0, str(error)
         answers.append(
             Answer(
-                row.source, row.problem, row.answer or "", text, score, len(rollout.ids), rollout.truncated, undecided
+                row.source,
+                row.problem_text,
+                row.answer or "",
+                text,
+                score,
+                len(rollout.ids),
+                rollout.truncated,
+                undecided,
             )
         )
     return answers

@@ -16,9 +16,9 @@ from torch import nn
 
 from opsd import models
 from opsd.config import Config, ConfigError, load_config, yaml_options
-from opsd.data import DataError, read_rows
+from opsd.data import DataError
 from opsd.evaluate import Answer, Context, Evaluation, answer, check_examples, summarise
-from opsd.prompts import Example, Prompter, encode_rows
+from opsd.prompts import Example, Prompter
 from opsd.scorers import Undecided, scorer_of
 
 # The options that change an evaluation, a whole section or one option, and those of the sections that do not.
@@ -153,16 +153,17 @@ def evaluate_model(config: Config, context: Context = "student") -> Report:
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     scorer = scorer_of(config)
-    rows, skipped = read_rows(
-        config.data.eval or "", required=("problem", "answer"), skip_bad_rows=config.data.skip_bad_rows
+    tokenizer = models.load_tokenizer(config.model.path)
+    data = read_examples(
+        config,
+        Prompter(tokenizer, config.prompts),
+        config.data.eval or "",
+        required=("problem", "answer"),
+        most=config.eval.max_problems,
     )
-    rows = rows[: config.eval.max_problems]
+    examples = data.examples
     with contextlib.suppress(Undecided):
-        scorer("", rows[0])  # a fault of the scorer should show now, not after all the answers
-    tokenizer = models.load_tokenizer(config)
-    examples, dropped = encode_rows(
-        Prompter(tokenizer, config.prompts), rows, limit=config.data.max_prompt_tokens, too_long=config.data.too_long
-    )
+        scorer("", examples[0].row)  # a fault of the scorer should show now, not after all the answers
     check_examples(examples, context)
     model = models.load_trained(config, device)
     _check_positions(config, model, examples, context)
@@ -171,7 +172,9 @@ def evaluate_model(config: Config, context: Context = "student") -> Report:
     setting = _Setting(config, tokenizer, device, ends, pad)
     answers = answer(setting, model, examples, context, scorer)
     evaluation = summarise(answers, config.eval.samples)
-    return Report(evaluation, answers, config, context, skipped, dropped, time.perf_counter() - began)
+    return Report(
+        evaluation, answers, config, context, len(data.skipped), len(data.too_long), time.perf_counter() - began
+    )
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from opsd.config import ConfigError, PromptsConfig
-from opsd.data import DataError, Row
+from opsd.config import Config, ConfigError, PromptsConfig
+from opsd.data import DataError, Messages, Row, name_rows, read_rows
+
+Who = Literal["student", "teacher"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,14 @@ class Example:
     teacher: list[int]
 
 
+class Encoded(NamedTuple):
+    """The usable examples, and a message (file, line, reason) for each row that is too long or cannot be encoded."""
+
+    examples: list[Example]
+    too_long: list[str]
+    skipped: list[str]
+
+
 def fill(template: str, **values: str) -> str:
     """`template` with each {name} replaced by its value, in one pass: braces within the values mean nothing."""
     pattern = "|".join(re.escape("{" + name + "}") for name in values)
@@ -27,10 +39,18 @@ def fill(template: str, **values: str) -> str:
 
 
 class Prompter:
-    """Renders rows with one tokenizer and one pair of templates.
+    """Renders rows with one tokenizer and one set of templates.
+
+    A template makes the text of the last user message; what a chat has before it stays. A `teacher_prompt` of text
+    takes the place of the teacher's text, one of messages that of the teacher's whole chat.
+
+    Text of a row that spells a special token, "<|im_end|>" say, would be read as that very token: a solution could end
+    the message that quotes it. Such a row is an error. With prompts.chat "off" the text is the user's own rendering,
+    and special tokens in it are meant.
 
     Raises:
-        ConfigError: `prompts.chat` is "on" and the tokenizer has no chat template.
+        ConfigError: `prompts.chat` is "on" and the tokenizer has no chat template; or chat arguments that are no JSON
+            object, that no chat template is there for, or that it does not read.
     """
 
     def __init__(self, tokenizer: Any, config: PromptsConfig):
@@ -39,48 +59,198 @@ class Prompter:
         if config.chat == "on" and not has_template:
             raise ConfigError("prompts.chat is 'on' but the tokenizer has no chat template")
         self.chat = config.chat != "off" and has_template
+        self._chat_args = {
+            "student": self._parse_chat_args("student_chat_args", config.student_chat_args),
+            "teacher": self._parse_chat_args("teacher_chat_args", config.teacher_chat_args),
+        }
+        self._special = None if config.chat == "off" else _special_tokens(tokenizer)
 
-    def encode(self, row: Row) -> Example:
-        """`row` with the token ids of both prompts."""
-        student = fill(self.config.student, problem=row.problem)
+    def encode(self, row: Row, analysis: str | None = None) -> Example:
+        """`row` with the token ids of both prompts.
+
+        Args:
+            analysis: the teacher's own, which joins its text by the template `prompts.analysis`.
+
+        Raises:
+            DataError: naming the row: its text spells a special token, its chat cannot be rendered, the student's
+                prompt has no tokens, or there is an analysis of nothing.
+        """
+        chat = _as_messages(row.problem)
+        student = _with_text(chat, fill(self.config.student, problem=_text(chat)))
+        teacher = self._teacher(row)
+        self._check(row, row.teacher_prompt if row.teacher_prompt is not None else row.solution, analysis)
+        if analysis is not None:
+            if teacher is None:
+                raise DataError(f"{row.source}: an analysis without a solution or teacher_prompt")
+            text = fill(self.config.analysis, teacher=_text(teacher), analysis=analysis)
+            teacher = _with_text(teacher, text)
+        ids = self._ids(row, "student", student)
+        if not ids:
+            raise DataError(f"{row.source}: the student's prompt has no tokens")
+        return Example(row, ids, [] if teacher is None else self._ids(row, "teacher", teacher))
+
+    def reason(self, row: Row) -> list[int]:
+        """The token ids of the prompt under which the teacher writes its analysis of the solution of `row`.
+
+        Raises:
+            DataError: naming the row: it has no solution, its text spells a special token, or its chat cannot be
+                rendered.
+        """
+        if row.solution is None:
+            raise DataError(f"{row.source}: teacher.reason_first needs a solution to analyse")
+        self._check(row, row.solution)
+        chat = _as_messages(row.problem)
+        text = fill(self.config.reason, problem=_text(chat), solution=row.solution)
+        return self._ids(row, "teacher", _with_text(chat, text))
+
+    def _teacher(self, row: Row) -> Messages | None:
+        if isinstance(row.teacher_prompt, list):
+            return row.teacher_prompt
+        chat = _as_messages(row.problem)
         if row.teacher_prompt is not None:
-            teacher = self._ids(row.teacher_prompt)
-        elif row.solution is not None:
-            teacher = self._ids(fill(self.config.teacher, problem=row.problem, solution=row.solution))
-        else:
-            teacher = []
-        return Example(row, self._ids(student), teacher)
+            return _with_text(chat, row.teacher_prompt)
+        if row.solution is None:
+            return None
+        return _with_text(chat, fill(self.config.teacher, problem=_text(chat), solution=row.solution))
 
-    def _ids(self, text: str) -> list[int]:
+    def _check(self, row: Row, *texts: str | Messages | None) -> None:
+        if self._special is None:
+            return
+        for text in (row.problem, *texts):
+            for message in () if text is None else _as_messages(text):
+                if found := self._special.search(message["content"]):
+                    raise DataError(
+                        f"{row.source}: its text has {found.group()!r}, which would become the special token of that "
+                        "name; prompts.chat off takes such text as meant"
+                    )
+
+    def _ids(self, row: Row, who: Who, messages: Messages) -> list[int]:
         if not self.chat:
-            return list(self.tokenizer(text)["input_ids"])
-        message = [{"role": "user", "content": text}]
-        rendered = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+            if len(messages) > 1 or messages[0]["role"] != "user":
+                raise DataError(
+                    f"{row.source}: a chat of more than one user message needs a chat template, and "
+                    + ("prompts.chat is 'off'" if self.config.chat == "off" else "the tokenizer has none")
+                )
+            return list(self.tokenizer(messages[0]["content"])["input_ids"])
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False, **self._chat_args[who]
+            )
+        except Exception as error:  # a template is a program: it refuses roles by raising, and what it raises varies
+            roles = ", ".join(message["role"] for message in messages)
+            raise DataError(
+                f"{row.source}: the chat template refuses the {who}'s messages ({roles}): {error}"
+            ) from error
         # The chat template writes the special tokens itself; a second BOS would be a different prompt.
         return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
+    def _parse_chat_args(self, option: str, text: str | None) -> dict[str, Any]:
+        if text is None:
+            return {}
+        try:
+            arguments = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"prompts.{option} is {text!r}; accepted: a JSON object: {error}") from error
+        if not isinstance(arguments, dict):
+            raise ConfigError(f"prompts.{option} is {text!r}; accepted: a JSON object")
+        if not self.chat:
+            why = "prompts.chat is 'off'" if self.config.chat == "off" else "the tokenizer has no chat template"
+            raise ConfigError(f"prompts.{option} is {text!r}, but {why}")
+        # Its own parameters belong to the caller, but for these; the template's variables can have any other name.
+        own = {*inspect.signature(self.tokenizer.apply_chat_template).parameters} - {"tools", "documents"}
+        template = str(self.tokenizer.chat_template)
+        for name in arguments:
+            if name in own:
+                raise ConfigError(f"prompts.{option} has {name!r}, which is not for the chat template")
+            if name not in template:
+                raise ConfigError(f"prompts.{option} has {name!r}, which the tokenizer's chat template does not read")
+        return arguments
 
-def encode_rows(prompter: Prompter, rows: Iterable[Row], *, limit: int, too_long: str) -> tuple[list[Example], int]:
-    """The examples whose two prompts have at most `limit` tokens, and the number of rows dropped as too long.
+
+def read_examples(
+    config: Config, prompter: Prompter, path: str, *, required: tuple[str, ...], most: int | None = None
+) -> Encoded:
+    """The examples of the first `most` usable rows of `path` by the options of `data`, and what was left out.
 
     Raises:
-        DataError: `too_long` is "error" and a prompt is longer, a prompt has no token at all, or no row is left.
+        DataError: as `read_rows` and `encode_rows`.
     """
-    examples, dropped = [], 0
+    options = config.data
+    rows = read_rows(path, required=required, columns=options.columns, skip_bad_rows=options.skip_bad_rows)
+    encoded = encode_rows(
+        prompter,
+        rows.rows[:most],
+        limit=options.max_prompt_tokens,
+        too_long=options.too_long,
+        skip_bad_rows=options.skip_bad_rows,
+    )
+    return encoded._replace(skipped=[*rows.skipped, *encoded.skipped])
+
+
+def encode_rows(
+    prompter: Prompter,
+    rows: Iterable[Row],
+    *,
+    limit: int,
+    too_long: str,
+    skip_bad_rows: bool = False,
+) -> Encoded:
+    """The examples whose two prompts have at most `limit` tokens, and which rows were left out. Prompts are never cut.
+
+    Args:
+        limit: `data.max_prompt_tokens`.
+        too_long: `data.too_long`: "drop" leaves longer rows out, "error" raises.
+        skip_bad_rows: leave a row out that cannot be encoded instead of raising.
+
+    Raises:
+        DataError: naming the rows that are longer or cannot be encoded, where they are not to be left out; or no row
+            is left.
+    """
+    encoded = Encoded([], [], [])
     for row in rows:
-        example = prompter.encode(row)
-        if not example.student:
-            raise DataError(f"{row.source}: the student's prompt has no tokens")
-        for name, ids in (("student", example.student), ("teacher", example.teacher)):
-            if len(ids) > limit and too_long == "error":
-                raise DataError(
-                    f"{row.source}: the {name}'s prompt has {len(ids)} tokens, data.max_prompt_tokens is {limit}; "
-                    "raise it, or set data.too_long to drop such rows (prompts are never cut)"
-                )
-        if max(len(example.student), len(example.teacher)) > limit:
-            dropped += 1
+        try:
+            example = prompter.encode(row)
+        except DataError as error:
+            encoded.skipped.append(str(error))
+            continue
+        over = {who: len(ids) for who, ids in (("student", example.student), ("teacher", example.teacher))}
+        over = {who: length for who, length in over.items() if length > limit}
+        if over:
+            lengths = " and ".join(f"the {who}'s prompt has {length} tokens" for who, length in over.items())
+            encoded.too_long.append(f"{row.source}: {lengths}, data.max_prompt_tokens is {limit}")
         else:
-            examples.append(example)
-    if not examples:
-        raise DataError(f"no row is left: the prompts of all {dropped} are longer than data.max_prompt_tokens {limit}")
-    return examples, dropped
+            encoded.examples.append(example)
+    if encoded.skipped and not skip_bad_rows:
+        raise DataError(name_rows("rows that cannot be used (data.skip_bad_rows skips them):", encoded.skipped))
+    if encoded.too_long and too_long == "error":
+        title = "prompts that are too long (raise data.max_prompt_tokens, or set data.too_long to drop such rows):"
+        raise DataError(name_rows(title, encoded.too_long))
+    if not encoded.examples:
+        raise DataError(name_rows("no row is left:", [*encoded.skipped, *encoded.too_long]))
+    return encoded
+
+
+def _as_messages(prompt: str | Messages) -> Messages:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _last_user(chat: Messages) -> int:
+    return max(number for number, message in enumerate(chat) if message["role"] == "user")
+
+
+def _text(chat: Messages) -> str:
+    return chat[_last_user(chat)]["content"]
+
+
+def _with_text(chat: Messages, text: str) -> Messages:
+    """`chat` with `text` in its last user message."""
+    chosen = _last_user(chat)
+    return [{**message, "content": text} if i == chosen else message for i, message in enumerate(chat)]
+
+
+def _special_tokens(tokenizer: Any) -> re.Pattern[str] | None:
+    """Finds the tokenizer's special tokens in text. Other added tokens, such as "<think>", are ordinary text."""
+    added: Sequence[Any] = list(getattr(tokenizer, "added_tokens_decoder", {}).values())
+    names = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
+    longest_first = sorted((name for name in names if name.strip()), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None

@@ -18,9 +18,10 @@ from torch import nn
 from opsd import models
 from opsd.checkpoint import fingerprint
 from opsd.config import Config, ConfigError
-from opsd.data import DataError, Row, read_rows
+from opsd.data import DataError, name_rows
 from opsd.metrics import Display
-from opsd.prompts import Example, Prompter, encode_rows
+from opsd.prompts import Example, Prompter, read_examples
+from opsd.scorers import Scorer, scorer_of
 from opsd.step import Run
 from opsd.teachers import Teacher, make_teacher
 from opsd_kernels import lm_head_of
@@ -36,6 +37,7 @@ class Setup:
 
     run: Run
     prompter: Prompter
+    scorer: Scorer
     examples: list[Example]
     eval_examples: list[Example]
     counts: dict[str, int]
@@ -56,36 +58,35 @@ def set_up(config: Config, make: MakeTeacher = make_teacher) -> Setup:
     Raises:
         ConfigError: something does not fit (`DataError` for a row).
     """
-    device = _device(config)
+    device = models.pick_device(config)
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
-    rows, skipped = read_rows(config.data.train or "", skip_bad_rows=config.data.skip_bad_rows)
-    eval_rows: list[Row] = []
-    eval_skipped = 0
-    if config.data.eval:
-        required = ("problem", "answer")
-        eval_rows, eval_skipped = read_rows(
-            config.data.eval, required=required, skip_bad_rows=config.data.skip_bad_rows
-        )
-        eval_rows = eval_rows[: config.eval.max_problems]
-
+    scorer = scorer_of(config)
     torch.manual_seed(config.run.seed)
     tokenizer = models.load_tokenizer(config.model.path)
     prompter = Prompter(tokenizer, config.prompts)
-    limit, too_long = config.data.max_prompt_tokens, config.data.too_long
-    examples, dropped = encode_rows(prompter, rows, limit=limit, too_long=too_long)
-    eval_examples: list[Example] = []
-    eval_dropped = 0
-    if eval_rows:
-        eval_examples, eval_dropped = encode_rows(prompter, eval_rows, limit=limit, too_long=too_long)
-    counts = {
-        "train_rows": len(examples),
-        "train_rows_skipped": skipped,
-        "train_rows_too_long": dropped,
-        "eval_rows": len(eval_examples),
-        "eval_rows_skipped": eval_skipped,
-        "eval_rows_too_long": eval_dropped,
-    }
+    data = {"train": read_examples(config, prompter, config.data.train or "", required=("problem", "solution"))}
+    if config.data.eval:
+        required = ("problem", "answer")
+        data["eval"] = read_examples(
+            config, prompter, config.data.eval, required=required, most=config.eval.max_problems
+        )
+    counts: dict[str, int] = {}
+    notes = []
+    for name, part in data.items():
+        counts |= {
+            f"{name}_rows": len(part.examples),
+            f"{name}_rows_skipped": len(part.skipped),
+            f"{name}_rows_too_long": len(part.too_long),
+        }
+        for what, rows in (
+            ("cannot be used and are skipped", part.skipped),
+            ("are too long and dropped", part.too_long),
+        ):
+            if rows:
+                notes.append(name_rows(f"warning: {len(rows)} rows of data.{name} {what}:", rows))
+    examples = data["train"].examples
+    eval_examples = data["eval"].examples if "eval" in data else []
 
     model = models.load_model(config, device)
     _check_context(config, model, [*examples, *eval_examples])
@@ -98,7 +99,7 @@ def set_up(config: Config, make: MakeTeacher = make_teacher) -> Setup:
     teacher = make(config, model, tokenizer)
     packed, how = _packing(config, model, teacher)
     run = Run(config, model, tokenizer, head, teacher, device, ends, pad, packed)
-    return Setup(run, prompter, examples, eval_examples, counts, [how])
+    return Setup(run, prompter, scorer, examples, eval_examples, counts, [*notes, how])
 
 
 def describe_run(setup: Setup) -> dict[str, Any]:
@@ -164,13 +165,6 @@ def introduce(setup: Setup, run_dir: Any, display: Display) -> None:
     display.note("---")
     for note in setup.notes:
         display.note(note)
-
-
-def _device(config: Config) -> torch.device:
-    if config.run.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("run.device is cuda, but torch finds no CUDA device; accepted here: auto, cpu")
-    use_cuda = config.run.device == "cuda" or (config.run.device == "auto" and torch.cuda.is_available())
-    return torch.device("cuda" if use_cuda else "cpu")
 
 
 def _check_context(config: Config, model: nn.Module, examples: Sequence[Example]) -> None:

@@ -288,23 +288,28 @@ class _Loop:
     def _write_samples(self, batch: Sequence[Example], rollouts: Sequence[Any], number: int) -> None:
         for example, rollout in list(zip(batch, rollouts, strict=False))[:2]:
             text = self.state.tokenizer.decode(rollout.ids)
-            sample = {"step": number, "source": example.row.source, "problem": example.row.problem, "rollout": text}
+            sample = {
+                "step": number,
+                "source": example.row.source,
+                "problem": example.row.problem_text,
+                "rollout": text,
+            }
             append_json(
                 self.run_dir / "samples.jsonl", {**sample, "tokens": len(rollout.ids), "truncated": rollout.truncated}
             )
 
     def _evaluate_before(self) -> None:
         examples = self.setup.eval_examples
-        self._evaluated("base", self.evaluate(self.state, self.state.model, examples, "student"))
+        self._evaluated("base", self._evaluate(self.state.model, examples, "student"))
         if all(example.teacher for example in examples):
             if self.config.teacher.reason_first:
                 examples = analyse(self.state, self.setup.prompter, examples, 0).examples
             with self.state.teacher.active() as told:
-                self._evaluated("teacher", self.evaluate(self.state, told, examples, "teacher"))
+                self._evaluated("teacher", self._evaluate(told, examples, "teacher"))
 
     def _evaluate_student(self, name: str) -> None:
         """Evaluates the student and keeps count of the best; `keep_best` keeps its weights, too."""
-        result = self.evaluate(self.state, self.state.model, self.setup.eval_examples, "student")
+        result = self._evaluate(self.state.model, self.setup.eval_examples, "student")
         self._evaluated(name, result)
         if not self.config.eval.every:
             return
@@ -312,7 +317,8 @@ class _Loop:
         if best is not None and result.accuracy <= best["accuracy"]:
             self.progress.since_best += 1
         else:
-            self.progress.best, self.progress.since_best = self._here(result), 0
+            best = {"step": self.progress.step, "accuracy": result.accuracy}
+            self.progress.best, self.progress.since_best = best, 0
             if self.config.eval.keep_best:
                 self._save_model(self.run_dir / "best")
         if self._out_of_patience() and name != "trained":
@@ -321,9 +327,6 @@ class _Loop:
                 f"stopped early: no better evaluation than {best['accuracy']:.1%} at step {best['step']} "  # type: ignore[index]
                 f"in {self.progress.since_best} evaluations"
             )
-
-    def _here(self, result: Evaluation) -> dict[str, Any]:
-        return {"step": self.progress.step, "accuracy": result.accuracy}
 
     def _out_of_patience(self) -> bool:
         patience = self.config.eval.patience
