@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -78,6 +78,11 @@ class Evaluation:
     truncated: float
     pass_at: tuple[PassAt, ...] = ()
     undecided: int = 0
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Evaluation:
+        """Back from what `dataclasses.asdict` or JSON made of it."""
+        return cls(**{**record, "pass_at": tuple(PassAt(**passed) for passed in record["pass_at"])})
 
     def __str__(self) -> str:
         text = f"{self.accuracy:.1%} (95 % interval {self.low:.1%} to {self.high:.1%}, {self.problems} problems"

@@ -12,8 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,8 @@ from torch import nn
 from opsd import checkpoint, models
 from opsd.config import Config, ConfigError, OptimConfig, load_config, to_yaml
 from opsd.data import batches
-from opsd.evaluate import Evaluation, evaluate
+from opsd.evaluate import Context, Evaluation
+from opsd.evaluate import evaluate as score_answers
 from opsd.metrics import Clock, Display, append_json, host_values, rewind_json
 from opsd.prompts import Example
 from opsd.reasoning import analyse
@@ -46,7 +48,7 @@ class WriteError(Exception):
     """Something of the run cannot be written, a full disk for example; the message says what is safe."""
 
 
-Evaluate = Callable[[Run, nn.Module, Sequence[Example], Literal["student", "teacher"]], Evaluation]
+Evaluate = Callable[[Run, nn.Module, Sequence[Example], Context], Evaluation]
 """evaluate(run, model, examples, context): how well `model` answers under the prompts of `context`."""
 
 
@@ -82,7 +84,7 @@ def train(
     rollouts: Callable | None = None,
     teacher: MakeTeacher = make_teacher,
     loss: Callable | None = None,
-    evaluate: Evaluate = evaluate,
+    evaluate: Evaluate | None = None,
     step: Step = opsd_step,
     quiet: bool = False,
 ) -> RunResult:
@@ -93,7 +95,7 @@ def train(
         rollouts: in place of sampling from the student; see `opsd.step.Sampler`.
         teacher: makes the teacher; see `opsd.teachers.make_teacher` and `opsd.teachers.Teacher`.
         loss: in place of the objective; see `opsd.step.Loss`.
-        evaluate: in place of `opsd.evaluate.evaluate`.
+        evaluate: in place of `opsd.evaluate.evaluate`; see `Evaluate`.
         step: in place of the whole step; see `opsd.step.Step`.
         quiet: print nothing.
 
@@ -125,7 +127,7 @@ def resume(
     rollouts: Callable | None = None,
     teacher: MakeTeacher = make_teacher,
     loss: Callable | None = None,
-    evaluate: Evaluate = evaluate,
+    evaluate: Evaluate | None = None,
     step: Step = opsd_step,
     quiet: bool = False,
 ) -> RunResult:
@@ -169,9 +171,11 @@ def resume(
 class _Loop:
     """A run from wherever it stands to its end."""
 
-    def __init__(self, setup: Setup, run_dir: Path, run_id: str, display: Display, step: Step, evaluate: Evaluate):
+    def __init__(
+        self, setup: Setup, run_dir: Path, run_id: str, display: Display, step: Step, evaluate: Evaluate | None
+    ):
         self.setup, self.run_dir, self.run_id, self.display = setup, run_dir, run_id, display
-        self.step, self.evaluate = step, evaluate
+        self.step, self.evaluate = step, evaluate or partial(score_answers, scorer=setup.scorer)
         self.state, self.config = setup.run, setup.run.config
         self.optimizer = make_optimizer(setup.run.model, self.config)
         self.progress = Progress()
@@ -191,7 +195,7 @@ class _Loop:
             checkpoint.replace_file(self.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
         except OSError as error:
             raise WriteError(f"{error}; {self._what_is_safe()}") from error
-        evaluations = {name: Evaluation(**values) for name, values in self.progress.evaluations.items()}
+        evaluations = {name: Evaluation.of(values) for name, values in self.progress.evaluations.items()}
         return RunResult(self.run_dir, model_dir, evaluations, summary["seconds"], summary)
 
     def restore(self) -> None:
@@ -331,6 +335,9 @@ class _Loop:
     def _out_of_patience(self) -> bool:
         patience = self.config.eval.patience
         return patience is not None and self.progress.since_best >= patience
+
+    def _evaluate(self, model: nn.Module, examples: Sequence[Example], context: Context) -> Evaluation:
+        return self.evaluate(self.state, model, examples, context)
 
     def _evaluated(self, name: str, result: Evaluation) -> None:
         self.display.note(f"accuracy, {name}: {result}")
