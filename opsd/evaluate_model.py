@@ -18,7 +18,7 @@ from opsd import models
 from opsd.config import Config, ConfigError, load_config, yaml_options
 from opsd.data import DataError
 from opsd.evaluate import Answer, Context, Evaluation, answer, check_examples, summarise
-from opsd.prompts import Example, Prompter
+from opsd.prompts import Example, Prompter, read_examples
 from opsd.scorers import Undecided, scorer_of
 
 # The options that change an evaluation, a whole section or one option, and those of the sections that do not.

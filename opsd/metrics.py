@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +23,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from opsd.config import ConfigError
 
 
 class Clock:
@@ -55,10 +59,92 @@ class Clock:
 
 
 def append_json(path: Path, record: Mapping[str, Any]) -> None:
-    """One more line in `path`. Numbers that JSON cannot hold become null."""
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(clean, ensure_ascii=False) + "\n")
+    """One more line in `path`: all of it or, on an error, nothing. Numbers that JSON cannot hold become null.
+
+    Raises:
+        OSError: the line cannot be written, as on a full disk; `path` is as long as before.
+    """
+    line = (json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n").encode()
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        length = os.fstat(file).st_size
+        try:
+            # One write, so that killing the process rarely halves a line; a short one means that space ran out, and
+            # the next attempt says how.
+            while line:
+                line = line[os.write(file, line) :]
+        except BaseException:
+            os.ftruncate(file, length)
+            raise
+    finally:
+        os.close(file)
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for the numbers that JSON cannot hold, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def rewind_json(path: Path, step: int) -> None:
+    """Forget the records of `path`, as written by `append_json`, that are of later steps than `step`.
+
+    A run that goes on from the checkpoint of `step` calls this first. The last line may be half-written, since the
+    process may have been killed at any moment; it is dropped then. `path` is replaced at once and need not exist.
+
+    Raises:
+        ConfigError: another line is not a record with a step, so that the file is not what a run leaves.
+        OSError: the file cannot be read or replaced; it is as it was.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return
+    lines, kept = data.split(b"\n"), []
+    for number, line in enumerate(lines, 1):
+        if not line and number == len(lines):
+            break
+        try:
+            of = json.loads(line.decode())["step"]
+            if not isinstance(of, int):
+                raise TypeError
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines):
+                break
+            raise ConfigError(f"{path}:{number}: not a record with a step: {line[:80]!r}") from None
+        if of <= step:
+            kept.append(line + b"\n")
+    rewound = b"".join(kept)
+    if rewound == data:
+        return
+    beside = path.with_name(path.name + ".rewound")
+    try:
+        with beside.open("wb") as file:
+            file.write(rewound)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: on a CUDA device the most that was allocated since the last call, or since the start; elsewhere the most
+    that the process has had resident since its start, which only grows, or 0 where the system does not tell."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def host_values(tensors: Mapping[str, torch.Tensor | float]) -> dict[str, float]:
@@ -93,12 +179,16 @@ class Display:
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
 
-    def note(self, text: str) -> None:
-        """A line of its own, above the bar."""
+    def note(self, text: str, *, style: str | None = None) -> None:
+        """A line of its own, above the bar; `style`, as rich spells it, shows in a terminal only."""
         if self.live:
-            self.console.print(text, markup=False)
+            self.console.print(text, markup=False, style=style)
         elif not self.quiet:
             print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        """A note that stands out."""
+        self.note(f"warning: {text}", style="yellow")
 
     def advance(self, phase: str, step: int, total: int, text: str, *, every: int | None = None) -> None:
         """`phase` has come to `step` of `total`; `text` says how it stands."""

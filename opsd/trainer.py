@@ -24,12 +24,14 @@ from opsd.config import Config, ConfigError, OptimConfig, load_config, to_yaml
 from opsd.data import batches
 from opsd.evaluate import Context, Evaluation
 from opsd.evaluate import evaluate as score_answers
-from opsd.metrics import Clock, Display, append_json, host_values, rewind_json
+from opsd.metrics import Clock, Display, append_json, host_values, peak_memory, rewind_json
 from opsd.prompts import Example
 from opsd.reasoning import analyse
 from opsd.setup import MakeTeacher, Setup, check_identity, describe_run, embedded, introduce, set_up
 from opsd.step import Run, Step, opsd_step
 from opsd.teachers import make_teacher
+from opsd.trackers import check_trackers, eval_values, make_trackers, train_values
+from opsd.watch import Watch
 
 
 class NonFiniteError(Exception):
@@ -112,6 +114,7 @@ def train(
         name = Path(config.model.path).name if config.model.path else "tiny"
         if config.model.path is None:
             config = embedded(config, display)
+        check_trackers(config.run.trackers)
         setup = _with_parts(set_up(config, teacher), rollouts, loss)
         run_dir = _make_run_dir(name, run_dir)
         described = describe_run(setup)
@@ -160,6 +163,7 @@ def resume(
                     "and the sections eval and run, but for run.seed and run.dir"
                 )
     with Display(every=config.run.log_every, quiet=quiet) as display:
+        check_trackers(config.run.trackers)
         setup = _with_parts(set_up(config, teacher), rollouts, loss)
         check_identity(setup, described)
         loop = _Loop(setup, run_dir, described["id"], display, step, evaluate)
@@ -178,7 +182,8 @@ class _Loop:
         self.step, self.evaluate = step, evaluate or partial(score_answers, scorer=setup.scorer)
         self.state, self.config = setup.run, setup.run.config
         self.optimizer = make_optimizer(setup.run.model, self.config)
-        self.progress = Progress()
+        self.progress, self.watch = Progress(), Watch(self.config)
+        self.trackers = make_trackers((), run_dir=run_dir, config={})
         self.saved_step = 0  #: of the newest checkpoint
         self.began = time.perf_counter()
 
@@ -186,13 +191,21 @@ class _Loop:
         introduce(self.setup, self.run_dir, self.display)
         if self.progress.step:
             self.display.note(f"going on after step {self.progress.step}")
+        self.trackers = make_trackers(
+            self.config.run.trackers,
+            run_dir=self.run_dir,
+            config=asdict(self.config),
+            resume_step=self.progress.step or None,
+            warn=self.display.warn,
+        )
         try:
-            if self.setup.eval_examples and not self.progress.evaluations:
-                self._evaluate_before()
-            self._train()
-            model_dir = self._save_model(self.run_dir / "model") if self.config.run.save else None
-            summary = self._summary(model_dir)
-            checkpoint.replace_file(self.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+            with self.trackers:
+                if self.setup.eval_examples and not self.progress.evaluations:
+                    self._evaluate_before()
+                self._train()
+                model_dir = self._save_model(self.run_dir / "model") if self.config.run.save else None
+                summary = self._summary(model_dir)
+                checkpoint.replace_file(self.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
         except OSError as error:
             raise WriteError(f"{error}; {self._what_is_safe()}") from error
         evaluations = {name: Evaluation.of(values) for name, values in self.progress.evaluations.items()}
@@ -201,7 +214,7 @@ class _Loop:
     def restore(self) -> None:
         """Takes up the newest usable checkpoint, and takes back what was logged after it."""
         checkpoint.remove_unfinished(self.run_dir)
-        found = checkpoint.latest_checkpoint(self._checkpoints, run_id=self.run_id, warn=self.display.note)
+        found = checkpoint.latest_checkpoint(self._checkpoints, run_id=self.run_id, warn=self.display.warn)
         if found is None:
             self.display.note("no checkpoint was finished yet: the run starts anew")
             last = -1
@@ -212,6 +225,7 @@ class _Loop:
                 self.optimizer.load_state_dict(state["optimizer"])
                 self.state.teacher.load_state_dict(state["teacher"])
                 self.progress = Progress(**state["progress"])
+                self.watch.load_state_dict(state["watch"])
             except (ValueError, KeyError, TypeError) as error:
                 raise checkpoint.CheckpointError(f"{path}: does not fit this run: {error}") from error
             checkpoint.set_random_state(state["random"])
@@ -278,12 +292,15 @@ class _Loop:
         seconds = time.perf_counter() - began
         record = {"step": number, **values, "lr": rate, "tokens": result.tokens}
         record |= {"tokens_per_second": result.tokens / seconds, "seconds": seconds, **phases}
-        if run.device.type == "cuda":
-            record["peak_memory_bytes"] = torch.cuda.max_memory_allocated(run.device)
+        record["peak_memory_bytes"] = peak_memory(run.device)
+        record["warnings"] = self.watch.check(record)
         append_json(self.run_dir / "metrics.jsonl", record)
+        self.trackers.log(number, train_values(record))
         text = "  ".join(f"{k} {record[k]:.4g}" for k in ("loss", "rollout_length", "grad_norm") if k in record)
         text += f"  {record['tokens_per_second']:.0f} tokens/s"
         self.display.advance("step", number, config.optim.steps, text)
+        for warning in record["warnings"]:
+            self.display.warn(f"step {number}: {warning}")
         every = config.run.sample_every
         if every and (number == 1 or number % every == 0):
             self._write_samples(batch, result.rollouts, number)
@@ -343,6 +360,9 @@ class _Loop:
         self.display.note(f"accuracy, {name}: {result}")
         record = asdict(result)
         append_json(self.run_dir / "evaluations.jsonl", {"step": self.progress.step, "name": name, **record})
+        of = name if name in ("base", "teacher") else "eval"
+        passes = {str(passed["k"]): passed["value"] for passed in record["pass_at"]}
+        self.trackers.log(self.progress.step, eval_values({**record, "pass_at": passes}, of=of))
         if not name.startswith("step"):
             self.progress.evaluations[name] = record
 
@@ -352,6 +372,7 @@ class _Loop:
             "optimizer": self.optimizer.state_dict(),
             "teacher": self.state.teacher.state_dict(),
             "progress": asdict(self.progress),
+            "watch": self.watch.state_dict(),
             "random": checkpoint.random_state(),
         }
         step, keep = self.progress.step, self.config.run.keep_checkpoints

@@ -1,0 +1,253 @@
+"""Warnings while a run trains: a measurement has left its sane band, why that matters and what to change.
+
+`Watch` reads the records of `metrics.jsonl` one by one. It does no I/O and its state is a small dict, so that a resumed
+run warns exactly where an uninterrupted one would have.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from opsd.config import Config
+
+
+class Limit(NamedTuple):
+    """A bound of a sane band, and why it lies there."""
+
+    value: float
+    why: str
+
+
+LIMITS: dict[str, Limit] = {
+    "entropy_share": Limit(0.1, "losing nine tenths of the early entropy is more than sharpening towards a teacher"),
+    "entropy_of_teacher": Limit(0.5, "a student as sure as its teacher has learnt, one far surer has collapsed"),
+    "entropy_floor": Limit(
+        1e-3, "nats; practically one possible rollout for each prompt, so nothing new to learn from"
+    ),
+    "entropy_growth": Limit(3.0, "distillation sharpens or keeps; three times the entropy is text falling apart"),
+    "entropy_of_note": Limit(0.1, "nats; below it even a threefold entropy is that of a confident model"),
+    "truncated": Limit(0.5, "the signal at the end of an answer is missing from most rollouts"),
+    "length_share": Limit(0.3, "shorter answers are common in self-distillation, losing two thirds is not"),
+    "length_of_limit": Limit(0.95, "the mean can only be this close to the limit if nearly all rollouts end at it"),
+    "touched": Limit(0.5, "a clip is for outliers; one that touches most tokens is another objective"),
+    "clipped_away": Limit(0.5, "most of the teacher's signal is then discarded"),
+    "divergence": Limit(1e-4, "nats; the rounding of bfloat16 alone gives about that"),
+    "mismatch": Limit(0.1, "nats per token; other kernels or types give about a tenth of it, other weights far more"),
+    "capped": Limit(0.1, "of two samplers that agree, hardly any token is off by a factor above 1"),
+    "gradient": Limit(10.0, "times the median; norms within a run vary by a factor of about three"),
+}
+
+EARLY = 5
+"""Steps whose mean is the baseline; what needs one is judged from the step after them."""
+RECENT = 20
+"""Steps whose median a gradient norm is compared with."""
+RECOVERED = 5
+"""Steps within the band after which leaving it again is news: fewer, and a value that hovers at its limit nags."""
+AGAIN = 50
+"""Steps after which what has not recovered is said again."""
+
+_BASELINES = ("student_entropy", "teacher_entropy", "rollout_length")
+
+
+class Watch:
+    """Judges the records of a run: `for text in watch.check(record): ...`.
+
+    Args:
+        config: of the run; says which clips are on, how long a rollout may be, and what to advise.
+    """
+
+    def __init__(self, config: Config):
+        self._config = config
+        self._state: dict[str, Any] = {
+            "steps": 0,
+            "early": {},  # name: [count, sum]
+            "norms": [],
+            "no_divergence": 0,  # steps without one since the start; -1 once there was one
+            "said": {},  # kind: step
+            "inside": {},  # kind: steps in a row within the band since it was said
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of the state, of what JSON can hold exactly."""
+        return copy.deepcopy(self._state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where the `Watch` that gave `state` was.
+
+        Raises:
+            ValueError: `state` is not one of `state_dict`.
+        """
+        if set(state) != set(self._state):
+            raise ValueError(f"state has {sorted(state)}; accepted: {sorted(self._state)}")
+        self._state = copy.deepcopy(dict(state))
+
+    def check(self, record: Mapping[str, Any]) -> list[str]:
+        """The warnings after one more step, each a line with its reason and advice; usually none.
+
+        Args:
+            record: as in `metrics.jsonl`. Values that are absent, null or not finite are not judged.
+        """
+        state = self._state
+        values = {name: float(value) for name, value in record.items() if _is_finite(value)}
+        state["steps"] += 1
+        found = self._outside(values)
+        self._remember(values)
+        news = []
+        for kind in found:
+            last = state["said"].get(kind)
+            if last is None or state["inside"][kind] >= RECOVERED or state["steps"] - last >= AGAIN:
+                news.append(kind)
+                state["said"][kind] = state["steps"]
+            state["inside"][kind] = 0
+        for kind in state["said"].keys() - found.keys():
+            state["inside"][kind] = min(RECOVERED, state["inside"][kind] + 1)
+        return [found[kind] for kind in news]
+
+    def _early(self, name: str) -> float | None:
+        """The baseline of `name`, once it is known."""
+        count, total = self._state["early"].get(name, (0, 0.0))
+        return total / count if count == EARLY else None
+
+    def _remember(self, values: Mapping[str, float]) -> None:
+        for name in _BASELINES:
+            count, total = self._state["early"].get(name, (0, 0.0))
+            if name in values and count < EARLY:
+                self._state["early"][name] = [count + 1, total + values[name]]
+        if "grad_norm" in values:
+            self._state["norms"] = [*self._state["norms"], values["grad_norm"]][-RECENT:]
+
+    def _outside(self, values: Mapping[str, float]) -> dict[str, str]:
+        """What is outside its band now: a text for each kind."""
+        return {
+            **self._entropy(values),
+            **self._length(values),
+            **self._clips(values),
+            **self._no_divergence(values),
+            **self._sampler(values),
+            **self._gradient(values),
+        }
+
+    def _entropy(self, values: Mapping[str, float]) -> dict[str, str]:
+        entropy, early = values.get("student_entropy"), self._early("student_entropy")
+        if entropy is None:
+            return {}
+        floor = LIMITS["entropy_floor"].value
+        advice = "lower optim.lr, move objective.beta towards 0, or stop at an earlier checkpoint"
+        if entropy < floor:
+            return {
+                "entropy_low": f"student entropy is {entropy:.2g} nats, below {floor:g}: its rollouts no longer vary; "
+                f"{advice}"
+            }
+        if early is None:
+            return {}
+        # A teacher that shares the student's weights collapses with it, so it only counts as it was at first.
+        shared = self._config.teacher.kind in ("live", "ema")
+        teacher = self._early("teacher_entropy") if shared else values.get("teacher_entropy")
+        surer = teacher is None or entropy < LIMITS["entropy_of_teacher"].value * teacher
+        if entropy < LIMITS["entropy_share"].value * early and surer:
+            than = "" if teacher is None else f" and the teacher's {teacher:.3g}"
+            return {
+                "entropy_low": f"student entropy has collapsed to {entropy:.3g} nats, from {early:.3g} at first{than}: "
+                f"rollouts lose their variety; {advice}"
+            }
+        if entropy > max(LIMITS["entropy_growth"].value * early, LIMITS["entropy_of_note"].value):
+            return {
+                "entropy_high": f"student entropy has grown to {entropy:.3g} nats, from {early:.3g} at first: its text "
+                "may be falling apart; read samples.jsonl, lower optim.lr or use a frozen teacher"
+            }
+        return {}
+
+    def _length(self, values: Mapping[str, float]) -> dict[str, str]:
+        found = {}
+        limit, early = self._config.rollout.max_new_tokens, self._early("rollout_length")
+        length, truncated = values.get("rollout_length"), values.get("truncated")
+        if truncated is not None and truncated > LIMITS["truncated"].value:
+            found["truncated"] = (
+                f"{truncated:.0%} of the rollouts are cut at {limit} tokens: the teacher judges unfinished text and "
+                "endings are not learnt; raise rollout.max_new_tokens"
+            )
+        elif length is not None and length > LIMITS["length_of_limit"].value * limit:
+            found["length_limit"] = (
+                f"rollouts are {length:.4g} tokens long on average, at the limit of {limit}: any longer and they are "
+                "cut; raise rollout.max_new_tokens"
+            )
+        if length is not None and early is not None and length < LIMITS["length_share"].value * early:
+            found["length_low"] = (
+                f"rollouts have shrunk to {length:.4g} tokens on average, from {early:.4g} at first: the student may "
+                "answer without its work; read samples.jsonl, lower optim.lr, or have prompts.teacher ask for the work"
+            )
+        return found
+
+    def _clips(self, values: Mapping[str, float]) -> dict[str, str]:
+        found = {}
+        options = self._config.objective
+        for kind in ("entry", "token"):
+            share, clip = values.get(f"{kind}_clipped"), getattr(options, f"{kind}_clip")
+            if share is not None and share > LIMITS["touched"].value:
+                found[f"{kind}_clip"] = (
+                    f"the {kind} clip touches {share:.0%} of the tokens: it shapes the loss instead of bounding its "
+                    f"outliers; raise objective.{kind}_clip (now {clip})"
+                )
+        divergence, amount = values.get("divergence", 0.0), values.get("clipped_amount", 0.0)
+        if divergence > LIMITS["divergence"].value and amount > LIMITS["clipped_away"].value * divergence:
+            clips = [f"objective.{name}" for name in ("entry_clip", "token_clip") if getattr(options, name) is not None]
+            found["clipped_away"] = (
+                f"clipping removes {amount / divergence:.0%} of the divergence: most of what the teacher says is lost; "
+                f"raise {' or '.join(clips) or 'the clip'}"
+            )
+        return found
+
+    def _no_divergence(self, values: Mapping[str, float]) -> dict[str, str]:
+        """Only from the start: a divergence that vanishes later is what training is for."""
+        divergence, state = values.get("divergence"), self._state
+        if divergence is not None and state["no_divergence"] >= 0:
+            none = abs(divergence) < LIMITS["divergence"].value
+            state["no_divergence"] = state["no_divergence"] + 1 if none else -1
+        if state["no_divergence"] < EARLY or divergence is None:
+            return {}
+        return {
+            "no_divergence": f"divergence has been about 0 from the start ({divergence:.2g} nats): the teacher equals "
+            "the student, its privileged context has no effect; compare the two prompts printed at the start"
+        }
+
+    def _sampler(self, values: Mapping[str, float]) -> dict[str, str]:
+        found = {}
+        mismatch, capped = values.get("sampler_mismatch"), values.get("importance_capped")
+        cap = self._config.rollout.importance_cap
+        why = "they were not drawn from the student as it is scored"
+        if mismatch is not None and abs(mismatch) > LIMITS["mismatch"].value:
+            advice = "" if cap is not None else ", or weight them with rollout.importance_cap"
+            found["mismatch"] = (
+                f"sampler and student differ by {mismatch:.3g} nats a token on the rollouts: {why}; check weights, "
+                f"types and sampling options of the sampler{advice}"
+            )
+        # A cap of 1 or less also holds back tokens of a sampler that agrees perfectly.
+        if capped is not None and (cap is None or cap > 1) and capped > LIMITS["capped"].value:
+            found["capped"] = (
+                f"{capped:.0%} of the importance weights are at the cap: {why}; check weights, types and sampling "
+                "options of the sampler"
+            )
+        return found
+
+    def _gradient(self, values: Mapping[str, float]) -> dict[str, str]:
+        norm, norms = values.get("grad_norm"), self._state["norms"]
+        if norm is None or len(norms) < EARLY:
+            return {}
+        usual = statistics.median(norms)
+        if usual <= 0 or norm <= LIMITS["gradient"].value * usual:
+            return {}
+        clip = self._config.optim.max_grad_norm
+        used = "" if clip is None or norm <= clip else f" (clipped to {clip:g})"
+        advice = "set optim.max_grad_norm" if clip is None else "lower optim.lr"
+        return {
+            "gradient": f"gradient norm {norm:.3g}{used} is {norm / usual:.0f} times its recent median {usual:.3g}: an "
+            f"unusual batch or the onset of instability; if it recurs, {advice}"
+        }
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
