@@ -51,7 +51,7 @@ def evaluate(
             end_ids=run.end_ids,
             pad_id=run.pad_id,
             batch_size=options.batch_size,
-            seed=derive_seed(run.config.run.seed, "eval"),
+            seeds=[derive_seed(run.config.run.seed, "eval", i) for i in range(len(prompts))],
         )
     texts = run.tokenizer.batch_decode([rollout.ids for rollout in rollouts], skip_special_tokens=True)
     right = [
