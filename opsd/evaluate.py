@@ -161,7 +161,7 @@ def _generate(run: Setting, model: nn.Module, prompts: Sequence[Sequence[int]]) 
             end_ids=run.end_ids,
             pad_id=run.pad_id,
             batch_size=options.batch_size,
-            seed=derive_seed(run.config.run.seed, "eval"),
+            seeds=[derive_seed(run.config.run.seed, "eval", i) for i in range(len(prompts))],
         )
 
 

@@ -9,7 +9,8 @@ Only the rows that predict rollout tokens reach the lm_head, inside `opsd_kernel
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,17 +19,29 @@ from torch import Tensor, nn
 
 from opsd.config import Config, ObjectiveConfig
 from opsd.metrics import Clock
-from opsd.models import autocast
+from opsd.models import autocast, body
 from opsd.prompts import Example
 from opsd.rollouts import Rollout, Sampling, derive_seed, generate
 from opsd.scoring import rollout_hidden, rollout_index
 from opsd.teachers import Teacher
-from opsd_kernels import Head, dual_hidden_states, jsd_loss, lm_head_of, pack_dual_context, token_logprobs
+from opsd_kernels import (
+    Head,
+    dual_hidden_states,
+    jsd_loss,
+    lm_head_of,
+    pack_dual_context,
+    token_logprobs,
+    top_k_logprobs,
+)
+from opsd_kernels.packing import plan_passes
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a step works with. The trainer owns the optimiser; a step leaves gradients on `model`."""
+    """What a step works with. The trainer owns the optimiser; a step leaves gradients on `model`.
+
+    `sample` and `divergence` are the two parts of `opsd_step` that may be replaced.
+    """
 
     config: Config
     model: nn.Module
@@ -39,11 +52,16 @@ class Run:
     end_ids: list[int]
     pad_id: int
     packed: bool = False
+    sample: Sampler = field(default_factory=lambda: sample_rollouts)
+    divergence: Divergence = field(default_factory=lambda: token_divergence)
 
 
 @dataclass
 class StepResult:
-    """What a step did. `loss` and the tensors of `metrics` are 0-d and stay on the device."""
+    """What a step did. `loss` and the tensors of `metrics` are 0-d and stay on the device.
+
+    `rollouts` come prompt by prompt: those of example i are numbers i * G to (i + 1) * G - 1.
+    """
 
     loss: Tensor
     tokens: int
@@ -55,95 +73,218 @@ class StepResult:
 Step = Callable[[Run, Sequence[Example], int], StepResult]
 """step(run, examples, number): adds the gradient of its loss to the parameters of `run.model`; numbers start at 1."""
 
+Sampler = Callable[[Run, Sequence[Example], int], list[Rollout]]
+"""sample(run, examples, number): `rollout.per_prompt` rollouts of each example, all of the first example first. Each
+has at least one id, all of them within the vocabulary, and either every rollout has the sampler's log-probabilities or
+none does. `sample_rollouts` unless replaced."""
+
+Divergence = Callable[[Run, Tensor, Tensor, Sequence[Rollout], int], tuple[Tensor, dict[str, Tensor]]]
+"""divergence(run, student_hidden, teacher_hidden, rollouts, denominator): what these rollouts contribute to the loss of
+the batch, 0-d with a gradient, and statistics, each (R,), the same names in every call; the step reports their means
+over the batch. R rows of hidden states, (R, H) each, predict the R tokens of `rollouts` in order. Called once for each
+micro-batch; divide by `denominator`, the batch's number of tokens (with objective.reduction "sequence_mean" of
+rollouts), so that the micro-batches add up. `token_divergence` unless replaced."""
+
 
 def opsd_step(run: Run, examples: Sequence[Example], number: int) -> StepResult:
-    """Sample one rollout for each of `examples`, compare the two contexts on it, and go backward.
+    """Sample rollouts for each of `examples`, compare the two contexts on them, and go backward.
 
     The loss is that of the whole batch whatever `optim.micro_batch_size` is: each micro-batch divides by the count of
     tokens (or of rollouts) of the batch.
+
+    Raises:
+        TypeError, ValueError: `run.sample` returned something that cannot be trained on; the message says what.
     """
     config, clock = run.config, Clock(run.device)
 
     with clock("rollout"):
-        rollouts = sample(run, examples, number)
-    written = [rollout.ids for rollout in rollouts]
-    tokens = sum(map(len, written))
-    denominator = tokens if config.objective.reduction == "mean" else len(written)
+        rollouts = checked(run, run.sample(run, examples, number), len(examples))
+    per_prompt, lengths = config.rollout.per_prompt, [len(rollout.ids) for rollout in rollouts]
+    tokens = sum(lengths)
+    denominator = tokens if config.objective.reduction == "mean" else len(rollouts)
 
     loss: Tensor = torch.zeros((), device=run.device)
     sums: dict[str, Tensor] = {}
-    for chosen in micro_batches(list(map(len, written)), config.optim.micro_batch_size):
-        ids, batch = [written[i] for i in chosen], [examples[i] for i in chosen]
-        with clock("score"), autocast(config, run.device):
-            student_hidden, teacher_hidden = score(run, batch, ids)
-        with clock("loss"):
-            with autocast(config, run.device):
-                part, stats = divergence(run, student_hidden, teacher_hidden, ids, denominator)
+    metrics: dict[str, Tensor | float] = {}
+    for chosen in micro_batches(lengths, config.optim.micro_batch_size, per_prompt if run.packed else 1):
+        batch, written = [examples[i // per_prompt] for i in chosen], [rollouts[i] for i in chosen]
+        student_hidden, teacher_hidden = score(run, batch, written, clock)
+        with clock("loss"), autocast(config, run.device):
+            part, stats = run.divergence(run, student_hidden, teacher_hidden, written, denominator)
+            if "top_k_overlap" not in metrics:  # on the first micro-batch only
+                metrics["top_k_overlap"] = top_k_overlap(run, student_hidden, teacher_hidden)
+        with clock("backward"):
             part.backward()
         loss = loss + part.detach()
         for name, value in stats.items():
-            sums[name] = sums.get(name, 0.0) + value.sum(dtype=torch.float64)
+            sums[name] = sums.get(name, 0.0) + value.detach().sum(dtype=torch.float64)
 
-    metrics: dict[str, Tensor | float] = {name: total / tokens for name, total in sums.items()}
-    metrics["rollout_length"] = tokens / len(rollouts)
-    metrics["truncated"] = sum(rollout.truncated for rollout in rollouts) / len(rollouts)
+    metrics |= {name: total / tokens for name, total in sums.items()}
+    metrics |= {
+        "rollout_length": tokens / len(rollouts),
+        "rollout_length_min": min(lengths),
+        "rollout_length_max": max(lengths),
+        "truncated": sum(rollout.truncated for rollout in rollouts) / len(rollouts),
+        "teacher_context_length": sum(len(example.teacher) for example in examples) / len(examples),
+    }
     return StepResult(loss, tokens, metrics, clock, rollouts)
 
 
-def score(run: Run, examples: Sequence[Example], rollouts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """The hidden states that predict the rollouts' tokens, (R, H) each: the student's, with a gradient, the teacher's.
+def sample_rollouts(run: Run, examples: Sequence[Example], number: int) -> list[Rollout]:
+    """`rollout.per_prompt` rollouts for each example from the student's prompt alone, by the weights as they are now.
 
-    Packed, both contexts run without padding, and a gradient-checkpointed model takes them in one pass.
+    Each depends on run.seed, the step's number, the example's place in the batch and its own number, on nothing else.
     """
-    student, teacher = [example.student for example in examples], [example.teacher for example in examples]
-    if run.packed:
-        batch = pack_dual_context(student, teacher, rollouts)
-        return dual_hidden_states(run.model, batch, teacher=run.teacher.source)
-    teacher_hidden = run.teacher.hidden(teacher, rollouts)
-    return rollout_hidden(run.model, student, rollouts), teacher_hidden
-
-
-def sample(run: Run, examples: Sequence[Example], number: int) -> list[Rollout]:
-    """One rollout for each example from the student's prompt alone, by the weights as they are now."""
-    options = run.config.rollout
+    options, seed = run.config.rollout, run.config.run.seed
+    each = [(place, g) for place in range(len(examples)) for g in range(options.per_prompt)]
     with autocast(run.config, run.device):
         return generate(
             run.model,
-            [example.student for example in examples],
+            [examples[place].student for place, _ in each],
             Sampling(options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.min_p),
             end_ids=run.end_ids,
             pad_id=run.pad_id,
             batch_size=options.batch_size,
-            seed=derive_seed(run.config.run.seed, "rollout", number),
+            seeds=[derive_seed(seed, "rollout", number, place, g) for place, g in each],
         )
 
 
-def micro_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Numbers of the rollouts to score together: similar lengths, the longest first, so that memory runs out at once if
-    it ever does."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+def checked(run: Run, rollouts: Sequence[Rollout], examples: int) -> list[Rollout]:
+    """`rollouts` if they are what a `Sampler` has to return for so many examples; else an error that says what is
+    wrong."""
+    rollouts, each = list(rollouts), run.config.rollout.per_prompt
+    if len(rollouts) != examples * each:
+        raise ValueError(
+            f"the sampler returned {len(rollouts)} rollouts for {examples} examples; accepted: {examples * each}, "
+            f"rollout.per_prompt {each} of each, in the order of the examples"
+        )
+    vocab = run.head.weight.shape[0] if run.head.valid_vocab is None else run.head.valid_vocab
+    for i, rollout in enumerate(rollouts):
+        name = f"rollout {i % each} of example {i // each}"
+        if not isinstance(rollout, Rollout):
+            raise TypeError(f"{name} must be an opsd.rollouts.Rollout, got {type(rollout).__name__}")
+        if not rollout.ids:
+            raise ValueError(f"{name} is empty; a rollout has at least one token id, the end token if nothing else")
+        for token in rollout.ids:
+            if type(token) is not int or not 0 <= token < vocab:
+                raise ValueError(f"{name} has token id {token!r}; accepted: ints from 0 to {vocab - 1}")
+        if rollout.logprobs is not None and len(rollout.logprobs) != len(rollout.ids):
+            raise ValueError(f"{name} has {len(rollout.ids)} ids and {len(rollout.logprobs)} logprobs")
+        for logprob in rollout.logprobs or ():
+            if not math.isfinite(logprob):
+                raise ValueError(f"{name} has the log-probability {logprob} for a token that was sampled")
+    known = sum(rollout.logprobs is not None for rollout in rollouts)
+    if 0 < known < len(rollouts):
+        raise ValueError(f"{known} of {len(rollouts)} rollouts have logprobs; accepted: all or none")
+    if not known and run.config.rollout.importance_cap is not None:
+        raise ValueError(
+            "rollout.importance_cap needs the sampler's log-probabilities: the rollouts have none (Rollout.logprobs)"
+        )
+    return rollouts
+
+
+def micro_batches(lengths: Sequence[int], size: int, together: int = 1) -> list[list[int]]:
+    """Numbers of the rollouts to score together, at most `size`: similar lengths, the longest first, so that memory
+    runs out at once if it ever does.
+
+    Every `together` successive rollouts belong to one prompt. They stay in one micro-batch where `size` allows it.
+    """
+    prompts = [range(start, start + together) for start in range(0, len(lengths), together)]
+    prompts.sort(key=lambda own: -sum(lengths[i] for i in own))
+    order = [i for own in prompts for i in sorted(own, key=lambda i: -lengths[i])]
+    if together <= size:
+        size -= size % together
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def divergence(
-    run: Run, student_hidden: Tensor, teacher_hidden: Tensor, rollouts: Sequence[Sequence[int]], denominator: int
+def score(
+    run: Run, examples: Sequence[Example], rollouts: Sequence[Rollout], clock: Clock | None = None
+) -> tuple[Tensor, Tensor]:
+    """The hidden states that predict the rollouts' tokens, (R, H) each: the student's, with a gradient, the teacher's.
+
+    Args:
+        examples: that of each rollout, so that one may come several times.
+        clock: gets the phases "teacher" and "student", or "score" where both run in one pass.
+
+    Packed, both contexts run without padding, a prompt is computed once for all its rollouts, and a gradient-
+    checkpointed model takes both contexts in one pass.
+    """
+    clock = Clock(run.device) if clock is None else clock
+    student, teacher = [example.student for example in examples], [example.teacher for example in examples]
+    ids = [rollout.ids for rollout in rollouts]
+    if run.packed:
+        batch = pack_dual_context(student, teacher, ids)  # equal prompts are shared
+        with autocast(run.config, run.device):
+            joint = plan_passes(run.model, teacher=run.teacher.source).passes == "joint"
+            with clock("score") if joint else _teacher_then_student(clock, run.model):
+                return dual_hidden_states(run.model, batch, teacher=run.teacher.source)
+    # Each in an autocast of its own: what the teacher's casts without a gradient must not reach the student.
+    with clock("teacher"), autocast(run.config, run.device):
+        teacher_hidden = run.teacher.hidden(teacher, ids)
+    with clock("student"), autocast(run.config, run.device):
+        return rollout_hidden(run.model, student, ids), teacher_hidden
+
+
+@contextmanager
+def _teacher_then_student(clock: Clock, model: nn.Module) -> Iterator[None]:
+    """The phase "teacher" up to the pass of `model` that has a gradient, the phase "student" from there on."""
+
+    def begin(*_: object) -> None:
+        if torch.is_grad_enabled():
+            phase.close()
+            phase.enter_context(clock("student"))
+
+    with ExitStack() as phase:
+        phase.enter_context(clock("teacher"))
+        handle = body(model).register_forward_pre_hook(begin)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def token_divergence(
+    run: Run, student_hidden: Tensor, teacher_hidden: Tensor, rollouts: Sequence[Rollout], denominator: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The share of the batch's loss that these rollouts contribute, and statistics of their tokens.
 
     Args:
         student_hidden: (R, H); receives the gradient.
         teacher_hidden: (R, H).
-        rollouts: the R token ids that the rows predict.
-        denominator: tokens of the whole batch for the reduction "mean", rollouts for "sequence_mean".
+        rollouts: whose R token ids the rows predict.
+        denominator: tokens of the whole batch for the reduction "mean", rollouts for "sequence_mean". Importance
+            weights do not change it: a token counts one, whatever it weighs.
 
     Returns:
         The loss, 0-d, and for each name of a statistic an (R,) tensor.
     """
-    o = run.config.objective
-    student, teacher = run.head, run.teacher.head
-    targets, sequences = rollout_index(rollouts, student_hidden.device)
-    if o.form == "sampled_token":
-        return _sampled_token(o, student_hidden, student, teacher_hidden, teacher, targets, sequences, denominator)
+    o, options = run.config.objective, run.config.rollout
+    ids = [rollout.ids for rollout in rollouts]
+    targets, sequences = rollout_index(ids, student_hidden.device)
+    sampler = _sampler_logprobs(rollouts, student_hidden.device)
+    weights: Tensor | None = None
+    weighing: dict[str, Tensor] = {}
+    if options.importance_cap is not None:
+        assert sampler is not None  # `checked` has seen to it
+        weights, weighing = importance_weights(run, student_hidden, targets, sampler)
+    form = _sampled_token if o.form == "sampled_token" else _full_vocabulary
+    loss, stats = form(run, student_hidden, teacher_hidden, targets, sequences, weights, denominator)
+    student_logprob = stats.pop("student_logprob")
+    if weights is None and sampler is not None and o.temperature == options.temperature:
+        weighing["sampler_mismatch"] = (student_logprob - sampler).abs()
+    return loss, stats | weighing
+
+
+def _full_vocabulary(
+    run: Run,
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    targets: Tensor,
+    sequences: Tensor,
+    weights: Tensor | None,
+    denominator: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    o, student, teacher = run.config.objective, run.head, run.teacher.head
     other: dict[str, Any] = {}
     if teacher.weight is not student.weight:  # one shared tensor lets the kernels project both at once
         other = {
@@ -165,6 +306,7 @@ def divergence(
         top_k=o.top_k,
         top_k_from=o.top_k_from,
         tail_bucket=o.tail_bucket,
+        token_weight=weights,
         sequence_ids=sequences,
         target_ids=targets,
         reduction=o.reduction,
@@ -174,26 +316,21 @@ def divergence(
         workspace_bytes=o.workspace_bytes,
     )
     names = ("divergence", "student_entropy", "teacher_entropy", "entry_clipped", "clipped_amount", "token_clipped")
-    return loss, {name: getattr(stats, name) for name in names}
+    return loss, {name: getattr(stats, name) for name in (*names, "student_logprob")}
 
 
 def _sampled_token(
-    o: ObjectiveConfig,
+    run: Run,
     student_hidden: Tensor,
-    student: Head,
     teacher_hidden: Tensor,
-    teacher: Head,
     targets: Tensor,
     sequences: Tensor,
+    weights: Tensor | None,
     denominator: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """-A log p_S(y) with the advantage A = log p_T(y) - log p_S(y) held constant: policy gradient of the reverse KL."""
-    options: dict[str, Any] = {
-        "temperature": o.temperature,
-        "return_entropy": True,
-        "backend": o.backend,
-        "workspace_bytes": o.workspace_bytes,
-    }
+    o, student, teacher = run.config.objective, run.head, run.teacher.head
+    options: dict[str, Any] = {"temperature": o.temperature, "return_entropy": True, **_kernel(o)}
     with torch.no_grad():
         teacher_logp, teacher_entropy = token_logprobs(
             teacher_hidden, teacher.weight, targets, **teacher.options(), **options
@@ -203,10 +340,75 @@ def _sampled_token(
     )
     advantage = teacher_logp - student_logp.detach()
     losses = -advantage * student_logp
+    if weights is not None:
+        losses = losses * weights
     if o.reduction == "sequence_mean":
         losses = losses / torch.bincount(sequences)[sequences]
     stats = {"divergence": -advantage, "student_entropy": student_entropy, "teacher_entropy": teacher_entropy}
-    return losses.sum() / denominator, stats
+    return losses.sum() / denominator, {**stats, "student_logprob": student_logp.detach()}
+
+
+@torch.no_grad()
+def importance_weights(
+    run: Run, student_hidden: Tensor, targets: Tensor, sampler_logprobs: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """min(p_student / p_sampler, rollout.importance_cap) for each token, a constant, and statistics of it.
+
+    p_student is over the whole vocabulary at rollout.temperature, by the weights and the arithmetic of the scoring
+    pass. It costs one more product of the hidden states with the head, without a gradient.
+
+    Args:
+        student_hidden: (R, H).
+        targets: (R,) int64, the sampled tokens.
+        sampler_logprobs: (R,), of the distribution they were sampled from.
+
+    Returns:
+        (R,), and (R,) each: `sampler_mismatch`, |log p_student - log p_sampler|; `importance_capped`, whether the cap
+        acts; `importance_weight`.
+    """
+    head, options = run.head, run.config.rollout
+    assert options.importance_cap is not None
+    logprobs = token_logprobs(
+        student_hidden,
+        head.weight,
+        targets,
+        **head.options(),
+        temperature=options.temperature,
+        **_kernel(run.config.objective),
+    )
+    gap = logprobs - sampler_logprobs  # type: ignore[operator]
+    ratio = gap.exp()
+    weights = ratio.clamp(max=options.importance_cap)
+    capped = ratio > options.importance_cap
+    return weights, {"sampler_mismatch": gap.abs(), "importance_capped": capped, "importance_weight": weights}
+
+
+def _sampler_logprobs(rollouts: Sequence[Rollout], device: torch.device) -> Tensor | None:
+    """(R,) float32 of all rollouts in order, None if they were not recorded."""
+    if any(rollout.logprobs is None for rollout in rollouts):
+        return None
+    return torch.tensor([value for rollout in rollouts for value in rollout.logprobs or ()], device=device)
+
+
+@torch.no_grad()
+def top_k_overlap(run: Run, student_hidden: Tensor, teacher_hidden: Tensor, k: int = 8, rows: int = 256) -> Tensor:
+    """0-d: the share of the teacher's k likeliest tokens that are among the student's k likeliest, an estimate.
+
+    Both tops cost a product with the head, so a step asks for them on at most `rows` tokens, spread evenly over those
+    of its first micro-batch.
+    """
+    every = -(-len(student_hidden) // rows)
+    student, teacher = run.head, run.teacher.head
+    k = min(k, *(head.weight.shape[0] if head.valid_vocab is None else head.valid_vocab for head in (student, teacher)))
+    (_, ours, _), (_, theirs, _) = (
+        top_k_logprobs(hidden[::every], head.weight, k, **head.options())
+        for hidden, head in ((student_hidden, student), (teacher_hidden, teacher))
+    )
+    return (theirs[:, :, None] == ours[:, None, :]).any(-1).double().mean()
+
+
+def _kernel(o: ObjectiveConfig) -> dict[str, Any]:
+    return {"backend": o.backend, "workspace_bytes": o.workspace_bytes}
 
 
 def supervised_loss(

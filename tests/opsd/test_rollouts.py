@@ -3,14 +3,30 @@ import torch
 from _models import VOCAB, lora, model
 from transformers import GenerationConfig
 
-from opsd.rollouts import Sampling, first_end, generate
+from opsd.rollouts import Sampling, first_end, generate, inverse_cdf
 
 PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 12, 13]]
 
 
-def sample(student, prompts=PROMPTS, *, seed=0, end_ids=(1,), batch_size=8, pad_id=0, **sampling):
+def sample(student, prompts=PROMPTS, *, seeds=None, end_ids=(1,), batch_size=8, pad_id=0, **sampling):
     options = Sampling(**{"max_new_tokens": 16, **sampling})
-    return generate(student, prompts, options, end_ids=end_ids, pad_id=pad_id, batch_size=batch_size, seed=seed)
+    seeds = range(len(prompts)) if seeds is None else seeds
+    return generate(student, prompts, options, end_ids=end_ids, pad_id=pad_id, batch_size=batch_size, seeds=seeds)
+
+
+def exact(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """The distribution to sample from, by its definition, for one vector of logits."""
+    p = (logits.double() / temperature).softmax(-1)
+    kept = torch.ones_like(p, dtype=torch.bool)
+    if top_k:
+        kept &= p >= p.topk(top_k).values[-1]
+    p = p * kept / (p * kept).sum()
+    if top_p < 1:  # the smallest set that reaches top_p
+        order = p.argsort(descending=True)
+        kept[order[1:]] &= p[order].cumsum(-1)[:-1] < top_p
+        p = p * kept / (p * kept).sum()
+    kept &= p >= min_p * p.max()
+    return p * kept / (p * kept).sum()
 
 
 def test_first_end_token_is_kept_and_nothing_after_it():
@@ -19,6 +35,8 @@ def test_first_end_token_is_kept_and_nothing_after_it():
     assert not first_end([5, 1, 1], [1]).truncated
     assert first_end([5, 0, 6, 0], [1]).ids == [5, 0, 6, 0]  # a pad id within is a token like others
     assert first_end([5, 6], [1]).truncated
+    assert first_end([5, 1, 6], [1], [-0.5, -0.25, -3.0]).logprobs == [-0.5, -0.25]
+    assert first_end([5, 6], [1], [-0.5, -0.25]).logprobs == [-0.5, -0.25]
 
 
 def test_generated_rollouts_obey_the_end_rule_when_the_pad_is_an_end():
@@ -30,6 +48,7 @@ def test_generated_rollouts_obey_the_end_rule_when_the_pad_is_an_end():
         assert not any(token in ends for token in r.ids[:-1])
         assert (r.ids[-1] in ends) != r.truncated
         assert not r.truncated or len(r.ids) == 16
+        assert len(r.logprobs) == len(r.ids)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
@@ -38,20 +57,105 @@ def test_batching_and_padding_do_not_change_greedy_rollouts(kind):
     together = sample(student, temperature=0)
     apart = sample(student, temperature=0, batch_size=1)
     assert [r.ids for r in together] == [r.ids for r in apart]
+    assert [r.logprobs for r in together] == [None] * 3
     for prompt, r in zip(PROMPTS, apart, strict=True):  # and they are the model's own argmax
         logits = student.eval()(torch.tensor([prompt + r.ids])).logits[0, len(prompt) - 1 : -1]
         assert logits.argmax(-1).tolist() == r.ids
 
 
-def test_sampling_depends_on_its_seed_alone_and_leaves_the_state_alone():
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_sample_depends_on_its_prompt_and_its_seed_alone(kind):
+    student = model(kind)
+    prompts, seeds = PROMPTS * 3, list(range(10, 19))
+    expected = [r.ids for r in sample(student, prompts, seeds=seeds)]
+    assert len({tuple(ids) for ids in expected}) == 9
+    for size in (1, 2, 100):
+        assert [r.ids for r in sample(student, prompts, seeds=seeds, batch_size=size)] == expected
+    others = sample(student, [[7] * 9, *reversed(prompts)], seeds=[3, *reversed(seeds)])
+    assert [r.ids for r in others[:0:-1]] == expected
+    longer = sample(student, prompts, seeds=seeds, max_new_tokens=20)
+    assert [r.ids[:16] for r in longer] == expected
+    assert all(a.ids != b for a, b in zip(sample(student, prompts, seeds=range(9)), expected, strict=True))
+
+
+def test_torchs_random_state_is_neither_used_nor_changed():
     student = model()
     torch.manual_seed(1)
-    first = sample(student)
-    state = torch.get_rng_state()
-    torch.manual_seed(2)
-    assert sample(student) == first != sample(student, seed=1)
+    first, state = sample(student), torch.get_rng_state()
     torch.manual_seed(1)
     assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert sample(student) == first
+
+
+def test_one_seed_for_each_prompt():
+    with pytest.raises(ValueError, match="seeds must have one entry for each of 3 prompts, got 2"):
+        sample(model(), seeds=[0, 1])
+
+
+CUTS = [
+    {},
+    {"temperature": 1.7},
+    {"temperature": 2.5, "top_k": 7},
+    {"temperature": 2.5, "top_p": 0.8},
+    {"temperature": 2.5, "min_p": 0.2},
+    {"temperature": 3.0, "top_k": 12, "top_p": 0.85, "min_p": 0.15},
+]
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+def test_samples_follow_the_distribution_asked_for(cuts):
+    student, count = model().eval(), 3000
+    p = exact(student(torch.tensor([PROMPTS[0]])).logits[0, -1], **cuts)
+    drawn = sample(student, [PROMPTS[0]] * count, max_new_tokens=1, batch_size=count, **cuts)
+    seen = torch.bincount(torch.tensor([r.ids[0] for r in drawn]), minlength=VOCAB)
+    assert not seen[p == 0].any()
+    assert (p > 0).sum() > 3
+    if cuts:
+        assert not torch.allclose(p, exact(student(torch.tensor([PROMPTS[0]])).logits[0, -1]), atol=0.02)
+    often = p * count >= 5
+    observed = torch.cat([seen[often], seen[~often].sum()[None]]).double()
+    expected = torch.cat([p[often], p[~often].sum()[None]]) * count
+    chi_square = ((observed - expected) ** 2 / expected.clamp(min=1)).sum()
+    degrees = int(often.sum())
+    assert chi_square < degrees + 4 * (2 * degrees) ** 0.5
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+def test_log_probabilities_are_those_of_the_distribution_sampled_from(cuts):
+    student = model().eval()
+    for prompt, r in zip(PROMPTS, sample(student, end_ids=range(3, 10), **cuts), strict=True):
+        logits = student(torch.tensor([prompt + r.ids])).logits[0, len(prompt) - 1 : -1]
+        expected = [exact(row, **cuts)[token].log().item() for row, token in zip(logits, r.ids, strict=True)]
+        assert r.logprobs == pytest.approx(expected, abs=1e-4)
+        assert min(r.logprobs) < -0.05 or len(r.ids) < 3
+
+
+def test_positions_and_neighbours_draw_independently():
+    student = model()
+    torch.nn.init.zeros_(student.get_output_embeddings().weight)  # uniform over the vocabulary
+    rollouts = sample(student, [[5]] * 200, end_ids=[])
+    ids = torch.tensor([r.ids for r in rollouts])
+    for drawn in (ids, (ids[:, 1:] - ids[:, :-1]) % VOCAB, (ids[1:] - ids[:-1]) % VOCAB):
+        seen = torch.bincount(drawn.flatten(), minlength=VOCAB).double()
+        expected = drawn.numel() / VOCAB
+        assert ((seen - expected) ** 2 / expected).sum() < VOCAB + 4 * (2 * VOCAB) ** 0.5
+
+
+def test_an_entry_without_probability_is_never_chosen():
+    last = 1 - 2.0**-53
+    p = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).repeat(5, 1)
+    u = torch.tensor([0.0, 0.2499, 0.25, 0.9, last], dtype=torch.float64)
+    assert inverse_cdf(p, u).tolist() == [1, 1, 3, 3, 3]
+    many = torch.zeros(2, 200_000)
+    many[:, 1::2] = torch.rand(100_000, generator=torch.Generator().manual_seed(0))
+    many /= many.sum(-1, keepdim=True)
+    chosen = inverse_cdf(many, torch.tensor([0.0, last], dtype=torch.float64))
+    assert chosen[0] <= 3
+    assert chosen[1] >= 199_990
+    assert (many.gather(1, chosen[:, None]) > 0).all()
+    broken = inverse_cdf(torch.full((1, 7), torch.nan), torch.tensor([0.5], dtype=torch.float64))
+    assert 0 <= broken.item() < 7  # some id, so that the loss is what fails
 
 
 def test_the_model_keeps_its_modes_and_its_generation_config_stays_out():

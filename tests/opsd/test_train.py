@@ -56,7 +56,8 @@ def test_train_saves_a_model_that_loads_and_has_changed(setup, tmp_path, adapted
     steps = lines(out / "metrics.jsonl")
     assert [record["step"] for record in steps] == [1, 2]
     expected = "loss divergence student_entropy teacher_entropy entry_clipped token_clipped rollout_length truncated "
-    expected += "grad_norm lr tokens_per_second seconds_rollout seconds_score seconds_loss seconds_optimizer"
+    expected += "grad_norm lr tokens_per_second seconds_rollout seconds_teacher seconds_student "
+    expected += "seconds_loss seconds_backward seconds_optimizer"
     assert set(expected.split()) <= steps[0].keys()
     assert steps[0]["divergence"] > 0
     assert steps[0]["loss"] == pytest.approx(steps[0]["divergence"], rel=1e-4)
