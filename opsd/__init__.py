@@ -3,6 +3,8 @@
 try:
     from opsd.checkpoint import CheckpointError
     from opsd.config import Config, ConfigError, load_config
+    from opsd.evaluate import Evaluation
+    from opsd.rollouts import Rollout
     from opsd.trainer import Interrupted, NonFiniteError, RunResult, WriteError, resume, train
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
@@ -13,8 +15,10 @@ __all__ = [
     "CheckpointError",
     "Config",
     "ConfigError",
+    "Evaluation",
     "Interrupted",
     "NonFiniteError",
+    "Rollout",
     "RunResult",
     "WriteError",
     "load_config",

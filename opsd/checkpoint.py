@@ -161,12 +161,13 @@ def replace_file(path: Path, text: str) -> None:
 
 def random_state() -> dict[str, Any]:
     """The states of the generators of torch (all devices), Python and numpy."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    numpy: Any = np.random.get_state()
+    kind, keys, *rest = numpy
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
     }
 
 

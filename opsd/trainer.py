@@ -27,8 +27,9 @@ from opsd.evaluate import evaluate as score_answers
 from opsd.metrics import Clock, Display, append_json, host_values, peak_memory, rewind_json
 from opsd.prompts import Example
 from opsd.reasoning import analyse
+from opsd.rollouts import Rollout
 from opsd.setup import MakeTeacher, Setup, check_identity, describe_run, embedded, introduce, set_up
-from opsd.step import Run, Step, opsd_step
+from opsd.step import Divergence, Run, Sampler, Step, opsd_step
 from opsd.teachers import make_teacher
 from opsd.trackers import check_trackers, eval_values, make_trackers, train_values
 from opsd.watch import Watch
@@ -83,9 +84,9 @@ class Progress:
 def train(
     config: Config | Mapping[str, Any] | str | Path,
     *,
-    rollouts: Callable | None = None,
+    rollouts: Sampler | None = None,
     teacher: MakeTeacher = make_teacher,
-    loss: Callable | None = None,
+    loss: Divergence | None = None,
     evaluate: Evaluate | None = None,
     step: Step = opsd_step,
     quiet: bool = False,
@@ -96,7 +97,7 @@ def train(
         config: from `opsd.load_config`, or what it takes: nested sections, or the path of a YAML file.
         rollouts: in place of sampling from the student; see `opsd.step.Sampler`.
         teacher: makes the teacher; see `opsd.teachers.make_teacher` and `opsd.teachers.Teacher`.
-        loss: in place of the objective; see `opsd.step.Loss`.
+        loss: in place of the objective; see `opsd.step.Divergence`.
         evaluate: in place of `opsd.evaluate.evaluate`; see `Evaluate`.
         step: in place of the whole step; see `opsd.step.Step`.
         quiet: print nothing.
@@ -127,9 +128,9 @@ def resume(
     run_dir: str | Path,
     overrides: Iterable[tuple[str, Any]] = (),
     *,
-    rollouts: Callable | None = None,
+    rollouts: Sampler | None = None,
     teacher: MakeTeacher = make_teacher,
-    loss: Callable | None = None,
+    loss: Divergence | None = None,
     evaluate: Evaluate | None = None,
     step: Step = opsd_step,
     quiet: bool = False,
@@ -290,7 +291,7 @@ class _Loop:
             run.teacher.update(number)
         phases = {f"seconds_{phase}": s for phase, s in (first.seconds() | clock.seconds()).items()}
         seconds = time.perf_counter() - began
-        record = {"step": number, **values, "lr": rate, "tokens": result.tokens}
+        record: dict[str, Any] = {"step": number, **values, "lr": rate, "tokens": result.tokens}
         record |= {"tokens_per_second": result.tokens / seconds, "seconds": seconds, **phases}
         record["peak_memory_bytes"] = peak_memory(run.device)
         record["warnings"] = self.watch.check(record)
@@ -306,9 +307,11 @@ class _Loop:
             self._write_samples(batch, result.rollouts, number)
         return record
 
-    def _write_samples(self, batch: Sequence[Example], rollouts: Sequence[Any], number: int) -> None:
-        for example, rollout in list(zip(batch, rollouts, strict=False))[:2]:
+    def _write_samples(self, batch: Sequence[Example], rollouts: Sequence[Rollout], number: int) -> None:
+        """The first rollouts of the first two prompts."""
+        for example, rollout in list(zip(batch, rollouts[:: self.config.rollout.per_prompt], strict=False))[:2]:
             text = self.state.tokenizer.decode(rollout.ids)
+            self.trackers.text(number, "samples/rollout", text)
             sample = {
                 "step": number,
                 "source": example.row.source,
@@ -344,10 +347,8 @@ class _Loop:
                 self._save_model(self.run_dir / "best")
         if self._out_of_patience() and name != "trained":
             self.progress.evaluations["trained"] = asdict(result)
-            self.display.note(
-                f"stopped early: no better evaluation than {best['accuracy']:.1%} at step {best['step']} "  # type: ignore[index]
-                f"in {self.progress.since_best} evaluations"
-            )
+            than = f"{best['accuracy']:.1%} at step {best['step']}"
+            self.display.note(f"stopped early: {self.progress.since_best} evaluations were no better than {than}")
 
     def _out_of_patience(self) -> bool:
         patience = self.config.eval.patience
@@ -357,6 +358,7 @@ class _Loop:
         return self.evaluate(self.state, model, examples, context)
 
     def _evaluated(self, name: str, result: Evaluation) -> None:
+        peak_memory(self.state.device)  # starts anew, so that the next step reports its own
         self.display.note(f"accuracy, {name}: {result}")
         record = asdict(result)
         append_json(self.run_dir / "evaluations.jsonl", {"step": self.progress.step, "name": name, **record})
@@ -466,9 +468,10 @@ def learning_rate(options: OptimConfig, number: int) -> float:
     return options.lr * factor[options.schedule]
 
 
-def _with_parts(setup: Setup, rollouts: Callable | None, loss: Callable | None) -> Setup:
-    parts = {name: part for name, part in (("sample", rollouts), ("divergence", loss)) if part is not None}
-    return dataclasses.replace(setup, run=dataclasses.replace(setup.run, **parts)) if parts else setup
+def _with_parts(setup: Setup, rollouts: Sampler | None, loss: Divergence | None) -> Setup:
+    run = setup.run
+    run = dataclasses.replace(run, sample=rollouts or run.sample, divergence=loss or run.divergence)
+    return dataclasses.replace(setup, run=run)
 
 
 def _read_description(run_dir: Path) -> dict[str, Any]:

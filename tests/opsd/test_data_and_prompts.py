@@ -407,9 +407,6 @@ def test_the_analysis_joins_the_teachers_text():
     for call in (lambda: prompter.reason(bare), lambda: prompter.encode(bare, "n")):
         with pytest.raises(DataError, match="f:4: "):
             call()
-    encoded = encode_rows(prompter, [row, chat], limit=1000, too_long="error", analyses=["first", None])
-    assert "NOTES first" in decoded(prompter, encoded.examples[0].teacher)
-    assert "NOTES" not in decoded(prompter, encoded.examples[1].teacher)
 
 
 THINKING = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]{{ '(think)' if thinking }}"

@@ -337,5 +337,6 @@ def test_rows_without_answers_and_without_solutions_are_named(words, tmp_path, c
 def test_a_fault_of_the_users_scorer_shows_before_the_model_is_loaded(words, tmp_path, capsys):
     (tmp_path / "mine.py").write_text("def score(text, row):\n    return text\n")
     words[2] = str(tmp_path / "no-model")
+    tokenizer().save_pretrained(words[2])
     assert main([*words, "--eval.scorer", f"{tmp_path / 'mine.py'}:score"]) == 2
     assert "mine.py:score' returned ''" in capsys.readouterr().err

@@ -19,11 +19,13 @@ import torch
 from _models import tokenizer, write_model, write_rows
 from safetensors.torch import load_file
 
+from opsd.checkpoint import list_checkpoints
+
 # A server that has imported everything forks each run: it then takes a second, and can be killed at any moment of it.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["opsd.trainer", "opsd.cli", "peft", "transformers.models.llama.modeling_llama"])
 
-STEPS, EVERY, KILLS = 6, 2, 5
+STEPS, EVERY, KILLS = 24, 2, 4
 TEACHERS = ("base", "live", "ema", "model")
 CASES = [(teacher, adapted) for teacher in TEACHERS for adapted in (False, True)]
 TIMED = ("seconds", "tokens_per_second", "peak_memory_bytes")
@@ -68,11 +70,11 @@ class Runs:
             "optim.warmup_steps": 1,
             "rollout.per_prompt": 2,
             "rollout.max_new_tokens": 6,
-            "eval.every": 3,
+            "eval.every": 9,
             "eval.keep_best": True,
             "run.device": "cpu",
             "run.checkpoint_every": EVERY,
-            "run.sample_every": 2,
+            "run.sample_every": 7,
         }
         if teacher == "model":
             from _models import model
@@ -106,6 +108,11 @@ class Runs:
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
+
+
+def newest(run: Path) -> list[int]:
+    """The steps of its checkpoints, the latest first."""
+    return [int(path.name.removeprefix("step-")) for path in list_checkpoints(run / "checkpoints")]
 
 
 def steps_logged(run: Path) -> int:
@@ -161,12 +168,12 @@ def test_killed_at_random_moments(tmp_path, teacher, adapted):
     killed, run = 1, tmp_path / "killed"
     runs.stop_after(run, EVERY + 1)
     for _ in range(KILLS):
-        target = steps_logged(run) + draw.randrange(3)
+        begun, target = steps_logged(run), steps_logged(run) + draw.randrange(2)
         process = runs.start(run)
         while process.is_alive() and steps_logged(run) < target:
             time.sleep(0.001)
         # from before it has loaded the model to the middle of a later step
-        process.join(draw.uniform(0, 3 * step if target else 20 * step))
+        process.join(draw.uniform(0, (2 if target > begun else 20) * step))
         process.kill()
         process.join()
         killed += process.exitcode == -signal.SIGKILL
@@ -191,7 +198,7 @@ def test_killed_while_writing(runs, expected):
     assert not [path for path in checkpoints.iterdir() if path.name.startswith("step-")]
     runs.finish(run)
     assert_same(outcome(run), expected)
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000004", "step-00000006"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == [f"step-{STEPS - EVERY:08d}", f"step-{STEPS:08d}"]
 
 
 def shorten(path: Path) -> None:
@@ -221,34 +228,36 @@ DAMAGE = {
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(runs, expected):
     run = runs.directory / "damaged"
-    runs.stop_after(run, 5)
+    runs.stop_after(run, 2 * EVERY + 1)
+    last, before = newest(run)
     for reason, damage in DAMAGE.items():
         copy = runs.directory / "copy"
         shutil.copytree(run, copy)
-        damage(copy / "checkpoints" / "step-00000004")
+        damage(copy / "checkpoints" / f"step-{last:08d}")
         said = runs.finish(copy)
-        assert "step-00000004" in said
+        assert f"step-{last:08d}" in said
         assert reason in said
-        assert "going on after step 2" in said
+        assert f"going on after step {before}\n" in said
         assert_same(outcome(copy), expected)
         shutil.rmtree(copy)
     for path in (run / "checkpoints").iterdir():
         flip(path)
     said = runs.finish(run, code=1)
     assert "no checkpoint can be used" in said
-    assert "step-00000002" in said
-    assert "step-00000004" in said
+    assert all(f"step-{step:08d}" in said for step in (last, before))
 
 
 def test_a_full_disk_stops_the_run_and_leaves_the_last_good_one(runs, expected):
     run = runs.directory / "full"
-    runs.stop_after(run, 3)
-    size = (run / "checkpoints" / "step-00000002" / "state.pt").stat().st_size
+    runs.stop_after(run, EVERY + 1)
+    kept = newest(run)
+    size = (run / "checkpoints" / f"step-{kept[0]:08d}" / "state.pt").stat().st_size
     said = runs.finish(run, code=1, file_limit=size // 2)
-    assert "step-00000004: cannot be written" in said
-    assert "last good one is step-00000002" in said
-    assert f"--resume {run} goes on after step 2" in said
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
+    assert f"step-{kept[0] + EVERY:08d}: cannot be written" in said
+    assert f"last good one is step-{kept[0]:08d}" in said
+    assert f"--resume {run} goes on after step {kept[0]}\n" in said
+    assert newest(run) == kept
+    assert not list((run / "checkpoints").glob(".*"))
     runs.finish(run)
     assert_same(outcome(run), expected)
 

@@ -2,13 +2,13 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from _models import model, write_model, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import opsd.trainer
 from opsd.cli import main
 from opsd.config import OptimConfig, load_config
 from opsd.evaluate import wilson
@@ -136,17 +136,17 @@ def test_learning_rate_warms_up_from_the_first_step_and_is_never_zero(schedule, 
     assert [learning_rate(options, n) for n in range(1, 7)] == pytest.approx(expected, abs=0.01)
 
 
-def test_interrupt_keeps_the_weights(setup, tmp_path, monkeypatch):
-    real = opsd.trainer._one_step
-
-    def one_step(run, batch, step, number, *rest):
+def test_an_interrupt_within_a_step_writes_no_checkpoint_of_it(setup, tmp_path, monkeypatch, capsys):
+    def step(run, batch, number):
         if number == 2:
-            raise KeyboardInterrupt
-        return real(run, batch, step, number, *rest)
+            raise KeyboardInterrupt  # what the second Ctrl-C raises
+        return opsd_step(run, batch, number)
 
-    monkeypatch.setattr("opsd.trainer._one_step", one_step)
+    setup["run.checkpoint_every"] = "1"
+    monkeypatch.setattr("opsd.trainer.train", partial(train, step=step))
     assert main(words(setup)) == 130
-    AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model-after-step-1")
+    assert os.listdir(tmp_path / "out" / "checkpoints") == ["step-00000001"]
+    assert "stopped by the user" in capsys.readouterr().err
 
 
 def test_a_run_never_overwrites_another(setup, tmp_path, capsys):
