@@ -1,4 +1,4 @@
-"""The command line: `opsd train [--config FILE] [--section.option VALUE ...]`."""
+"""The command line: `opsd train [--config FILE] [--section.option VALUE ...]`, `opsd report RUN [RUN ...]`."""
 
 from __future__ import annotations
 
@@ -26,8 +26,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     training.add_argument("--config", metavar="FILE", help="YAML file of sections and options; the command line wins")
     training.add_argument("--print-config", action="store_true", help="print all options as YAML and stop")
+    reporting = commands.add_parser("report", help="write one HTML page about a run, or about several side by side")
+    reporting.add_argument("runs", metavar="RUN", nargs="+", help="run directory")
+    where = "default: RUN/report.html, for several runs opsd-report.html here"
+    reporting.add_argument("--output", metavar="FILE", help=where)
+    reporting.add_argument("--samples", metavar="N", type=int, default=40, help="rollouts in the token view (40)")
     known, rest = parser.parse_known_args(argv)
     try:
+        if known.command == "report":
+            return _report(known, rest)
         config = load_config(known.config, parse_overrides(rest))
         if known.print_config:
             print(to_yaml(config), end="")
@@ -94,6 +101,17 @@ def _train(config: Config) -> int:
     print(f"metrics and samples: {result.run_dir}")
     if result.model_dir:
         print(f"model: {result.model_dir}")
+    return 0
+
+
+def _report(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    from opsd.report import write_report
+
+    if rest:
+        raise ConfigError(f"unexpected {rest[0]!r}; accepted: RUN ..., --output FILE, --samples N")
+    if known.samples < 0:
+        raise ConfigError(f"--samples is {known.samples}; accepted: integer >= 0")
+    print(f"report: {write_report(known.runs, known.output, max_samples=known.samples)}")
     return 0
 
 
