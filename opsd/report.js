@@ -438,9 +438,10 @@ class TokenView {
   span([text, , student, teacher, divergence], i) {
     const kind = leaning(student, teacher);
     const both = `student ${probability(student)}, teacher ${probability(teacher)}`;
+    const label = `${visible(text ?? '')}: ${both}, divergence ${nats(divergence)} nats. ${VERDICT[kind]}.`;
     const span = element('span', {
       class: `tok ${kind}${text === '' ? ' empty' : ''}`, 'data-i': i, tabindex: -1, role: 'option',
-      'aria-selected': 'false', 'aria-label': `${visible(text ?? '')}: ${both}, divergence ${nats(divergence)} nats. ${VERDICT[kind]}.`,
+      'aria-selected': 'false', 'aria-label': label,
     });
     // A line break shows as a sign and then breaks the line.
     span.append(text === '' ? '·' : (text ?? '').replace(/\n/g, '↵\n'));
@@ -533,10 +534,11 @@ class TokenView {
     ];
     if (Array.isArray(dominant)) {
       const [word, term, s, t] = dominant;
-      // Of a divergence with negative terms, as those of a KL divergence are, there is no share.
-      const share = divergence > 0 && term <= divergence ? `, ${Math.round(100 * term / divergence)}% of it` : '';
-      const name = element('code', {'data-dominant': ''}, visible(word ?? ''));
-      parts.push(element('p', {class: 'fact'}, 'Most of it from ', name, `: ${nats(term)} nats${term === null ? '' : share}`,
+      // Of a divergence with negative terms, as those of a KL divergence are, a term is no share.
+      const isShare = term !== null && divergence > 0 && term <= divergence;
+      const share = isShare ? `, ${Math.round(100 * term / divergence)}% of it` : '';
+      parts.push(element('p', {class: 'fact'},
+        'Most of it from ', element('code', {'data-dominant': ''}, visible(word ?? '')), `: ${nats(term)} nats${share}`,
         element('span', {class: 'quiet'}, ` (student ${probability(s)}, teacher ${probability(t)})`)));
     }
     if (Array.isArray(alternatives) && alternatives.length) {

@@ -23,10 +23,13 @@ import yaml
 from opsd.config import ConfigError
 
 MAX_SAMPLES = 40
-"""Rollouts in a page unless asked otherwise; each takes some 100 bytes a token."""
+"""Rollouts in a page unless asked otherwise."""
 
 MAX_TOKENS = 4096
 """Tokens of one rollout in the token view: each is an element of the page."""
+
+MAX_PAGE_TOKENS = 50_000
+"""Tokens of all rollouts, about: each takes some 100 to 300 bytes of the page. Long rollouts are therefore fewer."""
 
 MAX_POINTS = 800
 """Points of a curve; of a longer one each interval keeps its smallest and its largest value."""
@@ -398,6 +401,9 @@ def _samples(runs: Sequence[RunData], limit: int) -> tuple[list[dict[str, Any]],
     """The rollouts to embed, spread evenly over each run, and for each run that has more a sentence that says so."""
     chosen: list[dict[str, Any]] = []
     left_out = []
+    lengths = [min(MAX_TOKENS, len(s["view"])) for run in runs for s in run.samples if isinstance(s.get("view"), list)]
+    if lengths and sum(lengths):
+        limit = min(limit, MAX_PAGE_TOKENS * len(lengths) // sum(lengths))
     share = max(1, limit // len(runs)) if limit else 0
     for number, run in enumerate(runs):
         total = len(run.samples)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,27 +59,31 @@ def token_view(run: Run, example: Example, rollout: Rollout) -> list[dict[str, A
     words = _Words(run.tokenizer, rollout.ids)
     texts = words.pieces()
     rows = max(1, min(MAX_ROWS, MAX_ELEMENTS // vocab))
+    project_s, project_t = _projection(run, student, vocab), _projection(run, teacher, vocab)
     view: list[dict[str, Any]] = []
     for start in range(0, len(rollout.ids), rows):
         chunk = slice(start, start + rows)
-        log_s = _log_probabilities(run, student_hidden[chunk], student, vocab)
-        log_t = _log_probabilities(run, teacher_hidden[chunk], teacher, vocab)
+        log_s, log_t = project_s(student_hidden[chunk]), project_t(teacher_hidden[chunk])
         numbers = _numbers(run, log_s, log_t, rollout.ids[chunk])
         for text, token, number in zip(texts[chunk], rollout.ids[chunk], numbers, strict=True):
             view.append(_entry(words, text, token, number))
     return view
 
 
-def _log_probabilities(run: Run, hidden: Tensor, head: Head, vocab: int) -> Tensor:
-    """(rows, vocab) float64, projected in the types that the loss has."""
-    compute = torch.bfloat16 if run.config.model.autocast == "bfloat16" else hidden.dtype
-    weight = head.weight[:vocab].to(compute)
-    bias = None if head.bias is None else head.bias[:vocab].to(accumulation_dtype(compute))
-    logits = torch.empty(hidden.shape[0], vocab, dtype=accumulation_dtype(compute), device=hidden.device)
-    project(logits, hidden.to(compute), weight, bias)
-    cap = None if head.softcap == math.inf else head.softcap
-    transform = LogitTransform(head.logit_scale, cap)
-    return log_softmax(transformed(logits.double(), transform, run.config.objective.temperature))
+def _projection(run: Run, head: Head, vocab: int) -> Callable[[Tensor], Tensor]:
+    """From (rows, H) hidden states to (rows, vocab) float64 log-probabilities, projected in the types of the loss."""
+    compute = torch.bfloat16 if run.config.model.autocast == "bfloat16" else head.weight.dtype
+    wide = accumulation_dtype(compute)
+    weight = head.weight[:vocab].to(compute)  # converted once, if at all
+    bias = None if head.bias is None else head.bias[:vocab].to(wide)
+    transform = LogitTransform(head.logit_scale, None if head.softcap == math.inf else head.softcap)
+
+    def log_probabilities(hidden: Tensor) -> Tensor:
+        logits = torch.empty(hidden.shape[0], vocab, dtype=wide, device=hidden.device)
+        project(logits, hidden.to(compute), weight, bias)
+        return log_softmax(transformed(logits.double(), transform, run.config.objective.temperature))
+
+    return log_probabilities
 
 
 def _numbers(run: Run, log_s: Tensor, log_t: Tensor, ids: Sequence[int]) -> list[dict[str, Any]]:

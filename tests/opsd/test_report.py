@@ -11,6 +11,7 @@ import pytest
 import yaml
 from _models import examples, model, run_of, write_model, write_rows
 
+import opsd.report
 from opsd.cli import main
 from opsd.config import ConfigError
 from opsd.report import MAX_POINTS, read_run, render, thinned, write_report
@@ -223,6 +224,16 @@ def test_many_steps_are_said_to_be_thinned_and_samples_left_out(tmp_path):
     shown = payload(html)["samples"]
     assert len(shown) == 10
     assert (shown[0]["step"], shown[-1]["step"]) == (400, 1299)
+
+
+def test_long_rollouts_are_cut_and_fewer(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "one", steps=30)
+    monkeypatch.setattr(opsd.report, "MAX_TOKENS", 4)
+    monkeypatch.setattr(opsd.report, "MAX_PAGE_TOKENS", 8)
+    html = render([read_run(run)])
+    assert [(len(sample["view"]), sample["of"]) for sample in payload(html)["samples"]] == [(4, 6), (4, 6)]
+    assert "the first 4 tokens are shown" in text_of(html)
+    assert "2 of 3 rollouts are here" in text_of(html)
 
 
 def test_nothing_a_run_wrote_leaves_its_place(tmp_path):
