@@ -1,4 +1,4 @@
-"""The command line: `opsd train [--config FILE] [--section.option VALUE ...]`, `opsd eval --model DIR --data FILE`."""
+"""The command line: `opsd train`, `opsd eval` and `opsd report`."""
 
 from __future__ import annotations
 
@@ -18,41 +18,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 for a run that stopped, 2 for one that could not start."""
     parser = argparse.ArgumentParser(prog="opsd", description="On-policy self-distillation of a language model.")
     commands = parser.add_subparsers(dest="command", required=True)
-    training = commands.add_parser(
-        "train",
-        help="train a model; without options: the embedded tiny set-up",
-        usage="opsd train [--preset NAME] [--config FILE] [--resume RUN_DIR] [--print-config] "
-        "[--section.option VALUE ...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=describe(),
-        allow_abbrev=False,
-    )
-    training.add_argument("--config", metavar="FILE", help="YAML file of sections and options; the command line wins")
-    training.add_argument(
-        "--preset", metavar="NAME", help="settings below those of the file: tiny, paper, sdft or sdpo"
-    )
-    training.add_argument(
-        "--resume",
-        metavar="RUN_DIR",
-        help="go on with a run that was stopped; only optim.steps and the options of run and eval may be given besides",
-    )
-    training.add_argument("--print-config", action="store_true", help="print all options as YAML and stop")
-    _add_eval(commands)
+    for add in (_add_train, _add_eval, _add_report):
+        add(commands)
     known, rest = parser.parse_known_args(argv)
     try:
-        if known.command == "eval":
-            return _eval(known, rest)
-        overrides = parse_overrides(rest)
-        if known.resume:
-            for option in ("config", "preset", "print_config"):
-                if getattr(known, option):
-                    raise ConfigError(f"--{option.replace('_', '-')} has no meaning with --resume")
-            return _train(lambda trainer: trainer.resume(known.resume, overrides))
-        config = load_config(known.config, overrides, known.preset)
-        if known.print_config:
-            print(to_yaml(config), end="")
-            return 0
-        return _train(lambda trainer: trainer.train(config))
+        return known.run(known, rest)
     except ConfigError as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
@@ -84,7 +54,42 @@ def parse_overrides(words: Sequence[str]) -> list[tuple[str, str]]:
     return options
 
 
-def _train(run: Callable[[Any], Any]) -> int:
+def _add_train(commands: Any) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train a model; without options: the embedded tiny set-up",
+        usage="opsd train [--preset NAME] [--config FILE] [--resume RUN_DIR] [--print-config] "
+        "[--section.option VALUE ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=describe(),
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of sections and options; the command line wins")
+    parser.add_argument("--preset", metavar="NAME", help="settings below those of the file: tiny, paper, sdft or sdpo")
+    parser.add_argument(
+        "--resume",
+        metavar="RUN_DIR",
+        help="go on with a run that was stopped; only optim.steps and the options of run and eval may be given besides",
+    )
+    parser.add_argument("--print-config", action="store_true", help="print all options as YAML and stop")
+    parser.set_defaults(run=_train)
+
+
+def _train(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    overrides = parse_overrides(rest)
+    if known.resume:
+        for option in ("config", "preset", "print_config"):
+            if getattr(known, option):
+                raise ConfigError(f"--{option.replace('_', '-')} has no meaning with --resume")
+        return _run(lambda trainer: trainer.resume(known.resume, overrides))
+    config = load_config(known.config, overrides, known.preset)
+    if known.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    return _run(lambda trainer: trainer.train(config))
+
+
+def _run(train: Callable[[Any], Any]) -> int:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
@@ -94,7 +99,7 @@ def _train(run: Callable[[Any], Any]) -> int:
     if not sys.stderr.isatty():
         disable_progress_bar()
     try:
-        result = run(trainer)
+        result = train(trainer)
     except (trainer.NonFiniteError, trainer.WriteError, CheckpointError) as error:
         return _fail(str(error), 1)
     except trainer.Interrupted as error:
@@ -130,6 +135,7 @@ def _add_eval(commands: Any) -> None:
         epilog=describe(),
         allow_abbrev=False,
     )
+    parser.set_defaults(run=_eval)
     parser.add_argument("--model", metavar="DIR", help="a model, or an adapter whose base is named in it (model.path)")
     parser.add_argument("--data", metavar="FILE", help="rows with problem and answer (data.eval)")
     parser.add_argument("--output", metavar="FILE", help="write a summary here, as JSON, and beside it every answer")
@@ -189,6 +195,26 @@ def _eval(known: argparse.Namespace, rest: Sequence[str]) -> int:
     Console().print(table)
     if output is not None:
         print(f"summary: {output}\nanswers: {report.write(output)}")
+    return 0
+
+
+def _add_report(commands: Any) -> None:
+    parser = commands.add_parser("report", help="write one HTML page about a run, or about several side by side")
+    parser.set_defaults(run=_report)
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="run directory")
+    where = "default: RUN/report.html, for several runs opsd-report.html here"
+    parser.add_argument("--output", metavar="FILE", help=where)
+    parser.add_argument("--samples", metavar="N", type=int, default=40, help="rollouts in the token view (40)")
+
+
+def _report(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    from opsd.report import write_report
+
+    if rest:
+        raise ConfigError(f"unexpected {rest[0]!r}; accepted: RUN ..., --output FILE, --samples N")
+    if known.samples < 0:
+        raise ConfigError(f"--samples is {known.samples}; accepted: integer >= 0")
+    print(f"report: {write_report(known.runs, known.output, max_samples=known.samples)}")
     return 0
 
 

@@ -31,6 +31,7 @@ from opsd.rollouts import Rollout
 from opsd.setup import MakeTeacher, Setup, check_identity, describe_run, embedded, introduce, set_up
 from opsd.step import Divergence, Run, Sampler, Step, opsd_step
 from opsd.teachers import make_teacher
+from opsd.token_view import token_view
 from opsd.trackers import check_trackers, eval_values, make_trackers, train_values
 from opsd.watch import Watch
 
@@ -276,6 +277,8 @@ class _Loop:
             told = {"analysis_length": analysed.mean_length, "analysis_truncated": analysed.truncated}
         result = self.step(run, batch, number)
         clock = result.clock or Clock(run.device)
+        with clock("samples"):  # by the weights that wrote and scored them
+            samples = self._samples(batch, result.rollouts, number)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         with clock("optimizer"):
             norm = nn.utils.clip_grad_norm_(parameters, config.optim.max_grad_norm or math.inf)
@@ -302,25 +305,28 @@ class _Loop:
         self.display.advance("step", number, config.optim.steps, text)
         for warning in record["warnings"]:
             self.display.warn(f"step {number}: {warning}")
-        every = config.run.sample_every
-        if every and (number == 1 or number % every == 0):
-            self._write_samples(batch, result.rollouts, number)
+        for sample in samples:
+            append_json(self.run_dir / "samples.jsonl", sample)
+            self.trackers.text(number, "samples/rollout", sample["rollout"])
         return record
 
-    def _write_samples(self, batch: Sequence[Example], rollouts: Sequence[Rollout], number: int) -> None:
-        """The first rollouts of the first two prompts."""
-        for example, rollout in list(zip(batch, rollouts[:: self.config.rollout.per_prompt], strict=False))[:2]:
-            text = self.state.tokenizer.decode(rollout.ids)
-            self.trackers.text(number, "samples/rollout", text)
-            sample = {
+    def _samples(self, batch: Sequence[Example], rollouts: Sequence[Rollout], number: int) -> list[dict[str, Any]]:
+        """The first rollouts of the first two prompts, token by token, at the steps that are to show some."""
+        every, each = self.config.run.sample_every, self.config.rollout.per_prompt
+        if not every or (number > 1 and number % every):
+            return []
+        return [
+            {
                 "step": number,
                 "source": example.row.source,
                 "problem": example.row.problem_text,
-                "rollout": text,
+                "rollout": self.state.tokenizer.decode(rollout.ids),
+                "tokens": len(rollout.ids),
+                "truncated": rollout.truncated,
+                "view": token_view(self.state, example, rollout),
             }
-            append_json(
-                self.run_dir / "samples.jsonl", {**sample, "tokens": len(rollout.ids), "truncated": rollout.truncated}
-            )
+            for example, rollout in list(zip(batch, rollouts[::each], strict=False))[:2]
+        ]
 
     def _evaluate_before(self) -> None:
         examples = self.setup.eval_examples
