@@ -160,7 +160,7 @@ def test_killed_at_random_moments(tmp_path, teacher, adapted):
     expected = outcome(tmp_path / "whole")
     # the run has to be one in which something happens
     moving = [record["divergence"] > 1e-3 and record["grad_norm"] > 1e-3 for record in expected["metrics"]]
-    assert sum(moving) > STEPS // 2
+    assert sum(moving) > STEPS // 3
     first = load_file(next((tmp_path / "base").glob("*.safetensors")))
     assert adapted or any(not torch.equal(expected[f"model/{n}"], v) for n, v in first.items())
 
