@@ -7,12 +7,13 @@ block of JSON in the page. Nothing is fetched from anywhere: a content security 
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timezone
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -51,6 +52,8 @@ class RunData:
     evaluations: list[Record] = field(default_factory=list)
     samples: list[Record] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    started: dict[str, Any] = field(default_factory=dict)
+    """What run.json says: when, on what and with which packages the run began."""
     written: datetime | None = None
 
     def option(self, name: str) -> Any:
@@ -83,8 +86,9 @@ CHARTS = (
     Chart("Loss", (("loss", "loss"), ("divergence", "divergence before clips")), "nats per token"),
     Chart("Entropy", (("student_entropy", "student"), ("teacher_entropy", "teacher")), "nats per token"),
     Chart("Rollout length", (("rollout_length", "rollout"),), "tokens, mean"),
+    Chart("Longest and shortest", (("rollout_length_max", "longest"), ("rollout_length_min", "shortest")), "tokens"),
     Chart("Truncated rollouts", (("truncated", "truncated"),), "% of rollouts", 100.0),
-    Chart("Teacher's context", (("teacher_context_length", "prompt and rollout"),), "tokens, mean"),
+    Chart("Teacher's prompt", (("teacher_context_length", "prompt"),), "tokens, mean"),
     Chart("Clipped tokens", (("entry_clipped", "an entry"), ("token_clipped", "the token")), "% of tokens", 100.0),
     Chart("Taken by the clips", (("clipped_amount", "clipped"),), "nats per token"),
     Chart("Gradient norm", (("grad_norm", "norm"),), "before clipping"),
@@ -169,8 +173,9 @@ def read_run(directory: str | Path, name: str | None = None) -> RunData:
     run.samples = [s for s in _read_lines(run, "samples.jsonl") if isinstance(s.get("rollout"), str)]
     run.config = _read_mapping(run, "config.yaml", yaml.safe_load) or {}
     run.summary = _read_mapping(run, "summary.json", json.loads)
-    dated = path / ("config.yaml" if (path / "config.yaml").exists() else "metrics.jsonl")
-    run.written = datetime.fromtimestamp(dated.stat().st_mtime)
+    run.started = _read_mapping(run, "run.json", json.loads) or {}
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        run.written = datetime.fromisoformat(run.started["created"])
     return run
 
 
@@ -474,7 +479,7 @@ def _header(runs: Sequence[RunData]) -> str:
         facts.append((label, ", ".join(named)))
     days = dict.fromkeys(f"{run.written:%d %B %Y}" for run in sorted(runs, key=_written) if run.written)
     if len(runs) == 1 and runs[0].written:
-        facts.append(("Started", f"{runs[0].written:%d %B %Y, %H:%M}"))
+        facts.append(("Started", f"{runs[0].written:%d %B %Y, %H:%M} UTC"))
     elif days:
         facts.append(("Started", " to ".join(dict.fromkeys([next(iter(days)), next(reversed(days))]))))
     if len(runs) == 1:
@@ -490,7 +495,7 @@ def _header(runs: Sequence[RunData]) -> str:
 
 
 def _written(run: RunData) -> datetime:
-    return run.written or datetime.min
+    return run.written or datetime.min.replace(tzinfo=timezone.utc)
 
 
 def _state(run: RunData) -> str:
@@ -502,7 +507,7 @@ def _state(run: RunData) -> str:
 
 
 def _versions(run: RunData) -> list[str]:
-    versions = (run.summary or {}).get("versions")
+    versions = run.started.get("packages")
     return [f"{k} {v}" for k, v in versions.items()] if isinstance(versions, dict) else []
 
 
@@ -591,23 +596,29 @@ def _comparison(runs: Sequence[RunData]) -> str:
     return _table(head, rows, "The runs side by side; accuracies are those of the evaluations", html=True)
 
 
+def _passes(evaluation: Record) -> dict[int, Record]:
+    """By k, the records of pass@k."""
+    found = evaluation.get("pass_at")
+    found = found if isinstance(found, list) else []
+    return {p["k"]: p for p in found if isinstance(p, dict) and isinstance(p.get("k"), int)}
+
+
+def _passed(record: Record | None) -> str:
+    return "–" if record is None else f"{_percent(record.get('value'))} ({_interval(record)})"
+
+
 def _evaluation_table(runs: Sequence[RunData]) -> str:
     several = len(runs) > 1
     rows = []
-    passes = sorted(
-        {str(k) for run in runs for e in run.evaluations if isinstance(e.get("pass_at"), dict) for k in e["pass_at"]},
-        key=_natural,
-    )
+    passes = sorted({k for run in runs for e in run.evaluations for k in _passes(e) if k > 1})
     for number, run in enumerate(runs):
         for e in run.evaluations:
-            at = e.get("pass_at")
-            at = {str(k): v for k, v in at.items()} if isinstance(at, dict) else {}
             row = [
                 escape(str(e.get("name", ""))),
                 _number(e.get("step")),
                 _percent(e.get("accuracy")),
                 _interval(e),
-                *(_percent(at.get(k)) for k in passes),
+                *(_passed(_passes(e).get(k)) for k in passes),
                 _number(e.get("problems")),
                 _number(e.get("samples")),
                 _number(e.get("mean_length")),

@@ -232,6 +232,7 @@ class _Loop:
                 raise checkpoint.CheckpointError(f"{path}: does not fit this run: {error}") from error
             checkpoint.set_random_state(state["random"])
             last = self.saved_step = self.progress.step
+        (self.run_dir / "summary.json").unlink(missing_ok=True)
         for name in ("metrics", "evaluations", "samples"):
             rewind_json(self.run_dir / f"{name}.jsonl", last)
 

@@ -9,14 +9,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from _models import examples, model, run_of, write_model, write_rows
+from _models import write_model, write_rows
 
 import opsd.report
 from opsd.cli import main
 from opsd.config import ConfigError
 from opsd.report import MAX_POINTS, read_run, render, thinned, write_report
-from opsd.rollouts import Rollout
-from opsd.token_view import token_view
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>&amp;\u2028{{script}}"
 
@@ -49,6 +47,10 @@ VIEW = [
 ]
 
 
+def pass_at(k, value):
+    return {"k": k, "value": value, "low": value - 0.05, "high": value + 0.05}
+
+
 def write_run(path: Path, steps: int = 12, view=VIEW, **changes) -> Path:
     """A run directory like a real one; `changes` are section__option=value of its configuration."""
     path.mkdir()
@@ -63,6 +65,8 @@ def write_run(path: Path, steps: int = 12, view=VIEW, **changes) -> Path:
         section, _, option = name.partition("__")
         config[section][option] = value
     (path / "config.yaml").write_text(yaml.safe_dump(config))
+    began = {"id": "x", "created": "2026-03-04T05:06:07+00:00", "packages": {"torch": "2.13.0", "opsd": "0.1.0"}}
+    (path / "run.json").write_text(json.dumps(began))
     for step in range(1, steps + 1):
         record = {
             "step": step,
@@ -95,7 +99,7 @@ def write_run(path: Path, steps: int = 12, view=VIEW, **changes) -> Path:
         (steps, "trained", 0.75),
     ):
         interval = {"low": accuracy - 0.1, "high": accuracy + 0.1, "problems": 40, "samples": 4, "mean_length": 31.5}
-        extra = {"truncated": 0.0, "pass_at": {"1": accuracy, "4": accuracy + 0.0625}}
+        extra = {"truncated": 0.0, "pass_at": [pass_at(1, accuracy), pass_at(4, accuracy + 0.0625)]}
         append(path / "evaluations.jsonl", {"step": step, "name": name, "accuracy": accuracy, **interval, **extra})
     (path / "summary.json").write_text(json.dumps({"steps": steps, "seconds": 40.0, "tokens": 100 * steps}))
     return path
@@ -153,9 +157,20 @@ def test_what_cannot_be_reported_is_named(tmp_path, monkeypatch, capsys, words, 
 def test_the_figures_of_the_run_are_in_the_text(tmp_path):
     text = text_of(write_report([write_run(tmp_path / "one")]).read_text())
     assert "Finished after 12 steps" in text
-    for figure in ("75.0%", "25.0%", "87.5%", "65.0 to 85.0%", "pass@4", "81.2%", "1.50 GiB", "hub/some-model"):
+    for figure in (
+        "75.0%",
+        "25.0%",
+        "87.5%",
+        "65.0 to 85.0%",
+        "pass@4",
+        "81.2% (76.2 to 86.2%)",
+        "1.50 GiB",
+        "hub/some-model",
+    ):
         assert figure in text
     assert "…/away/train.jsonl" in text
+    assert "04 March 2026, 05:06 UTC" in text
+    assert "torch 2.13.0, opsd 0.1.0" in text
     assert "0.08333" in text  # the last loss
     assert re.search(r"rollout 12\.0 50\.0% 1 s", text)
     assert re.search(r"other 3\.0 12\.5%", text)
@@ -524,21 +539,17 @@ def test_a_real_run_is_reported(tmp_path, browser):
         "run.dir": tmp_path / "out",
     }
     assert main(["train", *(f"--{name}={value}" for name, value in options.items())]) == 0
-    run, example = run_of(model("llama")), examples()[0]
-    rollout = Rollout([9, 30, 4, 1], False)
-    view = token_view(run, example, rollout)
-    text = run.tokenizer.decode(rollout.ids)
-    append(tmp_path / "out" / "samples.jsonl", {"step": 3, "problem": "?", "rollout": text, "view": view})
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    view = samples[-1]["view"]
+    assert len(view) == samples[-1]["tokens"] > 2
+    assert any(entry["divergence"] > 1e-3 for entry in view)
     assert main(["report", str(tmp_path / "out")]) == 0
     with Opened(browser, tmp_path / "out" / "report.html") as opened:
         page = opened.page
-        rollouts = [
-            json.loads(line)["rollout"] for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()
-        ]
-        assert page.locator("#pick-sample option").count() == len(rollouts)
-        for i, written in enumerate(rollouts):
+        assert page.locator("#pick-sample option").count() == len(samples) == 4  # two of steps 1 and 2
+        for i, sample in enumerate(samples):
             page.locator("#pick-sample").select_option(str(i))
-            assert page.locator(".tokens").evaluate("e => e.textContent.replaceAll('↵', '')") == written
+            assert page.locator(".tokens").evaluate("e => e.textContent.replaceAll('↵', '')") == sample["rollout"]
         page.locator(".tokens .tok").nth(2).hover()
         assert float(opened.card()["student"]) == pytest.approx(view[2]["p_student"], rel=0.06)
         assert page.locator("[data-accuracy] .point").count() == 3  # base, step 2, trained
