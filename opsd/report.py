@@ -561,7 +561,7 @@ def _tiles(run: RunData) -> str:
         tiles.append(("Speed", f"{speed:,.0f}", "rollout tokens per second"))
     memory = _max(run, "peak_memory_bytes")
     if memory:
-        tiles.append(("Peak memory", f"{memory / 2**30:.2f} GiB", "on the device"))
+        tiles.append(("Peak memory", f"{memory / 2**30:.2f} GiB", "of the GPU, or of the process on a CPU"))
     cells = "".join(
         f"<div class='tile'><dt>{escape(k)}</dt><dd>{escape(v)}</dd><dd class='sub'>{escape(s)}</dd></div>"
         for k, v, s in tiles
