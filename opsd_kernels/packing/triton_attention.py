@@ -1,0 +1,556 @@
+"""Attention over packed rows in Triton, forward and backward, for NVIDIA GPUs from compute capability 8.0 on.
+
+The algorithm is FlashAttention-2's (Dao, 2023, arXiv:2307.08691): online softmax, scores recomputed in backward from the
+saved log-sum-exp. What differs is who meets whom. A tile is some rows of one segment, and the host lists the runs of
+rows that it meets: for queries the prefix and what came before in their own segment, for keys whoever sees them, which
+for a shared prompt is all its rollouts. So shared keys are neither gathered nor copied.
+
+    kernel               a program             loops over
+    forward              a tile of queries     runs of keys
+    query gradient       a tile of queries     runs of keys; also leaves delta = rowsum(dO ∘ O) for the next one
+    key gradient         a tile of keys        the query heads of its group, runs of queries
+
+Every output element is written once, by one program: no atomics, nothing to clear, the same bits in every run. Lengths,
+windows and counts are runtime values, so that no batch compiles anything anew.
+
+A graph exists for the rows of a call that has gradients on; teacher rows run in calls without, and save nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..rows.triton_backend import INTERPRETED, available
+from .layout import Layout, Range, Segment
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LARGEST_HEAD = 256
+
+
+# Tile ranges, on the host. A query sees a key if 0 <= distance, and distance < window where there is one; distance is
+# in logical positions, and within one run `query row − key row + shift`.
+
+
+class Run(NamedTuple):
+    """Rows [start, stop) that a tile meets in steps of whole tiles; those before `masked` are visible throughout."""
+
+    start: int
+    masked: int
+    stop: int
+    shift: int
+
+
+class Work(NamedTuple):
+    """Rows [start, stop) of one segment and what they meet."""
+
+    start: int
+    stop: int
+    runs: tuple[Run, ...]
+
+
+class _Link(NamedTuple):
+    """Rows on the other side, before any tile is cut."""
+
+    start: int
+    stop: int
+    shift: int
+
+
+def query_tiles(layout: Layout, queries: int, keys: int, window: int | None) -> list[Work]:
+    """Tiles of at most `queries` queries with the keys that they meet, `keys` at a time."""
+    found = []
+    for segment in layout.segments:
+        links = list(_keys_of(segment))
+        for start in range(segment.start, segment.stop, queries):
+            stop = min(start + queries, segment.stop)
+            runs: list[Run] = []
+            for link in links:
+                first, last = start + link.shift, stop - 1 + link.shift  # the keys at distance 0
+                if window is None:
+                    needed, seen = (link.start, last + 1), (link.start, first + 1)
+                else:
+                    needed, seen = (first - window + 1, last + 1), (last - window + 1, first + 1)
+                runs += _cut(link, needed, seen, keys)
+            found.append(Work(start, stop, tuple(runs)))
+    return found
+
+
+def key_tiles(layout: Layout, queries: int, keys: int, window: int | None) -> list[Work]:
+    """Tiles of at most `keys` keys with the queries that see them, `queries` at a time."""
+    found = []
+    for segment, seers in zip(layout.segments, _seers(layout), strict=True):
+        # A tile lies within or outside each range that others see, so that all its keys have the same queries.
+        cuts = {segment.start, segment.stop, *(edge for seen, _ in seers for edge in seen)}
+        for low, high in pairwise(sorted(cuts)):
+            links = [link for seen, link in seers if seen[0] <= low and high <= seen[1]]
+            if window is None:
+                links = _joined(links)
+            for start in range(low, high, keys):
+                stop = min(start + keys, high)
+                runs: list[Run] = []
+                for link in links:
+                    first, last = start - link.shift, stop - 1 - link.shift  # the queries at distance 0
+                    if window is None:
+                        needed, seen = (first, link.stop), (last, link.stop)
+                    else:
+                        needed, seen = (first, last + window), (last, first + window)
+                    runs += _cut(link, needed, seen, queries)
+                found.append(Work(start, stop, tuple(runs)))
+    return found
+
+
+def _cut(link: _Link, needed: Range, seen: Range, step: int) -> Iterator[Run]:
+    """The rows of `link` within `needed`; no mask in the whole steps that lie within `seen`."""
+    start, stop = max(link.start, needed[0]), min(link.stop, needed[1])
+    if start >= stop:
+        return
+    low = start + -(-max(0, seen[0] - start) // step) * step
+    high = low + max(0, min(seen[1], stop) - low) // step * step
+    if low == high:
+        yield Run(start, start, stop, link.shift)
+        return
+    if start < low:
+        yield Run(start, start, low, link.shift)
+    yield Run(low, high, stop, link.shift)
+
+
+def _keys_of(segment: Segment) -> Iterator[_Link]:
+    """The keys of all queries of a segment, in logical order."""
+    position = 0
+    for start, stop in (*segment.prefix, (segment.start, segment.stop)):
+        yield _Link(start, stop, (segment.position - segment.start) - (position - start))
+        position += stop - start
+
+
+def _seers(layout: Layout) -> list[list[tuple[Range, _Link]]]:
+    """For each segment who sees which of its rows: the reverse of `_keys_of`, in the order of the queries' rows."""
+    starts = [s.start for s in layout.segments]
+    found: list[list[tuple[Range, _Link]]] = [[] for _ in starts]
+    for segment in layout.segments:
+        for start, stop, shift in _keys_of(segment):
+            holder = bisect_right(starts, start) - 1
+            while start < stop:
+                end = min(stop, layout.segments[holder].stop)
+                found[holder].append(((start, end), _Link(segment.start, segment.stop, shift)))
+                start, holder = end, holder + 1
+    return found
+
+
+def _joined(links: Iterable[_Link]) -> list[_Link]:
+    """Neighbours as one: the rollouts of a prompt, which all see all of it, follow it and each other. Without a window
+    only the sign of a distance matters, and under the first one's shift the later rows are further away still."""
+    found: list[_Link] = []
+    for link in links:
+        if found and found[-1].stop == link.start:
+            found[-1] = _Link(found[-1].start, link.stop, found[-1].shift)
+        else:
+            found.append(link)
+    return found
+
+
+@dataclass(frozen=True)
+class Table:
+    """A list of `Work` on the device."""
+
+    tiles: Tensor  #: (tiles, 4) int32: start, stop, number of the first run, of the one after the last
+    runs: Tensor  #: (runs, 4) int32: as in `Run`
+
+    @classmethod
+    def of(cls, work: list[Work], device: torch.device) -> Table:
+        # The longest first: a long tile that starts last would keep the device waiting.
+        work = sorted(work, key=lambda w: -sum(run.stop - run.start for run in w.runs))
+        tiles, runs = [], []
+        for one in work:
+            tiles.append((one.start, one.stop, len(runs), len(runs) + len(one.runs)))
+            runs += one.runs
+        return cls(*(torch.tensor(rows, dtype=torch.int32).to(device) for rows in (tiles, runs)))
+
+
+def _table(
+    tiles_of: Callable[..., list[Work]], layout: Layout, plan: Tiling, window: int | None, device: torch.device
+) -> Table:
+    """Made once per layout, for all layers."""
+    key = (tiles_of.__name__, plan.queries, plan.keys, window, device)
+    if key not in layout._cache:
+        layout._cache[key] = Table.of(tiles_of(layout, plan.queries, plan.keys, window), device)
+    return layout._cache[key]
+
+
+# Small functions of one tile, on the device.
+
+
+def _jit(*runtime: str) -> Callable[[Any], Any]:
+    """triton.jit, with `runtime` the integers whose value must not select a compilation; nothing without Triton."""
+    return (lambda function: function) if triton is None else triton.jit(do_not_specialize=list(runtime))
+
+
+def _constant(value: Any) -> Any:
+    return value if tl is None else tl.constexpr(value)
+
+
+NEG_INF = _constant(-math.inf)
+LOWEST = _constant(-3.4028234663852886e38)  # a running maximum's start: finite, so that −inf − LOWEST is no NaN
+
+
+@_jit()
+def _load_rows(
+    pointer, first, stop, stride,
+    ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """(ROWS, WIDTH) from row `first` on; 0 from row `stop` on if MASKED, and always from column D on."""
+    row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    at = pointer + tl.cast(first, tl.int64) * stride + (row[:, None] * stride + column[None, :])
+    if MASKED:
+        if D < WIDTH:
+            return tl.load(at, mask=(first + row < stop)[:, None] & (column < D)[None, :], other=0.0)
+        return tl.load(at, mask=(first + row < stop)[:, None], other=0.0)
+    if D < WIDTH:
+        return tl.load(at, mask=(column < D)[None, :], other=0.0)
+    return tl.load(at)
+
+
+@_jit()
+def _store_rows(pointer, first, stop, stride, value, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
+    """The rows before `stop` and the columns before D of a (ROWS, WIDTH) value."""
+    row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    at = pointer + tl.cast(first, tl.int64) * stride + (row[:, None] * stride + column[None, :])
+    inside = (first + row < stop)[:, None]
+    if D < WIDTH:
+        inside = inside & (column < D)[None, :]
+    tl.store(at, value.to(pointer.dtype.element_ty), mask=inside)
+
+
+@_jit()
+def _load_run(runs, number):
+    """start, masked, stop, shift of a `Run`."""
+    at = runs + 4 * number
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+
+
+@_jit()
+def _visible(query, key, shift, window, WINDOW: tl.constexpr):
+    """Whether a query sees a key, by their rows."""
+    distance = query - key + shift
+    if WINDOW:
+        return (distance >= 0) & (distance < window)
+    return distance >= 0
+
+
+@_jit()
+def _capped(s, inner, CAP: tl.constexpr):
+    """Scores as they enter the exponent, up to a factor, and their slope: tanh of them under a cap."""
+    if CAP:
+        fade = tl.exp2(-tl.abs(s * inner))
+        tanh = (1.0 - fade) / (1.0 + fade)
+        return tl.where(s < 0.0, -tanh, tanh), 4.0 * fade / ((1.0 + fade) * (1.0 + fade))
+    return s, 1.0
+
+
+# The main loops' bodies.
+
+
+@_jit()
+def _forward_step(
+    acc, top, total, q, keys, values, k_row, v_row, query, first, stop, shift, inner, outer, window,
+    D: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Queries against a tile of keys: the weighted sum of values, the largest score in bits, the sum of weights."""
+    k = _load_rows(keys, first, stop, k_row, KEYS, D, WIDTH, MASKED)  # (keys, width)
+    s, _ = _capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), inner, CAP)  # (queries, keys)
+    if MASKED:
+        key = first + tl.arange(0, KEYS)
+        seen = _visible(query[:, None], key[None, :], shift, window, WINDOW) & (key < stop)[None, :]
+        s = tl.where(seen, s, NEG_INF)
+    higher = tl.maximum(top, tl.max(s, 1) * outer)
+    p = tl.exp2(s * outer - higher[:, None])
+    keep = tl.exp2(top - higher)
+    v = _load_rows(values, first, stop, v_row, KEYS, D, WIDTH, MASKED)  # (keys, width)
+    acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
+    return acc, higher, total * keep + tl.sum(p, 1)
+
+
+@_jit()
+def _query_gradient_step(
+    dq, q, d_out, lse, delta, keys, values, k_row, v_row, query, first, stop, shift, inner, outer, window,
+    D: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Adds what a tile of keys gives to the queries' gradient, but for the scale."""
+    k = _load_rows(keys, first, stop, k_row, KEYS, D, WIDTH, MASKED)  # (keys, width)
+    v = _load_rows(values, first, stop, v_row, KEYS, D, WIDTH, MASKED)  # (keys, width)
+    s, slope = _capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), inner, CAP)  # (queries, keys)
+    p = tl.exp2(s * outer - lse[:, None])
+    if MASKED:
+        key = first + tl.arange(0, KEYS)
+        seen = _visible(query[:, None], key[None, :], shift, window, WINDOW) & (key < stop)[None, :]
+        p = tl.where(seen, p, 0.0)
+    dp = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)  # (queries, keys)
+    ds = p * (dp - delta[:, None]) * slope
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@_jit()
+def _key_gradient_step(
+    dk, dv, k, v, queries, d_outs, lse, delta, q_row, do_row, key, first, stop, shift, inner, outer, window,
+    D: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Adds what a tile of queries gives to the gradients of keys (but for the scale) and values."""
+    query = first + tl.arange(0, QUERIES)
+    q = _load_rows(queries, first, stop, q_row, QUERIES, D, WIDTH, MASKED)  # (queries, width)
+    do = _load_rows(d_outs, first, stop, do_row, QUERIES, D, WIDTH, MASKED)  # (queries, width)
+    if MASKED:
+        lse, delta = tl.load(lse + query, mask=query < stop, other=0.0), tl.load(delta + query, query < stop, 0.0)
+    else:
+        lse, delta = tl.load(lse + query), tl.load(delta + query)  # (queries,)
+    s, slope = _capped(tl.dot(k, tl.trans(q), input_precision=PRECISION), inner, CAP)  # (keys, queries)
+    p = tl.exp2(s * outer - lse[None, :])
+    if MASKED:
+        seen = _visible(query[None, :], key[:, None], shift, window, WINDOW) & (query < stop)[None, :]
+        p = tl.where(seen, p, 0.0)
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # (keys, queries)
+    ds = p * (dp - delta[None, :]) * slope
+    return tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION), dv
+
+
+# The kernels. Tensors are (heads, rows, D) by strides; `inner` and `outer` are of `_Scores`.
+
+
+@_jit("rows", "window")
+def forward_kernel(
+    q, k, v, out, lse, tiles, runs,
+    q_head, q_row, k_head, k_row, v_head, v_row, o_head, o_row, rows, inner, outer, window,
+    GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (head, tile) writes its rows of `out` and of `lse` (heads, rows), the latter in bits."""
+    head = tl.program_id(0).to(tl.int64)
+    start, stop, run, last_run = _load_run(tiles, tl.program_id(1))
+    keys, values = k + head // GROUP * k_head, v + head // GROUP * v_head
+    query = start + tl.arange(0, QUERIES)
+    q_tile = _load_rows(q + head * q_head, start, stop, q_row, QUERIES, D, WIDTH, True)  # (queries, width)
+    acc = tl.zeros((QUERIES, WIDTH), tl.float32)
+    top = tl.zeros((QUERIES,), tl.float32) + LOWEST
+    total = tl.zeros((QUERIES,), tl.float32)
+    for number in tl.range(run, last_run):
+        first, masked, last, shift = _load_run(runs, number)
+        for at in tl.range(first, masked, KEYS):
+            acc, top, total = _forward_step(
+                acc, top, total, q_tile, keys, values, k_row, v_row, query, at, last, shift, inner, outer, window,
+                D, WIDTH, KEYS, WINDOW, CAP, PRECISION, False,
+            )  # fmt: skip
+        for at in tl.range(masked, last, KEYS):
+            acc, top, total = _forward_step(
+                acc, top, total, q_tile, keys, values, k_row, v_row, query, at, last, shift, inner, outer, window,
+                D, WIDTH, KEYS, WINDOW, CAP, PRECISION, True,
+            )  # fmt: skip
+    total = tl.where(total == 0.0, 1.0, total)  # rows past the segment's end may see nothing
+    _store_rows(out + head * o_head, start, stop, o_row, acc / total[:, None], QUERIES, D, WIDTH)
+    tl.store(lse + head * rows + query, top + tl.log2(total), mask=query < stop)
+
+
+@_jit("rows", "window")
+def query_gradient_kernel(
+    q, k, v, out, d_out, d_q, lse, delta, tiles, runs,
+    q_head, q_row, k_head, k_row, v_head, v_row, o_head, o_row, do_head, do_row, rows, scale, inner, outer, window,
+    GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (head, tile) writes its rows of `d_q`, laid out as `out` is, and of `delta` (heads, rows)."""
+    head = tl.program_id(0).to(tl.int64)
+    start, stop, run, last_run = _load_run(tiles, tl.program_id(1))
+    keys, values = k + head // GROUP * k_head, v + head // GROUP * v_head
+    query = start + tl.arange(0, QUERIES)
+    o = _load_rows(out + head * o_head, start, stop, o_row, QUERIES, D, WIDTH, True)  # (queries, width)
+    do = _load_rows(d_out + head * do_head, start, stop, do_row, QUERIES, D, WIDTH, True)  # (queries, width)
+    delta_tile = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # (queries,)
+    tl.store(delta + head * rows + query, delta_tile, mask=query < stop)
+    q_tile = _load_rows(q + head * q_head, start, stop, q_row, QUERIES, D, WIDTH, True)  # (queries, width)
+    lse_tile = tl.load(lse + head * rows + query, mask=query < stop, other=0.0)  # (queries,)
+    dq = tl.zeros((QUERIES, WIDTH), tl.float32)
+    for number in tl.range(run, last_run):
+        first, masked, last, shift = _load_run(runs, number)
+        for at in tl.range(first, masked, KEYS):
+            dq = _query_gradient_step(
+                dq, q_tile, do, lse_tile, delta_tile, keys, values, k_row, v_row, query, at, last, shift,
+                inner, outer, window, D, WIDTH, KEYS, WINDOW, CAP, PRECISION, False,
+            )  # fmt: skip
+        for at in tl.range(masked, last, KEYS):
+            dq = _query_gradient_step(
+                dq, q_tile, do, lse_tile, delta_tile, keys, values, k_row, v_row, query, at, last, shift,
+                inner, outer, window, D, WIDTH, KEYS, WINDOW, CAP, PRECISION, True,
+            )  # fmt: skip
+    _store_rows(d_q + head * o_head, start, stop, o_row, dq * scale, QUERIES, D, WIDTH)
+
+
+@_jit("rows", "window")
+def key_gradient_kernel(
+    q, k, v, d_out, d_k, d_v, lse, delta, tiles, runs,
+    q_head, q_row, k_head, k_row, v_head, v_row, do_head, do_row, dk_head, dk_row, rows, scale, inner, outer, window,
+    GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (key/value head, tile) writes its rows of `d_k` and `d_v`, which are laid out alike."""
+    kv_head = tl.program_id(0).to(tl.int64)
+    start, stop, run, last_run = _load_run(tiles, tl.program_id(1))
+    key = start + tl.arange(0, KEYS)
+    k_tile = _load_rows(k + kv_head * k_head, start, stop, k_row, KEYS, D, WIDTH, True)  # (keys, width)
+    v_tile = _load_rows(v + kv_head * v_head, start, stop, v_row, KEYS, D, WIDTH, True)  # (keys, width)
+    dk = tl.zeros((KEYS, WIDTH), tl.float32)
+    dv = tl.zeros((KEYS, WIDTH), tl.float32)
+    for member in tl.range(0, GROUP):
+        head = kv_head * GROUP + member
+        queries, d_outs = q + head * q_head, d_out + head * do_head
+        lses, deltas = lse + head * rows, delta + head * rows
+        for number in tl.range(run, last_run):
+            first, masked, last, shift = _load_run(runs, number)
+            for at in tl.range(first, masked, QUERIES):
+                dk, dv = _key_gradient_step(
+                    dk, dv, k_tile, v_tile, queries, d_outs, lses, deltas, q_row, do_row, key, at, last, shift,
+                    inner, outer, window, D, WIDTH, QUERIES, WINDOW, CAP, PRECISION, False,
+                )  # fmt: skip
+            for at in tl.range(masked, last, QUERIES):
+                dk, dv = _key_gradient_step(
+                    dk, dv, k_tile, v_tile, queries, d_outs, lses, deltas, q_row, do_row, key, at, last, shift,
+                    inner, outer, window, D, WIDTH, QUERIES, WINDOW, CAP, PRECISION, True,
+                )  # fmt: skip
+    _store_rows(d_k + kv_head * dk_head, start, stop, dk_row, dk * scale, KEYS, D, WIDTH)
+    _store_rows(d_v + kv_head * dk_head, start, stop, dk_row, dv, KEYS, D, WIDTH)
+
+
+# The host's side.
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """A kernel on the device: rows per tile of either side, warps per program, stages of the loads' pipeline."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+class Plan(NamedTuple):
+    """The kernels' tilings for one width of heads."""
+
+    forward: Tiling
+    query_gradient: Tiling
+    key_gradient: Tiling
+
+
+# By width of the heads and bytes per element. `SMALL` fits 99 KiB of shared memory and so every device from 8.0 on,
+# `LARGE` the 227 KiB of 9.0 and 10.x.
+SMALL = {
+    (64, 2): Plan(Tiling(128, 64, 4, 3), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)),
+    (128, 2): Plan(Tiling(128, 64, 8, 2), Tiling(64, 64, 4, 2), Tiling(64, 64, 8, 2)),
+    (256, 2): Plan(Tiling(64, 32, 4, 2), Tiling(32, 32, 4, 1), Tiling(32, 32, 8, 1)),
+    (64, 4): Plan(Tiling(64, 32, 4, 2), Tiling(64, 32, 4, 2), Tiling(32, 64, 4, 2)),
+    (128, 4): Plan(Tiling(64, 32, 8, 1), Tiling(32, 32, 4, 1), Tiling(32, 32, 4, 1)),
+    (256, 4): Plan(Tiling(32, 16, 8, 1), Tiling(16, 16, 4, 1), Tiling(16, 16, 8, 1)),
+}
+LARGE = {
+    **SMALL,
+    (64, 2): Plan(Tiling(128, 128, 8, 3), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)),
+    (128, 2): Plan(Tiling(128, 128, 8, 2), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)),
+    (256, 2): Plan(Tiling(128, 64, 8, 2), Tiling(64, 64, 8, 1), Tiling(64, 64, 8, 1)),
+}
+TINY = Plan(*(Tiling(16, 16, 1, 1),) * 3)  # the interpreter's: several tiles even at the sizes that it can do
+
+
+def tilings(head_size: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> Plan:
+    """What the kernels run with on a device of this compute capability; None: in the interpreter."""
+    if capability is None:
+        return TINY
+    plans = LARGE if capability[0] in (9, 10) else SMALL
+    return plans[max(64, _width(head_size)), dtype.itemsize]
+
+
+def _width(head_size: int) -> int:
+    """Columns of a tile: matrix units take powers of two from 16 on."""
+    return max(16, 1 << (head_size - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """From products q·k to exponents in bits: product · outer, or tanh(product · inner) · outer under a cap."""
+
+    scale: float
+    softcap: float | None
+
+    @property
+    def factors(self) -> tuple[float, float]:
+        """inner, outer; the tanh is computed from exp2, whose constants are folded into the former."""
+        to_bits = math.log2(math.e)
+        if self.softcap is None:
+            return 1.0, self.scale * to_bits
+        return 2.0 * to_bits * self.scale / self.softcap, self.softcap * to_bits
+
+
+def _constants(tiling: Tiling, group: int, head_size: int, window: bool, cap: bool, precision: str) -> dict[str, Any]:
+    return {
+        "GROUP": group, "D": head_size, "WIDTH": _width(head_size), "QUERIES": tiling.queries, "KEYS": tiling.keys,
+        "WINDOW": window, "CAP": cap, "PRECISION": precision,
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """A kernel as it is launched: what a compiler ahead of time needs to know."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]  # argument → Triton type
+    constants: dict[str, Any]
+    aligned: tuple[str, ...]  # pointers and strides that are multiples of 16
+    options: dict[str, int]  # num_warps and num_stages
+
+
+def compilations(
+    head_size: int, dtype: torch.dtype, capability: tuple[int, int], *, window: bool = False, cap: bool = False
+) -> list[Compilation]:
+    """The three kernels as launched for these arguments, with two query heads per key head."""
+    kind = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+    pointers = {"lse": "*fp32", "delta": "*fp32", "tiles": "*i32", "runs": "*i32"}
+    plain = {"rows": "i32", "window": "i32", "scale": "fp32", "inner": "fp32", "outer": "fp32"}
+    found = []
+    plan = tilings(head_size, dtype, capability)
+    for kernel, tiling in zip((forward_kernel, query_gradient_kernel, key_gradient_kernel), plan, strict=True):
+        constants = _constants(tiling, 2, head_size, window, cap, _precision(dtype))
+        types = {}
+        for name in kernel.arg_names:
+            stride = name.endswith(("_head", "_row"))
+            types[name] = "i32" if stride else {**pointers, **plain, **dict.fromkeys(constants, "constexpr")}.get(
+                name, f"*{kind}"
+            )
+        aligned = tuple(n for n, t in types.items() if t.startswith("*") or n.endswith(("_head", "_row")))
+        features = f"{kind}, head {head_size}{', window' * window}{', softcap' * cap}"
+        name = f"{kernel.fn.__name__}, {features}"
+        options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
+        found.append(Compilation(name, kernel, types, constants, aligned, options))
+    return found
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Of products of float32: three passes of tensor cores, one if torch may use one; 16 bits have no choice."""
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
