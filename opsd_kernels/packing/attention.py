@@ -4,7 +4,8 @@
 travels to it as a keyword argument of the model, and without one it raises rather than let rows see each other.
 
 Backends: "sdpa" (CPU; fused kernels on ranges of rows), "varlen" (torch's FlashAttention) and "flash" (the package
-flash-attn), both CUDA in 16 bits, and "eager" (plain matrix products tile by tile, anywhere, the tests' reference).
+flash-attn), both CUDA in 16 bits, "triton" (this project's kernel, CUDA in 16 or 32 bits, see `triton_attention`), and
+"eager" (plain matrix products tile by tile, anywhere, the tests' reference).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .layout import Layout, Range
 
 NAME = "opsd_packed_rows"
 KEYWORD = "opsd_packed_pass"
-BACKENDS = ("auto", "sdpa", "varlen", "flash", "eager")
+BACKENDS = ("auto", "sdpa", "varlen", "flash", "triton", "eager")
 _TILE = 512  # query rows per call where scores or masks are materialised
 
 
@@ -99,7 +100,7 @@ def packed_attention(
         backend, _ = choose_backend(query.device, query.dtype, query.shape[-1], softcap)
         if value.shape[-1] != query.shape[-1]:
             backend = "eager"
-    attend = {"sdpa": _sdpa, "varlen": _varlen, "flash": _flash, "eager": _eager}[backend]
+    attend = {"sdpa": _sdpa, "varlen": _varlen, "flash": _flash, "triton": _triton, "eager": _eager}[backend]
     return attend(query, key, value, packed.layout, scale, window, softcap).transpose(1, 2), None
 
 
@@ -111,13 +112,19 @@ def choose_backend(
         if softcap is not None:
             return "eager", "no fused CPU kernel has a softcap"
         return "sdpa", "the fused CPU kernel"
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or head_size > 256:
-        return "eager", f"no fused kernel for {dtype}, head size {head_size} on {device.type}"
-    if softcap is not None:
-        if importlib.util.find_spec("flash_attn") is None:
-            return "eager", "a softcap needs the package flash-attn, which is not installed"
-        return "flash", "flash-attn has a softcap, torch's varlen_attn has none"
-    return "varlen", "torch's own FlashAttention"
+    if device.type != "cuda":
+        return "eager", f"no fused kernel for {device.type}"
+    lacking = f"FlashAttention does not take {dtype} with head size {head_size}"
+    if dtype in (torch.float16, torch.bfloat16) and head_size <= 256:
+        if softcap is None:
+            return "varlen", "torch's own FlashAttention"
+        if importlib.util.find_spec("flash_attn") is not None:
+            return "flash", "flash-attn has a softcap, torch's varlen_attn has none"
+        lacking = "torch's varlen_attn has no softcap and flash-attn is not installed"
+    from . import triton_attention
+
+    fine, why = triton_attention.serves(device, dtype, head_size)
+    return ("triton", f"{lacking}, so this project's Triton kernel") if fine else ("eager", f"{lacking}, and {why}")
 
 
 # The reference: scores tile by tile, differentiated by autograd.
@@ -361,7 +368,7 @@ def _varlen_call(
     from torch.nn.attention.varlen import varlen_attn
 
     if softcap is not None:
-        raise ValueError(f"packing backend 'varlen' has no softcap, got {softcap}; accepted here: flash, eager")
+        raise ValueError(f"packing backend 'varlen' has no softcap, got {softcap}; accepted here: flash, triton, eager")
     window_size = (-1 if window is None else window - 1, 0)
     grouped = q.shape[1] != k.shape[1]
     sizes = (ragged.cu_q, ragged.cu_k, ragged.max_q, ragged.max_k)
@@ -419,3 +426,14 @@ def _check_alignment(backend: str, device: torch.device, dtype: torch.dtype) -> 
         got = call(q, k, v, _Ragged(cu_q, cu_k, 2, keys, None), 1.0, None, None)[:, 0, 0].tolist()
     if any(abs(a - b) > 0.05 for a, b in zip(got, (2.0, 2.5), strict=True)):
         raise RuntimeError(f"packing backend {backend!r} does not align causal masks at the last key: {got}")
+
+
+# CUDA: this project's Triton kernel, on ranges of rows.
+
+
+def _triton(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    from .triton_attention import attend
+
+    return attend(query, key, value, layout, scale, window, softcap)

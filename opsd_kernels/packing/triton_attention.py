@@ -357,7 +357,7 @@ def forward_kernel(
                 acc, top, total, q_tile, keys, values, k_row, v_row, query, at, last, shift, inner, outer, window,
                 D, WIDTH, KEYS, WINDOW, CAP, PRECISION, False,
             )  # fmt: skip
-        for at in tl.range(masked, last, KEYS):
+        for at in tl.range(masked, last, KEYS, num_stages=1):
             acc, top, total = _forward_step(
                 acc, top, total, q_tile, keys, values, k_row, v_row, query, at, last, shift, inner, outer, window,
                 D, WIDTH, KEYS, WINDOW, CAP, PRECISION, True,
@@ -393,7 +393,7 @@ def query_gradient_kernel(
                 dq, q_tile, do, lse_tile, delta_tile, keys, values, k_row, v_row, query, at, last, shift,
                 inner, outer, window, D, WIDTH, KEYS, WINDOW, CAP, PRECISION, False,
             )  # fmt: skip
-        for at in tl.range(masked, last, KEYS):
+        for at in tl.range(masked, last, KEYS, num_stages=1):
             dq = _query_gradient_step(
                 dq, q_tile, do, lse_tile, delta_tile, keys, values, k_row, v_row, query, at, last, shift,
                 inner, outer, window, D, WIDTH, KEYS, WINDOW, CAP, PRECISION, True,
@@ -427,7 +427,7 @@ def key_gradient_kernel(
                     dk, dv, k_tile, v_tile, queries, d_outs, lses, deltas, q_row, do_row, key, at, last, shift,
                     inner, outer, window, D, WIDTH, QUERIES, WINDOW, CAP, PRECISION, False,
                 )  # fmt: skip
-            for at in tl.range(masked, last, QUERIES):
+            for at in tl.range(masked, last, QUERIES, num_stages=1):
                 dk, dv = _key_gradient_step(
                     dk, dv, k_tile, v_tile, queries, d_outs, lses, deltas, q_row, do_row, key, at, last, shift,
                     inner, outer, window, D, WIDTH, QUERIES, WINDOW, CAP, PRECISION, True,
@@ -448,68 +448,85 @@ class Tiling:
     warps: int
     stages: int
 
+    @property
+    def options(self) -> dict[str, int]:
+        """For the compiler."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
 
 class Plan(NamedTuple):
-    """The kernels' tilings for one width of heads."""
+    """The kernels' tilings."""
 
     forward: Tiling
     query_gradient: Tiling
     key_gradient: Tiling
 
 
-# By width of the heads and bytes per element. `SMALL` fits 99 KiB of shared memory and so every device from 8.0 on,
-# `LARGE` the 227 KiB of 9.0 and 10.x.
-SMALL = {
-    (64, 2): Plan(Tiling(128, 64, 4, 3), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)),
-    (128, 2): Plan(Tiling(128, 64, 8, 2), Tiling(64, 64, 4, 2), Tiling(64, 64, 8, 2)),
-    (256, 2): Plan(Tiling(64, 32, 4, 2), Tiling(32, 32, 4, 1), Tiling(32, 32, 8, 1)),
-    (64, 4): Plan(Tiling(64, 32, 4, 2), Tiling(64, 32, 4, 2), Tiling(32, 64, 4, 2)),
-    (128, 4): Plan(Tiling(64, 32, 8, 1), Tiling(32, 32, 4, 1), Tiling(32, 32, 4, 1)),
-    (256, 4): Plan(Tiling(32, 16, 8, 1), Tiling(16, 16, 4, 1), Tiling(16, 16, 8, 1)),
+# By compute capability, width of the heads and bytes per element, the largest that compile without spills. Those for
+# "8" fit 99 KiB of shared memory and so every device from 8.0 on; 9.0 and 10.x have 227 KiB.
+_PLANS: dict[tuple[str, int, int], Plan] = {
+    ("8", 64, 2): Plan(Tiling(128, 64, 4, 3), Tiling(64, 64, 4, 2), Tiling(64, 128, 8, 2)),
+    ("8", 128, 2): Plan(Tiling(128, 32, 8, 2), Tiling(64, 64, 4, 2), Tiling(64, 64, 8, 2)),
+    ("8", 256, 2): Plan(Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 1), Tiling(32, 32, 8, 1)),
+    ("9", 64, 2): Plan(Tiling(128, 128, 8, 2), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)),
+    ("9", 128, 2): Plan(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(32, 128, 8, 2)),
+    ("9", 256, 2): Plan(Tiling(128, 32, 8, 2), Tiling(128, 16, 8, 2), Tiling(64, 32, 8, 1)),
+    ("10", 64, 2): Plan(Tiling(128, 64, 8, 3), Tiling(64, 64, 4, 2), Tiling(64, 128, 8, 2)),
+    ("10", 128, 2): Plan(Tiling(128, 64, 8, 2), Tiling(128, 64, 8, 2), Tiling(64, 64, 8, 2)),
+    ("10", 256, 2): Plan(Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 1), Tiling(32, 32, 8, 1)),
 }
-LARGE = {
-    **SMALL,
-    (64, 2): Plan(Tiling(128, 128, 8, 3), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)),
-    (128, 2): Plan(Tiling(128, 128, 8, 2), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)),
-    (256, 2): Plan(Tiling(128, 64, 8, 2), Tiling(64, 64, 8, 1), Tiling(64, 64, 8, 1)),
-}
-TINY = Plan(*(Tiling(16, 16, 1, 1),) * 3)  # the interpreter's: several tiles even at the sizes that it can do
+_TINY = Plan(
+    Tiling(32, 16, 1, 1), Tiling(16, 32, 1, 1), Tiling(32, 16, 1, 1)
+)  # the interpreter's: several tiles even of short rows
 
 
 def tilings(head_size: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> Plan:
     """What the kernels run with on a device of this compute capability; None: in the interpreter."""
     if capability is None:
-        return TINY
-    plans = LARGE if capability[0] in (9, 10) else SMALL
-    return plans[max(64, _width(head_size)), dtype.itemsize]
+        return _TINY
+    family = str(capability[0]) if capability[0] in (9, 10) else "8"
+    return _PLANS[family, max(64, _width(head_size)), dtype.itemsize]
 
 
 def _width(head_size: int) -> int:
-    """Columns of a tile: matrix units take powers of two from 16 on."""
+    """Columns of a tile: powers of two from 16 on, for the matrix units."""
     return max(16, 1 << (head_size - 1).bit_length())
 
 
 @dataclass(frozen=True)
 class _Scores:
-    """From products q·k to exponents in bits: product · outer, or tanh(product · inner) · outer under a cap."""
+    """What the scores depend on beside queries and keys."""
 
     scale: float
     softcap: float | None
+    window: int | None
 
     @property
     def factors(self) -> tuple[float, float]:
-        """inner, outer; the tanh is computed from exp2, whose constants are folded into the former."""
+        """From products q·k to exponents in bits: product · outer, or tanh(product · inner) · outer under a cap.
+        The kernels' tanh is made of exp2, whose constants are in `inner` too."""
         to_bits = math.log2(math.e)
         if self.softcap is None:
             return 1.0, self.scale * to_bits
         return 2.0 * to_bits * self.scale / self.softcap, self.softcap * to_bits
 
+    def constants(self, dtype: torch.dtype, head_size: int, group: int) -> dict[str, Any]:
+        """The kernels' compile-time arguments, but for the tile."""
+        return {
+            "GROUP": group,
+            "D": head_size,
+            "WIDTH": _width(head_size),
+            "WINDOW": self.window is not None,
+            "CAP": self.softcap is not None,
+            "PRECISION": _precision(dtype),
+        }
 
-def _constants(tiling: Tiling, group: int, head_size: int, window: bool, cap: bool, precision: str) -> dict[str, Any]:
-    return {
-        "GROUP": group, "D": head_size, "WIDTH": _width(head_size), "QUERIES": tiling.queries, "KEYS": tiling.keys,
-        "WINDOW": window, "CAP": cap, "PRECISION": precision,
-    }  # fmt: skip
+
+def _precision(dtype: torch.dtype) -> str:
+    """Of products of float32: three passes of the tensor cores, one where torch may use one; 16 bits have no choice."""
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 @dataclass(frozen=True)
@@ -524,33 +541,158 @@ class Compilation:
     options: dict[str, int]  # num_warps and num_stages
 
 
+_KERNELS = (forward_kernel, query_gradient_kernel, key_gradient_kernel)
+
+
 def compilations(
-    head_size: int, dtype: torch.dtype, capability: tuple[int, int], *, window: bool = False, cap: bool = False
+    head_size: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    *,
+    softcap: float | None = None,
+    window: int | None = None,
 ) -> list[Compilation]:
-    """The three kernels as launched for these arguments, with two query heads per key head."""
-    kind = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
-    pointers = {"lse": "*fp32", "delta": "*fp32", "tiles": "*i32", "runs": "*i32"}
-    plain = {"rows": "i32", "window": "i32", "scale": "fp32", "inner": "fp32", "outer": "fp32"}
+    """The three kernels as they are launched for these arguments, with two query heads per key/value head."""
+    element = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
+    types = {"lse": "*fp32", "delta": "*fp32", "tiles": "*i32", "runs": "*i32", "rows": "i32", "window": "i32"}
+    types |= dict.fromkeys(("scale", "inner", "outer"), "fp32")
+    features = f"{element[1:]}, head {head_size}{', softcap' * bool(softcap)}{', window' * bool(window)}"
     found = []
-    plan = tilings(head_size, dtype, capability)
-    for kernel, tiling in zip((forward_kernel, query_gradient_kernel, key_gradient_kernel), plan, strict=True):
-        constants = _constants(tiling, 2, head_size, window, cap, _precision(dtype))
-        types = {}
-        for name in kernel.arg_names:
-            stride = name.endswith(("_head", "_row"))
-            types[name] = "i32" if stride else {**pointers, **plain, **dict.fromkeys(constants, "constexpr")}.get(
-                name, f"*{kind}"
-            )
-        aligned = tuple(n for n, t in types.items() if t.startswith("*") or n.endswith(("_head", "_row")))
-        features = f"{kind}, head {head_size}{', window' * window}{', softcap' * cap}"
-        name = f"{kernel.fn.__name__}, {features}"
-        options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
-        found.append(Compilation(name, kernel, types, constants, aligned, options))
+    for kernel, tiling in zip(_KERNELS, tilings(head_size, dtype, capability), strict=True):
+        constants = _Scores(1.0, softcap, window).constants(dtype, head_size, 2)
+        constants |= {"QUERIES": tiling.queries, "KEYS": tiling.keys}
+        strides = [name for name in kernel.arg_names if name.endswith(("_head", "_row"))]
+        known = {**types, **dict.fromkeys(strides, "i32"), **dict.fromkeys(constants, "constexpr")}
+        signature = {name: known.get(name, element) for name in kernel.arg_names}
+        pointers = [name for name, kind in signature.items() if kind.startswith("*")]
+        name = f"{kernel.fn.__name__.removesuffix('_kernel')}, {features}"
+        found.append(Compilation(name, kernel, signature, constants, (*pointers, *strides), tiling.options))
     return found
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """Of products of float32: three passes of tensor cores, one if torch may use one; 16 bits have no choice."""
-    if dtype != torch.float32:
-        return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """Each segment's queries over its prefix and, causally, its own keys.
+
+    Args:
+        query: (1, heads, T, D), float16, bfloat16 or float32, D from 1 to 256, any strides.
+        key, value: (1, key/value heads, T, D), alike.
+        scale: of the products q·k, positive.
+        window: a query sees so many logical positions, its own included; None: all before it.
+        softcap: c in c · tanh(score / c), or None.
+
+    Returns:
+        (1, heads, T, D) in the dtype of `query`, laid out as (T, heads, D). Scores, softmax and sums are float32.
+
+    Raises:
+        TypeError, ValueError: an argument is not of this form, or the device has no kernel.
+    """
+    _check(query, key, value, scale, softcap)
+    return _Attention.apply(*(_unit_stride(t) for t in (query, key, value)), layout, _Scores(scale, softcap, window))
+
+
+def serves(device: torch.device | str, dtype: torch.dtype, head_size: int) -> tuple[bool, str]:
+    """Whether the kernels run on `device` for these tensors, and why not (an empty string where they do)."""
+    if dtype not in DTYPES:
+        return False, f"the Triton kernel takes float16, bfloat16 or float32, not {dtype}"
+    if head_size > LARGEST_HEAD:
+        return False, f"the Triton kernel takes heads of up to {LARGEST_HEAD}, not {head_size}"
+    return available(device)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> None:
+    fine, why = serves(query.device, query.dtype, query.shape[-1])
+    if not fine:
+        raise ValueError(f"packing backend 'triton' cannot run: {why}; accepted here: eager")
+    if not query.dtype == key.dtype == value.dtype:
+        raise TypeError(
+            "packing backend 'triton' needs query, key and value of one dtype, got "
+            f"{query.dtype}, {key.dtype} and {value.dtype}"
+        )
+    if key.shape != value.shape or query.shape[-1] != key.shape[-1] or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            "packing backend 'triton' needs keys and values of one shape, and as many query heads for each, got query "
+            f"{tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+        )
+    if scale <= 0 or (softcap is not None and softcap <= 0):
+        raise ValueError(f"packing backend 'triton' needs a positive scale and softcap, got {scale} and {softcap}")
+
+
+def _unit_stride(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the three kernels have in common on one set of tensors."""
+
+    query: Tensor
+    key: Tensor
+    layout: Layout
+    scores: _Scores
+
+    @property
+    def plan(self) -> Plan:
+        device = self.query.device
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        return tilings(self.query.shape[-1], self.query.dtype, capability)
+
+    def launch(
+        self,
+        kernel: Any,
+        tiling: Tiling,
+        tiles_of: Callable[..., list[Work]],
+        tensors: tuple[Tensor, ...],
+        strided: tuple[Tensor, ...],
+        *factors: float,
+    ) -> None:
+        """Runs `kernel` on all tiles of all heads. Of `strided` it takes the strides of heads and rows."""
+        _, heads, rows, head_size = self.query.shape
+        kv_heads, window = self.key.shape[1], self.scores.window
+        table = _table(tiles_of, self.layout, tiling, window, self.query.device)
+        if not len(table.tiles):
+            return
+        strides = [t.stride(i) for t in strided for i in (1, 2)]
+        constants = self.scores.constants(self.query.dtype, head_size, heads // kv_heads)
+        with torch.cuda.device(self.query.device) if self.query.device.type == "cuda" else contextlib.nullcontext():
+            kernel[(heads if tiles_of is query_tiles else kv_heads, len(table.tiles))](
+                *tensors, table.tiles, table.runs, *strides, rows, *factors, *self.scores.factors, window or 0,
+                **constants, QUERIES=tiling.queries, KEYS=tiling.keys, **tiling.options,
+            )  # fmt: skip
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scores: _Scores) -> Tensor:
+        call = _Call(query, key, layout, scores)
+        out, lse = _new_rows(query), query.new_empty(query.shape[1:3], dtype=torch.float32)
+        call.launch(
+            forward_kernel, call.plan.forward, query_tiles, (query, key, value, out, lse), (query, key, value, out)
+        )
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.layout, ctx.scores = layout, scores
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        call, grad = _Call(query, key, ctx.layout, ctx.scores), _unit_stride(grad)
+        delta = torch.empty_like(lse)
+        dq, dk, dv = (_new_rows(t) for t in (query, key, value))
+        call.launch(
+            query_gradient_kernel, call.plan.query_gradient, query_tiles,
+            (query, key, value, out, grad, dq, lse, delta), (query, key, value, out, grad), ctx.scores.scale,
+        )  # fmt: skip
+        call.launch(
+            key_gradient_kernel, call.plan.key_gradient, key_tiles,
+            (query, key, value, grad, dk, dv, lse, delta), (query, key, value, grad, dk), ctx.scores.scale,
+        )  # fmt: skip
+        return dq, dk, dv, None, None
+
+
+def _new_rows(like: Tensor) -> Tensor:
+    """An uninitialised tensor (1, heads, T, D), laid out as (T, heads, D): what the models' projections make and take."""
+    _, heads, rows, head_size = like.shape
+    return like.new_empty(1, rows, heads, head_size).transpose(1, 2)
