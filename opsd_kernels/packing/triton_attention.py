@@ -1,9 +1,9 @@
 """Attention over packed rows in Triton, forward and backward, for NVIDIA GPUs from compute capability 8.0 on.
 
-The algorithm is FlashAttention-2's (Dao, 2023, arXiv:2307.08691): online softmax, scores recomputed in backward from the
-saved log-sum-exp. What differs is who meets whom. A tile is some rows of one segment, and the host lists the runs of
-rows that it meets: for queries the prefix and what came before in their own segment, for keys whoever sees them, which
-for a shared prompt is all its rollouts. So shared keys are neither gathered nor copied.
+The algorithm is FlashAttention-2's (Dao, 2023, arXiv:2307.08691): online softmax, scores recomputed in backward from
+the saved log-sum-exp. What differs is who meets whom. A tile is some rows of one segment, and the host lists the runs
+of rows that it meets: for queries the prefix and what came before in their own segment, for keys whoever sees them,
+which for a shared prompt is all its rollouts. So shared keys are neither gathered nor copied.
 
     kernel               a program             loops over
     forward              a tile of queries     runs of keys
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..rows.triton_backend import INTERPRETED, available
+from ..rows.triton_backend import available
 from .layout import Layout, Range, Segment
 
 try:
@@ -175,7 +175,8 @@ class Table:
     def of(cls, work: list[Work], device: torch.device) -> Table:
         # The longest first: a long tile that starts last would keep the device waiting.
         work = sorted(work, key=lambda w: -sum(run.stop - run.start for run in w.runs))
-        tiles, runs = [], []
+        tiles: list[tuple[int, ...]] = []
+        runs: list[Run] = []
         for one in work:
             tiles.append((one.start, one.stop, len(runs), len(runs) + len(one.runs)))
             runs += one.runs
@@ -693,6 +694,6 @@ class _Attention(torch.autograd.Function):
 
 
 def _new_rows(like: Tensor) -> Tensor:
-    """An uninitialised tensor (1, heads, T, D), laid out as (T, heads, D): what the models' projections make and take."""
+    """An uninitialised (1, heads, T, D), laid out as (T, heads, D): what the models' projections make and take."""
     _, heads, rows, head_size = like.shape
     return like.new_empty(1, rows, heads, head_size).transpose(1, 2)
