@@ -39,8 +39,7 @@ try:
 except ImportError:
     triton = tl = None
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-LARGEST_HEAD = 256
+LARGEST_HEAD = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}
 
 
 # Tile ranges, on the host. A query sees a key if 0 <= distance, and distance < window where there is one; distance is
@@ -218,12 +217,15 @@ def _load_rows(
     row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
     at = pointer + tl.cast(first, tl.int64) * stride + (row[:, None] * stride + column[None, :])
     if MASKED:
+        inside = (first + row < stop)[:, None]
         if D < WIDTH:
-            return tl.load(at, mask=(first + row < stop)[:, None] & (column < D)[None, :], other=0.0)
-        return tl.load(at, mask=(first + row < stop)[:, None], other=0.0)
-    if D < WIDTH:
-        return tl.load(at, mask=(column < D)[None, :], other=0.0)
-    return tl.load(at)
+            inside = inside & (column < D)[None, :]
+        rows = tl.load(at, mask=inside, other=0.0)
+    elif D < WIDTH:
+        rows = tl.load(at, mask=(column < D)[None, :], other=0.0)
+    else:
+        rows = tl.load(at)
+    return rows
 
 
 @_jit()
@@ -248,9 +250,10 @@ def _load_run(runs, number):
 def _visible(query, key, shift, window, WINDOW: tl.constexpr):
     """Whether a query sees a key, by their rows."""
     distance = query - key + shift
+    seen = distance >= 0
     if WINDOW:
-        return (distance >= 0) & (distance < window)
-    return distance >= 0
+        seen = seen & (distance < window)
+    return seen
 
 
 @_jit()
@@ -259,8 +262,10 @@ def _capped(s, inner, CAP: tl.constexpr):
     if CAP:
         fade = tl.exp2(-tl.abs(s * inner))
         tanh = (1.0 - fade) / (1.0 + fade)
-        return tl.where(s < 0.0, -tanh, tanh), 4.0 * fade / ((1.0 + fade) * (1.0 + fade))
-    return s, 1.0
+        s, slope = tl.where(s < 0.0, -tanh, tanh), 4.0 * fade / ((1.0 + fade) * (1.0 + fade))
+    else:
+        slope = 1.0
+    return s, slope
 
 
 # The main loops' bodies.
@@ -463,30 +468,45 @@ class Plan(NamedTuple):
     key_gradient: Tiling
 
 
-# By compute capability, width of the heads and bytes per element, the largest that compile without spills. Those for
-# "8" fit 99 KiB of shared memory and so every device from 8.0 on; 9.0 and 10.x have 227 KiB.
-_PLANS: dict[tuple[str, int, int], Plan] = {
-    ("8", 64, 2): Plan(Tiling(128, 64, 4, 3), Tiling(64, 64, 4, 2), Tiling(64, 128, 8, 2)),
-    ("8", 128, 2): Plan(Tiling(128, 32, 8, 2), Tiling(64, 64, 4, 2), Tiling(64, 64, 8, 2)),
-    ("8", 256, 2): Plan(Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 1), Tiling(32, 32, 8, 1)),
-    ("9", 64, 2): Plan(Tiling(128, 128, 8, 2), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)),
-    ("9", 128, 2): Plan(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(32, 128, 8, 2)),
-    ("9", 256, 2): Plan(Tiling(128, 32, 8, 2), Tiling(128, 16, 8, 2), Tiling(64, 32, 8, 1)),
-    ("10", 64, 2): Plan(Tiling(128, 64, 8, 3), Tiling(64, 64, 4, 2), Tiling(64, 128, 8, 2)),
-    ("10", 128, 2): Plan(Tiling(128, 64, 8, 2), Tiling(128, 64, 8, 2), Tiling(64, 64, 8, 2)),
-    ("10", 256, 2): Plan(Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 1), Tiling(32, 32, 8, 1)),
+# By compute capability ("8": any other from 8.0 on), and width of the heads in 16 bits: among the tiles that
+# compile without spills those with the most arithmetic per byte. "8" fits 99 KiB of shared memory, which all have.
+_PLANS: dict[tuple[str, int], Plan] = {
+    ("8", 64): Plan(Tiling(128, 64, 8, 2), Tiling(64, 64, 4, 2), Tiling(32, 128, 8, 2)),
+    ("8", 128): Plan(Tiling(64, 64, 8, 2), Tiling(64, 64, 8, 2), Tiling(64, 64, 8, 2)),
+    ("8", 256): Plan(Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 1), Tiling(32, 32, 8, 1)),
+    ("9", 64): Plan(Tiling(128, 128, 8, 2), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)),
+    ("9", 128): Plan(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(32, 128, 8, 2)),
+    ("9", 256): Plan(Tiling(128, 32, 8, 2), Tiling(128, 16, 8, 2), Tiling(64, 32, 8, 1)),
+    ("10", 64): Plan(Tiling(128, 64, 8, 3), Tiling(64, 64, 4, 2), Tiling(64, 128, 8, 2)),
+    ("10", 128): Plan(Tiling(128, 64, 8, 2), Tiling(128, 64, 8, 2), Tiling(64, 64, 8, 2)),
+    ("10", 256): Plan(Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 1), Tiling(32, 32, 8, 1)),
+}
+# A softcap's slope takes registers that some of those have not.
+_CAPPED_PLANS: dict[tuple[str, int], Plan] = {
+    ("9", 64): Plan(Tiling(128, 128, 8, 2), Tiling(128, 64, 8, 2), Tiling(32, 128, 8, 2)),
+    ("9", 128): Plan(Tiling(128, 64, 8, 3), Tiling(128, 32, 8, 2), Tiling(16, 128, 8, 2)),
+    ("10", 64): Plan(Tiling(128, 64, 8, 3), Tiling(64, 64, 4, 2), Tiling(64, 64, 8, 2)),
+    ("10", 128): Plan(Tiling(128, 64, 8, 2), Tiling(128, 64, 8, 2), Tiling(32, 64, 8, 2)),
+}
+# float32, everywhere: three passes split each operand in two, so its tiles are small, and 256 columns have no room.
+_FULL_PLANS: dict[int, Plan] = {
+    64: Plan(Tiling(32, 32, 4, 2), Tiling(16, 32, 4, 2), Tiling(16, 32, 4, 2)),
+    128: Plan(Tiling(16, 32, 4, 1), Tiling(16, 32, 4, 1), Tiling(32, 16, 8, 1)),
 }
 _TINY = Plan(
     Tiling(32, 16, 1, 1), Tiling(16, 32, 1, 1), Tiling(32, 16, 1, 1)
 )  # the interpreter's: several tiles even of short rows
 
 
-def tilings(head_size: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> Plan:
+def tilings(head_size: int, dtype: torch.dtype, capability: tuple[int, int] | None, *, capped: bool = False) -> Plan:
     """What the kernels run with on a device of this compute capability; None: in the interpreter."""
     if capability is None:
         return _TINY
-    family = str(capability[0]) if capability[0] in (9, 10) else "8"
-    return _PLANS[family, max(64, _width(head_size)), dtype.itemsize]
+    width = max(64, _width(head_size))
+    if dtype == torch.float32:
+        return _FULL_PLANS[width]
+    key = (str(capability[0]) if capability[0] in (9, 10) else "8", width)
+    return (capped and _CAPPED_PLANS.get(key)) or _PLANS[key]
 
 
 def _width(head_size: int) -> int:
@@ -559,7 +579,7 @@ def compilations(
     types |= dict.fromkeys(("scale", "inner", "outer"), "fp32")
     features = f"{element[1:]}, head {head_size}{', softcap' * bool(softcap)}{', window' * bool(window)}"
     found = []
-    for kernel, tiling in zip(_KERNELS, tilings(head_size, dtype, capability), strict=True):
+    for kernel, tiling in zip(_KERNELS, tilings(head_size, dtype, capability, capped=softcap is not None), strict=True):
         constants = _Scores(1.0, softcap, window).constants(dtype, head_size, 2)
         constants |= {"QUERIES": tiling.queries, "KEYS": tiling.keys}
         strides = [name for name in kernel.arg_names if name.endswith(("_head", "_row"))]
@@ -577,7 +597,7 @@ def attend(
     """Each segment's queries over its prefix and, causally, its own keys.
 
     Args:
-        query: (1, heads, T, D), float16, bfloat16 or float32, D from 1 to 256, any strides.
+        query: (1, heads, T, D), float16 or bfloat16 with D from 1 to 256, or float32 to 128, any strides.
         key, value: (1, key/value heads, T, D), alike.
         scale: of the products q·k, positive.
         window: a query sees so many logical positions, its own included; None: all before it.
@@ -595,10 +615,10 @@ def attend(
 
 def serves(device: torch.device | str, dtype: torch.dtype, head_size: int) -> tuple[bool, str]:
     """Whether the kernels run on `device` for these tensors, and why not (an empty string where they do)."""
-    if dtype not in DTYPES:
+    if dtype not in LARGEST_HEAD:
         return False, f"the Triton kernel takes float16, bfloat16 or float32, not {dtype}"
-    if head_size > LARGEST_HEAD:
-        return False, f"the Triton kernel takes heads of up to {LARGEST_HEAD}, not {head_size}"
+    if head_size > LARGEST_HEAD[dtype]:
+        return False, f"the Triton kernel takes heads of up to {LARGEST_HEAD[dtype]} in {dtype}, not {head_size}"
     return available(device)
 
 
@@ -637,7 +657,7 @@ class _Call:
     def plan(self) -> Plan:
         device = self.query.device
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-        return tilings(self.query.shape[-1], self.query.dtype, capability)
+        return tilings(self.query.shape[-1], self.query.dtype, capability, capped=self.scores.softcap is not None)
 
     def launch(
         self,
@@ -667,7 +687,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scores: _Scores) -> Tensor:
         call = _Call(query, key, layout, scores)
-        out, lse = _new_rows(query), query.new_empty(query.shape[1:3], dtype=torch.float32)
+        out, lse = _new_rows(query), _new_sums(query)
         call.launch(
             forward_kernel, call.plan.forward, query_tiles, (query, key, value, out, lse), (query, key, value, out)
         )
@@ -680,8 +700,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
         call, grad = _Call(query, key, ctx.layout, ctx.scores), _unit_stride(grad)
-        delta = torch.empty_like(lse)
         dq, dk, dv = (_new_rows(t) for t in (query, key, value))
+        delta = _new_sums(query)
         call.launch(
             query_gradient_kernel, call.plan.query_gradient, query_tiles,
             (query, key, value, out, grad, dq, lse, delta), (query, key, value, out, grad), ctx.scores.scale,
@@ -697,3 +717,8 @@ def _new_rows(like: Tensor) -> Tensor:
     """An uninitialised (1, heads, T, D), laid out as (T, heads, D): what the models' projections make and take."""
     _, heads, rows, head_size = like.shape
     return like.new_empty(1, rows, heads, head_size).transpose(1, 2)
+
+
+def _new_sums(query: Tensor) -> Tensor:
+    """An uninitialised (heads, T), float32."""
+    return query.new_empty(query.shape[1:3], dtype=torch.float32)
