@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .layout import Layout, Range
+from .layout import Layout, Range, Segment
+
+logger = logging.getLogger(__name__)
 
 NAME = "opsd_packed_rows"
 KEYWORD = "opsd_packed_pass"
@@ -121,10 +125,10 @@ def choose_backend(
         if importlib.util.find_spec("flash_attn") is not None:
             return "flash", "flash-attn has a softcap, torch's varlen_attn has none"
         lacking = "torch's varlen_attn has no softcap and flash-attn is not installed"
-    from . import triton_attention
-
-    fine, why = triton_attention.serves(device, dtype, head_size)
-    return ("triton", f"{lacking}, so this project's Triton kernel") if fine else ("eager", f"{lacking}, and {why}")
+    obstacle = _triton_obstacle(device, dtype, head_size, softcap is not None)
+    if obstacle:
+        return "eager", f"{lacking}, and {obstacle}"
+    return "triton", f"{lacking}, so this project's Triton kernel"
 
 
 # The reference: scores tile by tile, differentiated by autograd.
@@ -437,3 +441,47 @@ def _triton(
     from .triton_attention import attend
 
     return attend(query, key, value, layout, scale, window, softcap)
+
+
+def _triton_obstacle(device: torch.device, dtype: torch.dtype, head_size: int, capped: bool) -> str:
+    """Why "auto" does not take the Triton kernel for such tensors; empty where it does."""
+    from .triton_attention import serves
+
+    fine, why = serves(device, dtype, head_size)
+    if not fine:
+        return why
+    error = _triton_error(device, dtype, head_size, capped)
+    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return "" if error <= (1e-4 if exact else 0.03) else f"the Triton kernel's self-check is off by {error:.1e}"
+
+
+@functools.cache
+def _triton_error(device: torch.device, dtype: torch.dtype, head_size: int, capped: bool) -> float:
+    """The largest relative error of output and gradients on a small layout, against "eager" in float64; infinite if
+    the kernel fails. Once per process, since a compiler or driver may do what no test has seen."""
+    layout = Layout(
+        torch.zeros(236, dtype=torch.int64),
+        torch.tensor([*range(150), *range(150, 235), 150]),
+        (Segment(0, 150), Segment(150, 235, ((0, 150),)), Segment(235, 236, ((0, 150),))),
+    )
+    draw = torch.Generator().manual_seed(0)
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        q, k, v, grad = (torch.randn(1, n, 236, head_size, generator=draw).to(device, dtype) for n in (2, 1, 1, 2))
+
+        def run(attend: Any, kind: torch.dtype, window: int | None) -> list[Tensor]:
+            inputs = [t.to(kind).requires_grad_() for t in (q, k, v)]
+            out = attend(*inputs, layout, head_size**-0.5, window, 2.0 if capped else None)
+            return [out.detach().double(), *(g.double() for g in torch.autograd.grad(out, inputs, grad.to(kind)))]
+
+        worst = 0.0
+        for window in (None, 100):
+            try:
+                got = run(_triton, dtype, window)
+            except Exception as error:  # whatever goes wrong in a compiler or a driver, there is another backend
+                logger.warning("opsd_kernels: the Triton attention fails on %s (%s); using eager", device, error)
+                return math.inf
+            for mine, want in zip(got, run(_eager, torch.float64, window), strict=True):
+                if not mine.isfinite().all():
+                    return math.inf
+                worst = max(worst, float((mine - want).norm() / want.norm()))
+        return worst

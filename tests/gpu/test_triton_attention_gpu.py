@@ -63,13 +63,21 @@ def errors(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> dict[str, float
     return {n: float((a.double() - b).norm() / b.norm()) for n, a, b in zip(NAMES, got, want, strict=True)}
 
 
-@pytest.mark.parametrize("options", [{}, {"softcap": 20.0}, {"window": 200}, {"softcap": 20.0, "window": 1000}])
-@pytest.mark.parametrize("size", [40, 64, 96, 128, 256])
+BOTH = {"softcap": 20.0, "window": 200}
+KINDS = [
+    *((torch.bfloat16, size, options) for size in (40, 64, 96, 128, 256) for options in ({}, BOTH)),
+    (torch.bfloat16, 128, {"softcap": 20.0}),
+    (torch.bfloat16, 128, {"window": 1000}),
+    (torch.float16, 128, {}),
+    *((torch.float32, size, options) for size in (64, 128) for options in ({}, BOTH)),
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "options"), KINDS, ids=["-".join([str(t)[6:], str(d), *o]) for t, d, o in KINDS]
+)
 @pytest.mark.parametrize("generations", [1, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_accuracy(dtype: torch.dtype, generations: int, size: int, options: dict[str, Any]) -> None:
-    if size > triton_attention.LARGEST_HEAD[dtype]:
-        pytest.skip("served by another backend")
     layout = make_layout(generations, joint=generations > 1)
     given = tensors(layout, (4, 2), size, dtype)
     want = run(attention._eager, layout, tuple(t.double() for t in given), **options)
@@ -123,3 +131,9 @@ def test_agrees_with_varlen() -> None:
     want = run(attention._eager, layout, tuple(t.double() for t in given))
     theirs, ours = (errors(run(f, layout, given), want) for f in (attention._varlen, attention._triton))
     assert all(ours[n] <= 2 * theirs[n] for n in NAMES), (ours, theirs)
+
+
+def test_self_check() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        assert not attention._triton_obstacle(torch.device("cuda"), dtype, 128, False)
+    assert attention.choose_backend(torch.device("cuda"), torch.float32, 128)[0] == "triton"

@@ -252,6 +252,22 @@ def test_a_wrong_table_is_seen(table: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @inner
+def test_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    def error() -> float:
+        attention._triton_error.cache_clear()
+        with torch.no_grad():
+            return attention._triton_error(torch.device("cpu"), torch.float32, 16, True)
+
+    assert error() < 1e-6
+    right = triton_attention.Table.of
+    monkeypatch.setattr(triton_attention.Table, "of", lambda work, device: right(work[:-1], device))
+    assert error() == math.inf  # rows without a tile stay as they were
+    monkeypatch.setattr(triton_attention, "attend", None)
+    assert error() == math.inf
+    attention._triton_error.cache_clear()
+
+
+@inner
 def test_strides_and_what_is_not_seen() -> None:
     """Any strides give the same bits; NaN in one prompt and its rollouts reaches no other."""
     case = Case((19, 8), ((5, 18), (4, 9)), size=16)
