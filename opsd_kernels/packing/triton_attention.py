@@ -183,12 +183,12 @@ class Table:
 
 
 def _table(
-    tiles_of: Callable[..., list[Work]], layout: Layout, plan: Tiling, window: int | None, device: torch.device
+    tiles_of: Callable[..., list[Work]], layout: Layout, tiling: Tiling, window: int | None, device: torch.device
 ) -> Table:
     """Made once per layout, for all layers."""
-    key = (tiles_of.__name__, plan.queries, plan.keys, window, device)
+    key = (tiles_of.__name__, tiling.queries, tiling.keys, window, device)
     if key not in layout._cache:
-        layout._cache[key] = Table.of(tiles_of(layout, plan.queries, plan.keys, window), device)
+        layout._cache[key] = Table.of(tiles_of(layout, tiling.queries, tiling.keys, window), device)
     return layout._cache[key]
 
 
@@ -460,53 +460,53 @@ class Tiling:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-class Plan(NamedTuple):
-    """The kernels' tilings."""
+class Tilings(NamedTuple):
+    """One for each kernel."""
 
     forward: Tiling
     query_gradient: Tiling
     key_gradient: Tiling
 
 
-# By compute capability ("8": any other from 8.0 on), and width of the heads in 16 bits: among the tiles that
-# compile without spills those with the most arithmetic per byte. "8" fits 99 KiB of shared memory, which all have.
-_PLANS: dict[tuple[str, int], Plan] = {
-    ("8", 64): Plan(Tiling(128, 64, 8, 2), Tiling(64, 64, 4, 2), Tiling(32, 128, 8, 2)),
-    ("8", 128): Plan(Tiling(64, 64, 8, 2), Tiling(64, 64, 8, 2), Tiling(64, 64, 8, 2)),
-    ("8", 256): Plan(Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 1), Tiling(32, 32, 8, 1)),
-    ("9", 64): Plan(Tiling(128, 128, 8, 2), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)),
-    ("9", 128): Plan(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(32, 128, 8, 2)),
-    ("9", 256): Plan(Tiling(128, 32, 8, 2), Tiling(128, 16, 8, 2), Tiling(64, 32, 8, 1)),
-    ("10", 64): Plan(Tiling(128, 64, 8, 3), Tiling(64, 64, 4, 2), Tiling(64, 128, 8, 2)),
-    ("10", 128): Plan(Tiling(128, 64, 8, 2), Tiling(128, 64, 8, 2), Tiling(64, 64, 8, 2)),
-    ("10", 256): Plan(Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 1), Tiling(32, 32, 8, 1)),
+# By compute capability ("8": any other from 8.0 on) and width of the heads, in 16 bits. The larger a tile the less is
+# loaded per product; these compile without spills for every feature. Which of those are fastest is not measured.
+# "8" fits 99 KiB of shared memory, which all devices have.
+_TILINGS: dict[tuple[str, int], Tilings] = {
+    ("8", 64): Tilings(Tiling(128, 64, 8, 2), Tiling(64, 64, 4, 2), Tiling(32, 128, 8, 2)),
+    ("8", 128): Tilings(Tiling(64, 64, 8, 2), Tiling(64, 64, 8, 2), Tiling(64, 64, 8, 2)),
+    ("8", 256): Tilings(Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 1), Tiling(32, 32, 8, 1)),
+    ("9", 64): Tilings(Tiling(128, 128, 8, 2), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)),
+    ("9", 128): Tilings(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(32, 128, 8, 2)),
+    ("9", 256): Tilings(Tiling(128, 32, 8, 2), Tiling(128, 16, 8, 2), Tiling(64, 32, 8, 1)),
+    ("10", 64): Tilings(Tiling(128, 64, 8, 3), Tiling(64, 64, 4, 2), Tiling(64, 128, 8, 2)),
+    ("10", 128): Tilings(Tiling(128, 64, 8, 2), Tiling(128, 64, 8, 2), Tiling(64, 64, 8, 2)),
+    ("10", 256): Tilings(Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 1), Tiling(32, 32, 8, 1)),
 }
 # A softcap's slope takes registers that some of those have not.
-_CAPPED_PLANS: dict[tuple[str, int], Plan] = {
-    ("9", 64): Plan(Tiling(128, 128, 8, 2), Tiling(128, 64, 8, 2), Tiling(32, 128, 8, 2)),
-    ("9", 128): Plan(Tiling(128, 64, 8, 3), Tiling(128, 32, 8, 2), Tiling(16, 128, 8, 2)),
-    ("10", 64): Plan(Tiling(128, 64, 8, 3), Tiling(64, 64, 4, 2), Tiling(64, 64, 8, 2)),
-    ("10", 128): Plan(Tiling(128, 64, 8, 2), Tiling(128, 64, 8, 2), Tiling(32, 64, 8, 2)),
+_CAPPED: dict[tuple[str, int], Tilings] = {
+    ("9", 64): Tilings(Tiling(128, 128, 8, 2), Tiling(128, 64, 8, 2), Tiling(32, 128, 8, 2)),
+    ("9", 128): Tilings(Tiling(128, 64, 8, 3), Tiling(128, 32, 8, 2), Tiling(16, 128, 8, 2)),
+    ("10", 64): Tilings(Tiling(128, 64, 8, 3), Tiling(64, 64, 4, 2), Tiling(64, 64, 8, 2)),
+    ("10", 128): Tilings(Tiling(128, 64, 8, 2), Tiling(128, 64, 8, 2), Tiling(32, 64, 8, 2)),
 }
 # float32, everywhere: three passes split each operand in two, so its tiles are small, and 256 columns have no room.
-_FULL_PLANS: dict[int, Plan] = {
-    64: Plan(Tiling(32, 32, 4, 2), Tiling(16, 32, 4, 2), Tiling(16, 32, 4, 2)),
-    128: Plan(Tiling(16, 32, 4, 1), Tiling(16, 32, 4, 1), Tiling(32, 16, 8, 1)),
+_FLOAT32: dict[int, Tilings] = {
+    64: Tilings(Tiling(32, 32, 4, 2), Tiling(16, 32, 4, 2), Tiling(16, 32, 4, 2)),
+    128: Tilings(Tiling(16, 32, 4, 1), Tiling(16, 32, 4, 1), Tiling(32, 16, 8, 1)),
 }
-_TINY = Plan(
-    Tiling(32, 16, 1, 1), Tiling(16, 32, 1, 1), Tiling(32, 16, 1, 1)
-)  # the interpreter's: several tiles even of short rows
+# The interpreter's: several tiles even of short rows.
+_TINY = Tilings(Tiling(32, 16, 1, 1), Tiling(16, 32, 1, 1), Tiling(32, 16, 1, 1))
 
 
-def tilings(head_size: int, dtype: torch.dtype, capability: tuple[int, int] | None, *, capped: bool = False) -> Plan:
+def tilings(head_size: int, dtype: torch.dtype, capability: tuple[int, int] | None, *, capped: bool = False) -> Tilings:
     """What the kernels run with on a device of this compute capability; None: in the interpreter."""
     if capability is None:
         return _TINY
     width = max(64, _width(head_size))
     if dtype == torch.float32:
-        return _FULL_PLANS[width]
+        return _FLOAT32[width]
     key = (str(capability[0]) if capability[0] in (9, 10) else "8", width)
-    return (capped and _CAPPED_PLANS.get(key)) or _PLANS[key]
+    return (capped and _CAPPED.get(key)) or _TILINGS[key]
 
 
 def _width(head_size: int) -> int:
@@ -654,7 +654,7 @@ class _Call:
     scores: _Scores
 
     @property
-    def plan(self) -> Plan:
+    def tilings(self) -> Tilings:
         device = self.query.device
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
         return tilings(self.query.shape[-1], self.query.dtype, capability, capped=self.scores.softcap is not None)
@@ -689,7 +689,7 @@ class _Attention(torch.autograd.Function):
         call = _Call(query, key, layout, scores)
         out, lse = _new_rows(query), _new_sums(query)
         call.launch(
-            forward_kernel, call.plan.forward, query_tiles, (query, key, value, out, lse), (query, key, value, out)
+            forward_kernel, call.tilings.forward, query_tiles, (query, key, value, out, lse), (query, key, value, out)
         )
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.layout, ctx.scores = layout, scores
@@ -703,11 +703,11 @@ class _Attention(torch.autograd.Function):
         dq, dk, dv = (_new_rows(t) for t in (query, key, value))
         delta = _new_sums(query)
         call.launch(
-            query_gradient_kernel, call.plan.query_gradient, query_tiles,
+            query_gradient_kernel, call.tilings.query_gradient, query_tiles,
             (query, key, value, out, grad, dq, lse, delta), (query, key, value, out, grad), ctx.scores.scale,
         )  # fmt: skip
         call.launch(
-            key_gradient_kernel, call.plan.key_gradient, key_tiles,
+            key_gradient_kernel, call.tilings.key_gradient, key_tiles,
             (query, key, value, grad, dk, dv, lse, delta), (query, key, value, grad, dk), ctx.scores.scale,
         )  # fmt: skip
         return dq, dk, dv, None, None
