@@ -4,6 +4,9 @@ One round is the forward and backward pass of a small Qwen3-shaped model with th
 take turns on the same draw of lengths, each round is a new draw, and ratios are taken round by round. Lengths are those
 of a real run divided by `SCALE`: prompts of 300 and solutions of 2000 tokens, each drawn ±50 %, rollouts up to 1024.
 The contenders' losses must agree. Results go to results/packing.json.
+
+With `--device cuda` lengths and models (Qwen3 shapes, random weights, bfloat16, layers checkpointed) are of full size,
+the attention's backends compete, and results go to results/packing-gpu.json.
 """
 
 from __future__ import annotations
@@ -41,33 +44,41 @@ class Shape:
     layers: int
     vocab: int
     intermediate: int
+    heads: tuple[int, int, int] | None = None  #: query, key/value, size; None: of 64, two queries for each key
 
-    def model(self) -> Any:
+    def model(self, device: torch.device) -> Any:
         from transformers import Qwen3Config, Qwen3ForCausalLM
 
         torch.manual_seed(0)
-        return Qwen3ForCausalLM(
+        heads, kv_heads, head_size = self.heads or (self.hidden // 64, max(1, self.hidden // 128), 64)
+        model = Qwen3ForCausalLM(
             Qwen3Config(
                 vocab_size=self.vocab,
                 hidden_size=self.hidden,
                 intermediate_size=self.intermediate,
                 num_hidden_layers=self.layers,
-                num_attention_heads=self.hidden // 64,
-                num_key_value_heads=max(1, self.hidden // 128),
-                head_dim=64,
+                num_attention_heads=heads,
+                num_key_value_heads=kv_heads,
+                head_dim=head_size,
                 max_position_embeddings=4096,
                 attn_implementation="sdpa",
                 pad_token_id=0,
                 bos_token_id=1,
                 eos_token_id=2,
+                tie_word_embeddings=self.heads is not None,
             )
         ).train()
+        return model.to(device, torch.bfloat16) if device.type == "cuda" else model
 
 
 SHAPES = {
     # The head outweighs the body here as in no real model; the second shape has the proportions of a 1.7B one.
     "small": Shape(hidden=256, layers=4, vocab=32768, intermediate=768),
     "deep": Shape(hidden=256, layers=12, vocab=8192, intermediate=768),
+}
+FULL_SHAPES = {
+    "1.7B": Shape(hidden=2048, layers=28, vocab=151936, intermediate=6144, heads=(16, 8, 128)),
+    "4B": Shape(hidden=2560, layers=36, vocab=151936, intermediate=9728, heads=(32, 8, 128)),
 }
 
 
@@ -84,6 +95,7 @@ class Case:
 
 
 CASES = [Case(1, 1024), Case(8, 512)]
+FULL_CASES = [Case(1, 1024), Case(8, 1024)]
 
 
 @dataclass(frozen=True)
@@ -106,13 +118,13 @@ class Draw:
         )
 
 
-def draw(case: Case, vocab: int, seed: int, solutions: int = 1) -> Draw:
+def draw(case: Case, vocab: int, seed: int, solutions: int = 1, scale: int = SCALE) -> Draw:
     """Prompts P and P + S: the teacher reads the problem as the student does, then the solution,
-    `solutions` times over: all else stays the same."""
+    `solutions` times over: all else stays the same. All lengths are divided by `scale`."""
     random = torch.Generator().manual_seed(seed)
 
     def tokens(low: float, high: float) -> list[int]:
-        least, most = max(1, round(low / SCALE)), max(1, round(high / SCALE))
+        least, most = max(1, round(low / scale)), max(1, round(high / scale))
         n = int(torch.randint(least, most + 1, (), generator=random))
         return torch.randint(3, vocab, (n,), generator=random).tolist()
 
@@ -136,10 +148,10 @@ def padded_loss(model: Any, data: Draw) -> Tensor:
     return fused(model, rollout_hidden(model, students, rollouts), teacher)
 
 
-def packed(passes: str) -> Contender:
+def packed(passes: str, backend: str = "auto") -> Contender:
     def contender(model: Any, data: Draw) -> Tensor:
         batch = pack_dual_context(data.students, data.teachers, data.rollouts)
-        hidden = dual_hidden_states(model, batch, passes=passes)
+        hidden = dual_hidden_states(model, batch, passes=passes, backend=backend)
         return fused(model, hidden.student, hidden.teacher)
 
     return contender
@@ -186,15 +198,22 @@ CONTENDERS: dict[str, Contender] = {
     "packed_two": packed("two"),
     "packed_joint": packed("joint"),
 }
+FULL_CONTENDERS: dict[str, Contender] = {
+    "padded_loss": padded_loss,
+    **{f"packed_{p}_{b}": packed(p, b) for p in ("two", "joint") for b in ("varlen", "triton")},
+}
 
 
 def timed(contender: Contender, model: nn.Module, data: Draw) -> tuple[float, float, float]:
     """(seconds, loss, norm of the gradient)."""
     model.zero_grad(set_to_none=True)
     gc.collect()
+    wait = torch.cuda.synchronize if next(model.parameters()).is_cuda else lambda: None
+    wait()
     begun = time.perf_counter()
     loss = contender(model, data)
     loss.backward()
+    wait()
     seconds = time.perf_counter() - begun
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     return seconds, float(loss.detach()), float(norm)
@@ -219,34 +238,43 @@ def memory(contender: Contender, model: nn.Module, data: Draw) -> dict[str, int]
     del loss
     model.zero_grad(set_to_none=True)
     gc.collect()
+    if next(model.parameters()).is_cuda:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        contender(model, data).backward()
+        return {"saved_bytes": saved, "peak_bytes": torch.cuda.max_memory_allocated() - before}
     _, sizes = allocations(lambda: contender(model, data).backward())
     return {"saved_bytes": saved, "peak_bytes": peak(sizes)}
 
 
-def measure(shape: Shape, case: Case, rounds: int, names: list[str], checkpointing: bool) -> dict[str, Any]:
+def measure(
+    shape: Shape, case: Case, rounds: int, names: list[str], checkpointing: bool, device: torch.device
+) -> dict[str, Any]:
     """Times by round and contender, ratios of their medians by round, memory on the first draw."""
-    model = shape.model()
+    full = device.type == "cuda"
+    contenders, scale, tolerance = (FULL_CONTENDERS, 1, 0.05) if full else (CONTENDERS, SCALE, 1e-3)
+    model = shape.model(device)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    first = draw(case, shape.vocab, 0)
+    first = draw(case, shape.vocab, 0, scale=scale)
     records: dict[str, dict[str, Any]] = {}
     for name in names:
         records[name] = {"seconds": [], "tokens_per_second": []}
         if name == "padded_dense" and case.generations > 1:
             records[name]["memory"] = "not comparable: eight sequences at a time, backward in between"
             continue
-        records[name] |= memory(CONTENDERS[name], model, first)
-        longer = draw(case, shape.vocab, 0, solutions=2)
+        records[name] |= memory(contenders[name], model, first)
+        longer = draw(case, shape.vocab, 0, solutions=2, scale=scale)
         if name != "padded_dense":
-            records[name]["saved_bytes_solution_doubled"] = memory(CONTENDERS[name], model, longer)["saved_bytes"]
+            records[name]["saved_bytes_solution_doubled"] = memory(contenders[name], model, longer)["saved_bytes"]
     worst = 0.0
     order, tokens = list(names), []
     for number in range(rounds):
-        data = draw(case, shape.vocab, 1 + number)
+        data = draw(case, shape.vocab, 1 + number, scale=scale)
         tokens.append(data.tokens)
         seen = []
         for name in order:
-            seconds, loss, norm = timed(CONTENDERS[name], model, data)
+            seconds, loss, norm = timed(contenders[name], model, data)
             records[name]["seconds"].append(seconds)
             records[name]["tokens_per_second"].append(data.tokens / seconds)
             seen.append((loss, norm))
@@ -256,7 +284,7 @@ def measure(shape: Shape, case: Case, rounds: int, names: list[str], checkpointi
         print(
             f"  round {number + 1}: " + ", ".join(f"{n} {records[n]['seconds'][-1]:.2f} s" for n in names), flush=True
         )
-    if worst > 1e-3:
+    if worst > tolerance:
         raise RuntimeError(f"{case.key}: the contenders' losses or gradients differ by {worst:.1e}")
     rows = rows_of(first)
     return {
@@ -336,36 +364,43 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=THREADS, help="1 where other work runs on the same cores")
-    parser.add_argument("--shape", choices=SHAPES, action="append", help="default: all")
+    parser.add_argument("--shape", choices=[*SHAPES, *FULL_SHAPES], action="append", help="default: all")
     parser.add_argument("--generations", type=int, action="append", help="of the cases; default: all")
-    parser.add_argument("--only", choices=CONTENDERS, action="append", help="contenders; default: all")
-    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument(
+        "--only", choices=[*CONTENDERS, *FULL_CONTENDERS], action="append", help="contenders; default: all"
+    )
+    parser.add_argument("--data", type=Path, help="default: results/packing.json, or packing-gpu.json")
     parser.add_argument("--table", action="store_true", help="run nothing: make the README's table")
     options = parser.parse_args()
+    device, full = torch.device(options.device), options.device == "cuda"
+    options.data = options.data or (DATA.with_name("packing-gpu.json") if full else DATA)
+    shapes, cases, contenders = (FULL_SHAPES, FULL_CASES, FULL_CONTENDERS) if full else (SHAPES, CASES, CONTENDERS)
     if options.table:
         replace_section("packing", table(json.loads(options.data.read_text(encoding="utf-8"))))
         return
-    keep_memory()
+    if not full:
+        keep_memory()
     torch.set_num_threads(options.threads)
-    here = {"machine": machine(torch.device("cpu")), "scale": SCALE, "prompts": PROMPTS}
+    here = {"machine": machine(device), "scale": 1 if full else SCALE, "prompts": PROMPTS}
     results: dict[str, Any] = {**here, "shapes": {}}
     if options.data.exists():  # what is not measured now stays, if it is from the same place
         stored = json.loads(options.data.read_text(encoding="utf-8"))
         if all(stored[k] == v for k, v in here.items() if k != "machine") and same(stored["machine"], here["machine"]):
             results["shapes"] = stored["shapes"]
-    for shape_name in options.shape or SHAPES:
-        shape = SHAPES[shape_name]
+    for shape_name in options.shape or shapes:
+        shape = shapes[shape_name]
         found = results["shapes"].setdefault(shape_name, {"shape": asdict(shape), "cases": {}})
-        for case in CASES:
+        for case in cases:
             if options.generations and case.generations not in options.generations:
                 continue
-            for checkpointing in (False, True):
-                names = [n for n in options.only or CONTENDERS if not (checkpointing and n == "padded_dense")]
+            for checkpointing in (True,) if full else (False, True):
+                names = [n for n in options.only or contenders if not (checkpointing and n == "padded_dense")]
                 key = case.key + ("-checkpointed" if checkpointing else "")
                 print(f"{shape_name} {key}", flush=True)
-                found["cases"][key] = measure(shape, case, options.rounds, names, checkpointing)
+                found["cases"][key] = measure(shape, case, options.rounds, names, checkpointing, device)
                 for name, value in found["cases"][key]["ratios"].items():
                     print(f"  {name}: {value['median']:.2f} ({value['least']:.2f} to {value['most']:.2f})", flush=True)
                 options.data.parent.mkdir(exist_ok=True)

@@ -4,13 +4,16 @@
 travels to it as a keyword argument of the model, and without one it raises rather than let rows see each other.
 
 Backends: "sdpa" (CPU; fused kernels on ranges of rows), "varlen" (torch's FlashAttention) and "flash" (the package
-flash-attn), both CUDA in 16 bits, and "eager" (plain matrix products tile by tile, anywhere, the tests' reference).
+flash-attn), both CUDA in 16 bits, "triton" (this project's kernel, CUDA in 16 or 32 bits, see `triton_attention`), and
+"eager" (plain matrix products tile by tile, anywhere, the tests' reference).
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +21,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .layout import Layout, Range
+from .layout import Layout, Range, Segment
+
+logger = logging.getLogger(__name__)
 
 NAME = "opsd_packed_rows"
 KEYWORD = "opsd_packed_pass"
-BACKENDS = ("auto", "sdpa", "varlen", "flash", "eager")
+BACKENDS = ("auto", "sdpa", "varlen", "flash", "triton", "eager")
 _TILE = 512  # query rows per call where scores or masks are materialised
 
 
@@ -99,7 +104,7 @@ def packed_attention(
         backend, _ = choose_backend(query.device, query.dtype, query.shape[-1], softcap)
         if value.shape[-1] != query.shape[-1]:
             backend = "eager"
-    attend = {"sdpa": _sdpa, "varlen": _varlen, "flash": _flash, "eager": _eager}[backend]
+    attend = {"sdpa": _sdpa, "varlen": _varlen, "flash": _flash, "triton": _triton, "eager": _eager}[backend]
     return attend(query, key, value, packed.layout, scale, window, softcap).transpose(1, 2), None
 
 
@@ -111,13 +116,19 @@ def choose_backend(
         if softcap is not None:
             return "eager", "no fused CPU kernel has a softcap"
         return "sdpa", "the fused CPU kernel"
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or head_size > 256:
-        return "eager", f"no fused kernel for {dtype}, head size {head_size} on {device.type}"
-    if softcap is not None:
-        if importlib.util.find_spec("flash_attn") is None:
-            return "eager", "a softcap needs the package flash-attn, which is not installed"
-        return "flash", "flash-attn has a softcap, torch's varlen_attn has none"
-    return "varlen", "torch's own FlashAttention"
+    if device.type != "cuda":
+        return "eager", f"no fused kernel for {device.type}"
+    lacking = f"FlashAttention does not take {dtype} with head size {head_size}"
+    if dtype in (torch.float16, torch.bfloat16) and head_size <= 256:
+        if softcap is None:
+            return "varlen", "torch's own FlashAttention"
+        if importlib.util.find_spec("flash_attn") is not None:
+            return "flash", "flash-attn has a softcap, torch's varlen_attn has none"
+        lacking = "torch's varlen_attn has no softcap and flash-attn is not installed"
+    obstacle = _triton_obstacle(device, dtype, head_size, softcap is not None)
+    if obstacle:
+        return "eager", f"{lacking}, and {obstacle}"
+    return "triton", f"{lacking}, so this project's Triton kernel"
 
 
 # The reference: scores tile by tile, differentiated by autograd.
@@ -361,7 +372,7 @@ def _varlen_call(
     from torch.nn.attention.varlen import varlen_attn
 
     if softcap is not None:
-        raise ValueError(f"packing backend 'varlen' has no softcap, got {softcap}; accepted here: flash, eager")
+        raise ValueError(f"packing backend 'varlen' has no softcap, got {softcap}; accepted here: flash, triton, eager")
     window_size = (-1 if window is None else window - 1, 0)
     grouped = q.shape[1] != k.shape[1]
     sizes = (ragged.cu_q, ragged.cu_k, ragged.max_q, ragged.max_k)
@@ -419,3 +430,58 @@ def _check_alignment(backend: str, device: torch.device, dtype: torch.dtype) -> 
         got = call(q, k, v, _Ragged(cu_q, cu_k, 2, keys, None), 1.0, None, None)[:, 0, 0].tolist()
     if any(abs(a - b) > 0.05 for a, b in zip(got, (2.0, 2.5), strict=True)):
         raise RuntimeError(f"packing backend {backend!r} does not align causal masks at the last key: {got}")
+
+
+# CUDA: this project's Triton kernel, on ranges of rows.
+
+
+def _triton(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    from .triton_attention import attend
+
+    return attend(query, key, value, layout, scale, window, softcap)
+
+
+def _triton_obstacle(device: torch.device, dtype: torch.dtype, head_size: int, capped: bool) -> str:
+    """Why "auto" does not take the Triton kernel for such tensors; empty where it does."""
+    from .triton_attention import serves
+
+    fine, why = serves(device, dtype, head_size)
+    if not fine:
+        return why
+    error = _triton_error(device, dtype, head_size, capped)
+    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return "" if error <= (1e-4 if exact else 0.03) else f"the Triton kernel's self-check is off by {error:.1e}"
+
+
+@functools.cache
+def _triton_error(device: torch.device, dtype: torch.dtype, head_size: int, capped: bool) -> float:
+    """The largest relative error of output and gradients on a small layout, against "eager" in float64; infinite if
+    the kernel fails. Once per process, since a compiler or driver may do what no test has seen."""
+    layout = Layout(
+        torch.zeros(236, dtype=torch.int64),
+        torch.tensor([*range(150), *range(150, 235), 150]),
+        (Segment(0, 150), Segment(150, 235, ((0, 150),)), Segment(235, 236, ((0, 150),))),
+    )
+    draw = torch.Generator().manual_seed(0)
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        q, k, v, grad = (torch.randn(1, n, 236, head_size, generator=draw).to(device, dtype) for n in (2, 1, 1, 2))
+
+        def run(attend: Any, kind: torch.dtype, window: int | None) -> list[Tensor]:
+            inputs = [t.to(kind).requires_grad_() for t in (q, k, v)]
+            out = attend(*inputs, layout, head_size**-0.5, window, 2.0 if capped else None)
+            return [out.detach().double(), *(g.double() for g in torch.autograd.grad(out, inputs, grad.to(kind)))]
+
+        worst = 0.0
+        for window in (None, 100):
+            try:
+                got = run(_triton, dtype, window)
+            except Exception as error:  # whatever goes wrong in a compiler or a driver, there is another backend
+                logger.warning("opsd_kernels: the Triton attention fails on %s (%s); using eager", device, error)
+                return math.inf
+            for mine, want in zip(got, run(_eager, torch.float64, window), strict=True):
+                if not mine.isfinite().all():
+                    return math.inf
+                worst = max(worst, float((mine - want).norm() / want.norm()))
+        return worst

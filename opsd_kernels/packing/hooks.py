@@ -57,7 +57,8 @@ def dual_hidden_states(
         teacher: "live", the weights of `model`; "base", `model` with its LoRA adapters off; or another such model.
         passes: "two", "joint", or "auto": joint if the model checkpoints its layers anyway and the teacher runs on the
             same base weights.
-        backend: of the attention: "auto", "sdpa", "varlen", "flash" or "eager"; see `packing.attention`.
+        backend: of the attention: "auto", "sdpa", "varlen", "flash", "triton" or "eager"; see
+            `packing.attention`.
 
     Returns:
         Two tensors, (R, H) and (R, H of the teacher), on the device of the models.

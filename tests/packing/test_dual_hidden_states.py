@@ -13,6 +13,7 @@ from torch import nn
 import opsd_kernels.packing.attention as attention
 import opsd_kernels.packing.hooks as hooks
 from opsd_kernels.packing import dual_hidden_states, pack_dual_context, plan_passes
+from opsd_kernels.rows.triton_backend import INTERPRETED
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -610,8 +611,30 @@ def test_plan_says_what_and_why():
     assert not plan_passes(model, teacher="base").share_contexts
     assert plan_passes(model, teacher="live").share_contexts
     assert plan_passes(model, teacher=make_model("qwen3")).passes == "two"
-    assert hooks.choose_backend(torch.device("cuda"), torch.bfloat16)[0] == "varlen"
-    assert hooks.choose_backend(torch.device("cuda"), torch.float32)[0] == "eager"
+
+
+@pytest.mark.parametrize(("capability", "error"), [((7, 5), 0.0), ((9, 0), 0.0), ((9, 0), 0.5)])
+@pytest.mark.parametrize("flash", [False, True])
+def test_choice_on_cuda(capability, error, flash, monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if INTERPRETED:
+        pytest.skip("TRITON_INTERPRET=1 runs the kernels on the CPU only")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda _: flash or None)
+    monkeypatch.setattr(attention, "_triton_error", lambda *_: error)
+    own = "triton" if capability == (9, 0) and not error else "eager"
+
+    def choice(*arguments):
+        return hooks.choose_backend(torch.device("cuda"), *arguments)
+
+    assert choice(torch.bfloat16) == ("varlen", "torch's own FlashAttention")
+    assert choice(torch.bfloat16, 256, 50.0)[0] == ("flash" if flash else own)
+    backend, reason = choice(torch.float32, 128)
+    assert backend == own
+    assert "FlashAttention does not take torch.float32 with head size 128" in reason
+    refusal = "self-check is off by 5.0e-01" if error else "compute capability 7.5 is below 8.0"
+    assert ("this project's Triton kernel" if own == "triton" else refusal) in reason
+    assert choice(torch.float32, 256)[0] == choice(torch.float64)[0] == choice(torch.bfloat16, 512)[0] == "eager"
 
 
 # The CUDA backends, with the kernel they call replaced by what it documents.

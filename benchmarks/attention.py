@@ -1,0 +1,202 @@
+"""One layer's attention over packed rows, backend beside backend and FlexAttention: `python -m benchmarks.attention`.
+
+A round is a new draw of lengths, those of `benchmarks.packing`: on a GPU in full, on a CPU divided by its `SCALE`.
+Timed are the student's forward and backward pass and the teacher's forward pass, each of a layer's heads, all on the
+same tensors; contenders take turns, and their results must agree. What a layout costs once for all layers (tables,
+gathers, a block mask) is timed apart, as `prepare`. Results go to results/attention.json.
+
+FlexAttention is compiled on a GPU. On a CPU it has no backward pass and its time would be that of the uncompiled form,
+so there only its result is compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import machine
+from benchmarks.packing import SCALE, Case, draw
+from opsd_kernels.packing import attention, pack_dual_context
+from opsd_kernels.packing.layout import Layout
+
+DATA = Path(__file__).parent / "results" / "attention.json"
+CASES = [Case(1, 1024), Case(8, 1024)]
+CONTENDERS = {"cuda": ("varlen", "triton", "flex"), "cpu": ("sdpa", "eager", "flex")}
+TOLERANCE = {torch.bfloat16: 0.02, torch.float32: 1e-4}
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A layer's attention."""
+
+    query: int
+    key: int
+    size: int
+
+
+HEADS = {
+    "cuda": {"Qwen3-1.7B": Heads(16, 8, 128), "Qwen3-4B": Heads(32, 8, 128)},
+    "cpu": {"toy": Heads(4, 2, 64)},
+}
+
+Attend = Callable[[Tensor, Tensor, Tensor, Layout], Tensor]
+"""query (1, heads, T, D), key, value (1, key heads, T, D) → (1, heads, T, D)."""
+
+
+def backend(name: str) -> Attend:
+    function = getattr(attention, f"_{name}")
+    return lambda q, k, v, layout: function(q, k, v, layout, q.shape[-1] ** -0.5, None, None)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    return _flex_attention(q.is_cuda)(q, k, v, block_mask=_block_mask(layout), enable_gqa=q.shape[1] != k.shape[1])
+
+
+@functools.cache
+def _flex_attention(compiled: bool) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+
+
+def _block_mask(layout: Layout) -> Any:
+    """The layout's mask as FlexAttention takes it, made once per layout."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    if "flex" not in layout._cache:
+        device = layout.ids.device
+        lengths = torch.tensor([s.stop - s.start for s in layout.segments], device=device)
+
+        def by_row(values: list[int]) -> Tensor:
+            return torch.tensor(values, device=device).repeat_interleave(lengths)
+
+        first = by_row([s.start for s in layout.segments])
+        most = max(len(s.prefix) for s in layout.segments)
+        ranges = [
+            tuple(by_row([s.prefix[i][end] if i < len(s.prefix) else 0 for s in layout.segments]) for end in (0, 1))
+            for i in range(most)
+        ]
+
+        def visible(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            seen = (key <= query) & (key >= first[query])
+            for start, stop in ranges:
+                seen = seen | ((key >= start[query]) & (key < stop[query]))
+            return seen
+
+        layout._cache["flex"] = create_block_mask(visible, None, None, layout.rows, layout.rows, device=device)
+    return layout._cache["flex"]
+
+
+def contender(name: str) -> Attend:
+    return flex if name == "flex" else backend(name)
+
+
+def tensors(layout: Layout, heads: Heads, dtype: torch.dtype) -> list[Tensor]:
+    """query, key, value and the output's gradient, laid out as the models' projections leave them."""
+    device = layout.ids.device
+    draw = torch.Generator(device).manual_seed(0)
+    shapes = [(1, layout.rows, n, heads.size) for n in (heads.query, heads.key, heads.key, heads.query)]
+    return [torch.randn(*s, generator=draw, device=device).to(dtype).transpose(1, 2) for s in shapes]
+
+
+def clocked(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Seconds, and what `run` returns."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begun = time.perf_counter()
+    result = run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begun, result
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One contender on one draw."""
+
+    seconds: dict[str, float]
+    results: dict[str, Tensor]
+
+
+def measure(attend: Attend, student: Layout, teacher: Layout, heads: Heads, dtype: torch.dtype, grad: bool) -> Sample:
+    """Both contexts; each pass runs once before it is timed. The layouts must be new: they keep what was prepared."""
+    seconds, results = {}, {}
+    for name, layout, backward in (("student", student, grad), ("teacher", teacher, False)):
+        *inputs, upstream = tensors(layout, heads, dtype)
+        device = layout.ids.device
+        inputs = [t.requires_grad_(backward) for t in inputs]
+        with torch.set_grad_enabled(backward):
+            first, _ = clocked(lambda i=inputs, x=layout: attend(*i, x), device)
+            seconds[f"{name} forward"], out = clocked(lambda i=inputs, x=layout: attend(*i, x), device)
+        seconds[f"{name} prepare"] = max(0.0, first - seconds[f"{name} forward"])
+        results[name] = out.detach()
+        if backward:
+            torch.autograd.grad(out, inputs, upstream, retain_graph=True)
+            seconds[f"{name} backward"], found = clocked(
+                lambda o=out, i=inputs, u=upstream: torch.autograd.grad(o, i, u), device
+            )
+            results |= dict(zip(("dq", "dk", "dv"), found, strict=True))
+    return Sample(seconds, results)
+
+
+def compare(case: Case, heads: Heads, rounds: int, names: list[str], device: torch.device) -> dict[str, Any]:
+    dtype, scale = (torch.bfloat16, 1) if device.type == "cuda" else (torch.float32, SCALE)
+    records: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+    rows, order, worst = [], list(names), 0.0
+    for number in range(-1, rounds):  # the first one compiles and is not counted
+        data = draw(case, 1000, 1 + number, scale=scale)
+        seen: dict[str, dict[str, Tensor]] = {}
+        for name in order:
+            batch = pack_dual_context(data.students, data.teachers, data.rollouts).to(device)
+            student, teacher = batch.student.layout, batch.teacher.layout
+            grad = name != "flex" or device.type == "cuda"
+            sample = measure(contender(name), student, teacher, heads, dtype, grad)
+            seen[name] = sample.results
+            if number >= 0 and grad:
+                for part, seconds in sample.seconds.items():
+                    records[name].setdefault(part, []).append(seconds)
+        for name in names[1:]:
+            for part, got in seen[name].items():
+                want = seen[names[0]][part]
+                worst = max(worst, float((got - want).double().norm() / want.double().norm()))
+        if worst > TOLERANCE[dtype]:
+            raise RuntimeError(f"{case.key}: the contenders differ by {worst:.1e}")
+        if number >= 0:
+            rows.append([student.rows, teacher.rows])
+        order = [*order[1:], order[0]]
+    return {"case": asdict(case), "heads": asdict(heads), "rows": rows, "largest_difference": worst, "seconds": records}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=CONTENDERS, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--only", action="append", help="contenders; default: all")
+    parser.add_argument("--data", type=Path, default=DATA)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    names = options.only or list(CONTENDERS[options.device])
+    results: dict[str, Any] = {"machine": machine(device), "found": []}
+    for model, heads in HEADS[options.device].items():
+        for case in CASES:
+            found = compare(case, heads, options.rounds, names, device)
+            results["found"].append({"model": model, **found})
+            for name, parts in found["seconds"].items():
+                cells = [f"{part} {1e3 * median(values):.2f} ms" for part, values in parts.items()]
+                print(f"{model} {case.key} {name}: {', '.join(cells) or 'agrees'}", flush=True)
+            options.data.parent.mkdir(exist_ok=True)
+            options.data.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
