@@ -72,8 +72,10 @@ class Shape:
 
 
 SHAPES = {
-    # The head outweighs the body here as in no real model; the second shape has the proportions of a 1.7B one.
-    "small": Shape(hidden=256, layers=4, vocab=32768, intermediate=768),
+    # Parameters of the head over those of the body: 2.7, more than in any real model; 1.3, about that of Gemma 3 270M;
+    # 0.2, that of Qwen3 1.7B.
+    "shallow": Shape(hidden=256, layers=4, vocab=32768, intermediate=768),
+    "small": Shape(hidden=256, layers=8, vocab=32768, intermediate=768),
     "deep": Shape(hidden=256, layers=12, vocab=8192, intermediate=768),
 }
 FULL_SHAPES = {
