@@ -79,6 +79,8 @@ def run_task(task: Task) -> dict:
             "run.seed": task.seed,
             "run.threads": 1,
             "run.save": False,
+            "run.checkpoint_every": 0,
+            "run.sample_every": 0,
             "run.dir": str(Path(scratch) / "run"),
         }
         step = {"step": sft_step} if task.method.startswith("sft") else {}

@@ -118,10 +118,13 @@ def train(
             config = embedded(config, display)
         check_trackers(config.run.trackers)
         setup = _with_parts(set_up(config, teacher), rollouts, loss)
-        run_dir = _make_run_dir(name, run_dir)
         described = describe_run(setup)
-        checkpoint.replace_file(run_dir / "config.yaml", to_yaml(config))
-        checkpoint.replace_file(run_dir / "run.json", json.dumps(described, indent=2) + "\n")
+        try:
+            run_dir = _make_run_dir(name, run_dir)
+            checkpoint.replace_file(run_dir / "config.yaml", to_yaml(config))
+            checkpoint.replace_file(run_dir / "run.json", json.dumps(described, indent=2) + "\n")
+        except OSError as error:
+            raise ConfigError(f"run.dir: the run directory cannot be written: {error}") from error
         return _Loop(setup, run_dir, described["id"], display, step, evaluate).run()
 
 
