@@ -5,8 +5,10 @@ in a YAML file. Values are checked when they are read, before a model is loaded.
 """
 
 import difflib
+import json
 import math
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -111,7 +113,9 @@ class RolloutConfig:
     min_p: float = _opt(0.0, "drop tokens below this share of the likeliest; 0: off", low=0, high=1)
     batch_size: int = _opt(32, "rollouts generated together; changes memory and speed, not the samples", low=1)
     importance_cap: float | None = _opt(
-        None, "weight each token by min(p_student / p_sampler, this); none: no weights", above=0
+        None,
+        "weight each token by min(p_student / p_sampler, this), for one more product with the head; none: off",
+        above=0,
     )
 
 
@@ -126,7 +130,7 @@ class TeacherConfig:
     ema_decay: float = _opt(0.99, "with kind ema: teacher = decay * teacher + (1 - decay) * student", low=0, high=1)
     ema_every: int = _opt(1, "with kind ema: steps between updates of the teacher", low=1)
     reason_first: bool = _opt(
-        False, "the teacher first writes an analysis of each solution, once, which joins its prompt"
+        False, "at each step the teacher first writes an analysis of each solution, which joins its prompt"
     )
     reason_max_new_tokens: int = _opt(512, "longest analysis", low=1)
 
@@ -140,7 +144,12 @@ class ObjectiveConfig:
         0.5, "0: forward KL; 1: reverse KL; between: JSD, bounded and so safe without a clip", low=0, high=1
     )
     temperature: float = _opt(1.0, "of both distributions in the loss", above=0)
-    entry_clip: float | None = _opt(None, "upper bound of each vocabulary entry's term (nats)", above=0)
+    entry_clip: float | None = _opt(
+        None,
+        "upper bound of each vocabulary entry's term (nats); made for beta 0: nearer to 1, negative terms outweigh what "
+        "is left of the positive ones, and a run can collapse while its loss falls",
+        above=0,
+    )
     token_clip: float | None = _opt(None, "upper bound of each token's divergence (nats)", above=0)
     top_k: int | None = _opt(None, "compare the k likeliest tokens only", low=1)
     top_k_from: Literal["teacher", "student"] = _opt("teacher", "whose k likeliest tokens")
@@ -298,11 +307,20 @@ def describe() -> str:
     for section, cls in SECTIONS.items():
         lines.append(f"\n{section}:")
         for option in fields(cls):
-            default = "none" if option.default is None else option.default
-            default = ",".join(map(str, default)) if isinstance(default, tuple) else default
-            lines.append(f"  --{section}.{option.name.replace('_', '-')}  [{_accepted(option)}]  default {default!s}")
-            lines.append(f"      {option.metadata['help']}")
+            name = f"{section}.{option.name.replace('_', '-')}"
+            head = f"  --{name}  [{_accepted(option)}]  default {_shown(option.default)}"
+            lines += textwrap.wrap(head, 110, subsequent_indent=" " * 8, break_on_hyphens=False)
+            lines += textwrap.wrap(option.metadata["help"], 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    """A default as one would write it on the command line; text of several lines as JSON has it."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    if isinstance(value, str):
+        return json.dumps(value) if "\n" in value else value
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def to_yaml(config: Config) -> str:
@@ -390,7 +408,11 @@ def _accepted(option: Field) -> str:
         text = "|".join(typing.get_args(kind))
     elif typing.get_origin(kind) is tuple:
         args = typing.get_args(kind)
-        text = f"{args[0].__name__}s separated by commas" if args[-1] is ... else ",".join(a.__name__ for a in args)
+        text = (
+            f"{'text' if args[0] is str else args[0].__name__}, several separated by commas"
+            if args[-1] is ...
+            else ",".join(a.__name__ for a in args)
+        )
     else:
         text = {bool: "true|false", str: "text"}.get(kind, kind.__name__)
     m = option.metadata
