@@ -146,8 +146,8 @@ class ObjectiveConfig:
     temperature: float = _opt(1.0, "of both distributions in the loss", above=0)
     entry_clip: float | None = _opt(
         None,
-        "upper bound of each vocabulary entry's term (nats); made for beta 0: nearer to 1, negative terms outweigh what "
-        "is left of the positive ones, and a run can collapse while its loss falls",
+        "upper bound of each vocabulary entry's term (nats); made for beta 0: nearer to 1, negative terms outweigh "
+        "what is left of the positive ones, and a run can collapse while its loss falls",
         above=0,
     )
     token_clip: float | None = _opt(None, "upper bound of each token's divergence (nats)", above=0)
