@@ -5,7 +5,7 @@ try:
     from opsd.config import Config, ConfigError, load_config
     from opsd.evaluate import Evaluation
     from opsd.rollouts import Rollout
-    from opsd.trainer import Interrupted, NonFiniteError, RunResult, WriteError, resume, train
+    from opsd.trainer import Interrupted, NonFiniteError, RunError, RunResult, WriteError, resume, train
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"the training loop needs {error.name}, which is not installed: pip install 'opsd[train]'", name=error.name
@@ -19,6 +19,7 @@ __all__ = [
     "Interrupted",
     "NonFiniteError",
     "Rollout",
+    "RunError",
     "RunResult",
     "WriteError",
     "load_config",

@@ -23,7 +23,7 @@ from torch import nn
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8})")
-_UNFINISHED = ".unfinished-"
+UNFINISHED = ".unfinished-"
 
 
 class CheckpointError(Exception):
@@ -31,7 +31,7 @@ class CheckpointError(Exception):
 
 
 def save_checkpoint(directory: Path, step: int, state: dict[str, Any], *, run_id: str, keep: int) -> Path:
-    """Writes `state` as the checkpoint of `step` in `directory` and removes all but the last `keep` ones.
+    """Writes `state` as the checkpoint of `step` in `directory`, and of those up to it removes all but `keep`.
 
     Args:
         state: nested dicts, lists and tuples of tensors, numbers, text and None.
@@ -41,7 +41,7 @@ def save_checkpoint(directory: Path, step: int, state: dict[str, Any], *, run_id
         CheckpointError: it cannot be written (a full disk, say). Older checkpoints are then as they were.
     """
     final = directory / f"step-{step:08d}"
-    unfinished = directory / f"{_UNFINISHED}{final.name}"
+    unfinished = directory / f"{UNFINISHED}{final.name}"
     try:
         directory.mkdir(exist_ok=True)
         remove_unfinished(directory)
@@ -63,7 +63,8 @@ def save_checkpoint(directory: Path, step: int, state: dict[str, Any], *, run_id
         left = list_checkpoints(directory)
         last = f"the last good one is {left[0].name}" if left else "there is no older one"
         raise CheckpointError(f"{final}: cannot be written, {last}: {error}") from error
-    for old in list_checkpoints(directory)[keep:]:
+    # Later ones, which were passed over or come from elsewhere, must not make this one look old.
+    for old in [path for path in list_checkpoints(directory) if path.name <= final.name][keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -114,7 +115,7 @@ def latest_checkpoint(
             return path, load_checkpoint(path, run_id=run_id)
         except CheckpointError as error:
             reasons.append(str(error))
-            warn(f"warning: passed over a checkpoint: {error}")
+            warn(f"passed over a checkpoint: {error}")
     if found:
         raise CheckpointError("no checkpoint can be used:\n" + "\n".join(reasons))
     return None
@@ -129,20 +130,33 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 def remove_unfinished(directory: Path) -> None:
     """Removes what an earlier process left behind in the middle of writing, and puts back what it had set aside."""
-    for path in directory.glob(f"{_UNFINISHED}old-*"):
-        former = directory / path.name.removeprefix(f"{_UNFINISHED}old-")
+    for path in directory.glob(f"{UNFINISHED}old-*"):
+        former = directory / path.name.removeprefix(f"{UNFINISHED}old-")
         if not former.exists():
             path.rename(former)
-    for path in directory.glob(f"{_UNFINISHED}*"):
+    for path in directory.glob(f"{UNFINISHED}*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def replace_directory(directory: Path, write: Callable[[Path], None]) -> Path:
-    """Has `write` fill a new directory and puts it in the place of `directory`, which is never half-written."""
-    fresh, old = (directory.with_name(f"{_UNFINISHED}{kind}-{directory.name}") for kind in ("new", "old"))
+    """Has `write` fill a new directory and puts it in the place of `directory`, which is never half-written.
+
+    Raises:
+        OSError: it cannot be written; `directory` is as it was. So it is after any error of `write`.
+    """
+    fresh, old = (directory.with_name(f"{UNFINISHED}{kind}-{directory.name}") for kind in ("new", "old"))
     for path in (fresh, old):
         shutil.rmtree(path, ignore_errors=True)
-    write(fresh)
+    try:
+        write(fresh)
+        for path in fresh.rglob("*"):
+            if path.is_file():
+                with path.open("rb+") as file:
+                    _flush(file)
+        _flush_directory(fresh)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
     if directory.exists():
         directory.rename(old)
     fresh.rename(directory)
@@ -152,7 +166,7 @@ def replace_directory(directory: Path, write: Callable[[Path], None]) -> Path:
 
 def replace_file(path: Path, text: str) -> None:
     """Writes `text` to `path`, which holds either all of it or what it held before."""
-    fresh = path.with_name(f"{_UNFINISHED}{path.name}")
+    fresh = path.with_name(f"{UNFINISHED}{path.name}")
     with fresh.open("w", encoding="utf-8") as file:
         file.write(text)
         _flush(file)
@@ -174,8 +188,8 @@ def random_state() -> dict[str, Any]:
 def set_random_state(state: dict[str, Any]) -> None:
     """Puts back what `random_state` gave."""
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    for number, cuda in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
+        torch.cuda.set_rng_state(cuda, number)
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))
     kind, keys, *rest = state["numpy"]

@@ -100,10 +100,10 @@ def _run(train: Callable[[Any], Any]) -> int:
         disable_progress_bar()
     try:
         result = train(trainer)
-    except (trainer.NonFiniteError, trainer.WriteError, CheckpointError) as error:
-        return _fail(str(error), 1)
     except trainer.Interrupted as error:
         return _fail(str(error), 128 + error.signal)
+    except (trainer.RunError, CheckpointError) as error:
+        return _fail(str(error), 1)
     except torch.cuda.OutOfMemoryError as error:
         advice = "lower optim.micro_batch_size or rollout.batch_size, or set model.gradient_checkpointing"
         return _fail(f"the GPU is out of memory: {advice}\n{error}", 1)
@@ -120,6 +120,9 @@ def _run(train: Callable[[Any], Any]) -> int:
     print(f"metrics and samples: {result.run_dir}")
     if result.model_dir:
         print(f"model: {result.model_dir}")
+    if best := result.summary["best"]:
+        where = f": {result.run_dir / 'best'}" if (result.run_dir / "best").exists() else ""
+        print(f"best evaluation: {best['accuracy']:.1%} after step {best['step']}{where}")
     return 0
 
 

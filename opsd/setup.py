@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import json
 import platform
+import random
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -20,9 +25,11 @@ from opsd.checkpoint import fingerprint
 from opsd.config import Config, ConfigError
 from opsd.data import DataError, name_rows
 from opsd.metrics import Display
+from opsd.optim import learning_rate
 from opsd.prompts import Example, Prompter, read_examples
+from opsd.rollouts import Rollout
 from opsd.scorers import Scorer, scorer_of
-from opsd.step import Run
+from opsd.step import Run, token_divergence
 from opsd.teachers import Teacher, make_teacher
 from opsd_kernels import lm_head_of
 from opsd_kernels.packing import plan_passes
@@ -33,7 +40,7 @@ MakeTeacher = Callable[[Config, nn.Module, Any], Teacher]
 
 @dataclass(frozen=True)
 class Setup:
-    """A run that is ready for its first step. `notes` say how it will be done."""
+    """A run that is ready for its first step. `notes` say how it will be done, `warnings` what may be a mistake."""
 
     run: Run
     prompter: Prompter
@@ -42,14 +49,28 @@ class Setup:
     eval_examples: list[Example]
     counts: dict[str, int]
     notes: list[str]
+    warnings: list[str]
 
     def identity(self) -> dict[str, str]:
-        """What a checkpoint relies on and does not hold: digests of the initial weights and of the data."""
-        data = hashlib.sha256()
-        for example in (*self.examples, *self.eval_examples):
-            data.update(repr((example.student, example.teacher, example.row.answer)).encode())
-        weights = fingerprint(sorted(self.run.model.named_parameters()))
-        return {"initial_weights": weights, "data": data.hexdigest()[:16]}
+        """What a checkpoint relies on and does not hold: digests of initial weights, the teacher's, and the data."""
+        found = {
+            "model.path": fingerprint(sorted(self.run.model.named_parameters())),
+            "data.train": _digest(self.examples),
+            "data.eval": _digest(self.eval_examples),
+        }
+        if self.run.config.teacher.kind == "model" and isinstance(self.run.teacher.source, nn.Module):
+            found["teacher.path"] = fingerprint(sorted(self.run.teacher.source.named_parameters()))
+        return found
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    """Of all that training or a scorer may read of `examples`."""
+    digest = hashlib.sha256()
+    for example in examples:
+        row = example.row
+        read = (example.student, example.teacher, row.problem, row.solution, row.answer, row.teacher_prompt, row.record)
+        digest.update(json.dumps(read, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
 
 
 def set_up(config: Config, make: MakeTeacher = make_teacher) -> Setup:
@@ -62,7 +83,7 @@ def set_up(config: Config, make: MakeTeacher = make_teacher) -> Setup:
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     scorer = scorer_of(config)
-    torch.manual_seed(config.run.seed)
+    seed_all(config.run.seed)
     tokenizer = models.load_tokenizer(config.model.path)
     prompter = Prompter(tokenizer, config.prompts)
     data = {"train": read_examples(config, prompter, config.data.train or "", required=("problem", "solution"))}
@@ -72,7 +93,7 @@ def set_up(config: Config, make: MakeTeacher = make_teacher) -> Setup:
             config, prompter, config.data.eval, required=required, most=config.eval.max_problems
         )
     counts: dict[str, int] = {}
-    notes = []
+    warnings = []
     for name, part in data.items():
         counts |= {
             f"{name}_rows": len(part.examples),
@@ -84,7 +105,7 @@ def set_up(config: Config, make: MakeTeacher = make_teacher) -> Setup:
             ("are too long and dropped", part.too_long),
         ):
             if rows:
-                notes.append(name_rows(f"warning: {len(rows)} rows of data.{name} {what}:", rows))
+                warnings.append(name_rows(f"{len(rows)} rows of data.{name} {what}:", rows))
     examples = data["train"].examples
     eval_examples = data["eval"].examples if "eval" in data else []
 
@@ -99,41 +120,102 @@ def set_up(config: Config, make: MakeTeacher = make_teacher) -> Setup:
     teacher = make(config, model, tokenizer)
     packed, how = _packing(config, model, teacher)
     run = Run(config, model, tokenizer, head, teacher, device, ends, pad, packed)
-    return Setup(run, prompter, scorer, examples, eval_examples, counts, [*notes, how])
+    if config.model.dtype == "bfloat16" and not config.lora.enabled:
+        warnings.append("full training of bfloat16 weights loses small updates; model.dtype float32 keeps them")
+    if config.optim.warmup_steps >= config.optim.steps:
+        reached = learning_rate(config.optim, config.optim.steps)
+        warnings.append(f"optim.warmup_steps is not below optim.steps: the learning rate never passes {reached:.3g}")
+    told = sum(bool(example.teacher) for example in eval_examples)
+    if told < len(eval_examples):
+        warnings.append(
+            f"the teacher is not evaluated: {len(eval_examples) - told} rows of data.eval have nothing for it to read"
+        )
+    return Setup(run, prompter, scorer, examples, eval_examples, counts, [how], warnings)
+
+
+def check_objective(run: Run) -> None:
+    """Tries the loss of `run` on two rows, so that what it refuses shows before the first step.
+
+    Raises:
+        ConfigError: the kernels refuse an option of `objective` on this model or machine.
+    """
+    student, teacher = (head.weight.new_zeros(2, head.weight.shape[1]) for head in (run.head, run.teacher.head))
+    rollout = Rollout([0, 0], truncated=True, logprobs=[0.0, 0.0])
+    try:
+        with torch.no_grad(), models.autocast(run.config, run.device):
+            token_divergence(run, student, teacher, [rollout], 2)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"objective: {error}") from error
+
+
+def seed_all(seed: int) -> None:
+    """Seeds the generators of torch (all devices), Python and numpy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def absolute_paths(config: Config) -> Config:
+    """`config` with its local paths made independent of the working directory."""
+
+    def absolute(path: str | None) -> str | None:
+        return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
+
+    scorer = config.eval.scorer
+    file, colon, name = scorer.rpartition(":")
+    if colon and file.endswith(".py"):
+        scorer = f"{absolute(file)}:{name}"
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, path=absolute(config.model.path)),
+        data=dataclasses.replace(config.data, train=absolute(config.data.train), eval=absolute(config.data.eval)),
+        teacher=dataclasses.replace(config.teacher, path=absolute(config.teacher.path)),
+        eval=dataclasses.replace(config.eval, scorer=scorer),
+    )
 
 
 def describe_run(setup: Setup) -> dict[str, Any]:
-    """What `run.json` holds: the run's own id, when and with what it was started, and `Setup.identity`."""
+    """What `run.json` holds: the run's own id, when it was started, on what, and `Setup.identity`."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"id": uuid.uuid4().hex, "created": now, **_environment(setup.run.device), "identity": setup.identity()}
+
+
+def _environment(device: torch.device) -> dict[str, Any]:
     packages = {}
     for name in ("torch", "transformers", "peft", "triton", "opsd"):
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             packages[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    device = torch.cuda.get_device_name(setup.run.device) if setup.run.device.type == "cuda" else platform.machine()
     return {
-        "id": uuid.uuid4().hex,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "device": device,
         "packages": packages,
-        **setup.identity(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
     }
 
 
-def check_identity(setup: Setup, described: Mapping[str, Any]) -> None:
-    """Whether model and data are those that the run of `run.json` began with.
+def check_identity(setup: Setup, described: Mapping[str, Any], *, same_evaluation: bool = True) -> list[str]:
+    """Whether model, teacher and data are those that the run of `run.json` began with.
+
+    Args:
+        same_evaluation: whether the options that choose the rows of data.eval are the same, too.
+
+    Returns:
+        What else is not as it was, so that the run goes on a little differently.
 
     Raises:
-        ConfigError: they have changed, so that a resumed run would be another one.
+        ConfigError: one of them has changed, so that a resumed run would be another one.
     """
-    sources = {"initial_weights": "model.path", "data": "data.train, data.eval or prompts"}
+    began = described.get("identity") or {}
     for name, value in setup.identity().items():
-        if described.get(name) != value:
+        if began.get(name) != value and (same_evaluation or name != "data.eval"):
             raise ConfigError(
-                f"the run began with {name.replace('_', ' ')} {described.get(name)!r}, now they are {value!r}: what "
-                f"{sources[name]} names has changed since"
+                f"what {name} names has changed since the run began: its digest was {began.get(name)!r}, now {value!r}"
             )
+    return [
+        f"the run began with {name} {described.get(name)}, now it is {value}: from here it may differ a little"
+        for name, value in _environment(setup.run.device).items()
+        if described.get(name) != value
+    ]
 
 
 def embedded(config: Config, display: Display) -> Config:
@@ -158,13 +240,13 @@ def introduce(setup: Setup, run_dir: Any, display: Display) -> None:
     total = sum(p.numel() for p in run.model.parameters())
     display.note(f"run directory {run_dir}; {run.device.type}; {trained:,} of {total:,} parameters are trained")
     display.note("; ".join(f"{name.replace('_', ' ')} {count}" for name, count in setup.counts.items()))
-    if run.config.model.dtype == "bfloat16" and not run.config.lora.enabled:
-        display.note("warning: full training of bfloat16 weights loses small updates; model.dtype float32 keeps them")
     for name, ids in (("student", example.student), ("teacher", example.teacher)):
         display.note(f"--- first {name} prompt, {len(ids)} tokens ---\n{run.tokenizer.decode(ids)}")
     display.note("---")
     for note in setup.notes:
         display.note(note)
+    for warning in setup.warnings:
+        display.warn(warning)
 
 
 def _check_context(config: Config, model: nn.Module, examples: Sequence[Example]) -> None:

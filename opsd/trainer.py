@@ -10,25 +10,37 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
 
 from opsd import checkpoint, models
-from opsd.config import Config, ConfigError, OptimConfig, load_config, to_yaml
+from opsd.config import Config, ConfigError, EvalConfig, load_config, to_yaml
 from opsd.data import batches
 from opsd.evaluate import Context, Evaluation
 from opsd.evaluate import evaluate as score_answers
 from opsd.metrics import Clock, Display, append_json, host_values, peak_memory, rewind_json
+from opsd.optim import learning_rate, make_optimizer
 from opsd.prompts import Example
 from opsd.reasoning import analyse
 from opsd.rollouts import Rollout
-from opsd.setup import MakeTeacher, Setup, check_identity, describe_run, embedded, introduce, set_up
+from opsd.setup import (
+    MakeTeacher,
+    Setup,
+    absolute_paths,
+    check_identity,
+    check_objective,
+    describe_run,
+    embedded,
+    introduce,
+    set_up,
+)
 from opsd.step import Divergence, Run, Sampler, Step, opsd_step
 from opsd.teachers import make_teacher
 from opsd.token_view import token_view
@@ -36,21 +48,30 @@ from opsd.trackers import check_trackers, eval_values, make_trackers, train_valu
 from opsd.watch import Watch
 
 
-class NonFiniteError(Exception):
+class RunError(Exception):
+    """A run stopped before its end; the message says why and what is safe."""
+
+
+class NonFiniteError(RunError):
     """The loss or its gradient is infinite or not a number. The optimiser has not used it."""
 
 
-class Interrupted(Exception):
-    """The run was asked to stop; the message says what was kept. `signal` is the number of the signal."""
+class WriteError(RunError):
+    """Something of the run cannot be written, a full disk for example."""
+
+
+class Interrupted(RunError):
+    """The run was asked to stop. `signal` is the number of the signal."""
 
     def __init__(self, message: str, signal: int = signal.SIGINT):
         super().__init__(message)
         self.signal = signal
 
 
-class WriteError(Exception):
-    """Something of the run cannot be written, a full disk for example; the message says what is safe."""
+LOCK = ".lock"
 
+PATHS = ("model.path", "teacher.path", "data.train", "data.eval")
+"""What a resumed run may find elsewhere; `check_identity` sees to it that it is the same."""
 
 Evaluate = Callable[[Run, nn.Module, Sequence[Example], Context], Evaluation]
 """evaluate(run, model, examples, context): how well `model` answers under the prompts of `context`."""
@@ -106,11 +127,13 @@ def train(
     Raises:
         ConfigError: the run cannot start as asked (`DataError` for a row that cannot be used).
         NonFiniteError: before the optimiser would have used a non-finite loss or gradient.
-        Interrupted: on the first Ctrl-C or SIGTERM, once the step is done and a checkpoint is written.
+        Interrupted: on the first Ctrl-C or SIGTERM, once the step is done and a checkpoint is written; on the second.
         WriteError: a file of the run cannot be written.
+        RunError: something else stopped the run between two steps, a scorer that failed, say.
     """
     if not isinstance(config, Config):
         config = load_config(config)
+    config = absolute_paths(config)
     with Display(every=config.run.log_every, quiet=quiet) as display:
         run_dir = _check_run_dir(config)
         name = Path(config.model.path).name if config.model.path else "tiny"
@@ -121,11 +144,13 @@ def train(
         described = describe_run(setup)
         try:
             run_dir = _make_run_dir(name, run_dir)
+            lock = _lock(run_dir)
             checkpoint.replace_file(run_dir / "config.yaml", to_yaml(config))
-            checkpoint.replace_file(run_dir / "run.json", json.dumps(described, indent=2) + "\n")
+            checkpoint.replace_file(run_dir / "run.json", _as_json(described))
         except OSError as error:
             raise ConfigError(f"run.dir: the run directory cannot be written: {error}") from error
-        return _Loop(setup, run_dir, described["id"], display, step, evaluate).run()
+        with lock:
+            return _Loop(setup, run_dir, described["id"], display, step, evaluate).run()
 
 
 def resume(
@@ -146,35 +171,56 @@ def resume(
 
     Args:
         run_dir: a run directory that `train` made.
-        overrides: (dotted option, value) pairs; `optim.steps` and the sections eval and run may change. Other steps
-            also change the learning rates of a schedule that ends at 0.
+        overrides: (dotted option, value) pairs; `optim.steps`, the sections eval and run, and the paths of model,
+            teacher and data may change, these if the same things lie there. Other steps also change the learning rates
+            of a schedule that ends at 0; what an evaluation measures, if changed, makes the count for the best one new.
 
     Raises:
-        ConfigError: the directory holds no run, another option would change, or model or data have changed since.
+        ConfigError: the directory holds no run, another process works on it, another option would change, or model,
+            teacher or data have changed since.
         CheckpointError: there are checkpoints, and none can be used.
         Others: as `train`.
     """
     run_dir, overrides = Path(run_dir), list(overrides)
     described = _read_description(run_dir)
-    began = load_config(run_dir / "config.yaml")
-    config = load_config(run_dir / "config.yaml", overrides)
+    with _lock(run_dir):
+        began = load_config(run_dir / "config.yaml")
+        config = absolute_paths(load_config(run_dir / "config.yaml", overrides))
+        changed = _changes(began, config)
+        with Display(every=config.run.log_every, quiet=quiet) as display:
+            check_trackers(config.run.trackers)
+            setup = _with_parts(set_up(config, teacher), rollouts, loss)
+            differences = check_identity(setup, described, same_evaluation="eval.max_problems" not in changed)
+            setup.warnings.extend(differences)
+            loop = _Loop(setup, run_dir, described["id"], display, step, evaluate)
+            loop.restore(same_measure=not changed & MEASURE)
+            checkpoint.replace_file(run_dir / "config.yaml", to_yaml(config))
+            checkpoint.replace_file(run_dir / "run.json", _as_json({**described, "identity": setup.identity()}))
+            return loop.run()
+
+
+MEASURE = {f"eval.{f.name}" for f in dataclasses.fields(EvalConfig)} - {
+    f"eval.{name}" for name in ("every", "keep_best", "patience", "batch_size")
+}
+"""Options that change what an evaluation measures."""
+
+
+def _changes(began: Config, config: Config) -> set[str]:
+    """The options in which a resumed run differs, if all of them may; else a ConfigError."""
+    changed = set()
     for name, section in asdict(began).items():
         for option, value in section.items():
-            now = getattr(getattr(config, name), option)
-            fixed = name not in ("eval", "run") and (name, option) != ("optim", "steps")
-            if now != value and (fixed or (name, option) in (("run", "seed"), ("run", "dir"))):
+            full, now = f"{name}.{option}", getattr(getattr(config, name), option)
+            if now == value:
+                continue
+            free = name in ("eval", "run") or full == "optim.steps" or full in PATHS
+            if not free or full in ("run.seed", "run.dir"):
                 raise ConfigError(
-                    f"{name}.{option} is {now!r}, the run began with {value!r}; a resumed run may change optim.steps "
-                    "and the sections eval and run, but for run.seed and run.dir"
+                    f"{full} is {now!r}, the run began with {value!r}; a resumed run may change optim.steps, "
+                    f"{', '.join(PATHS)} and the sections eval and run, but for run.seed and run.dir"
                 )
-    with Display(every=config.run.log_every, quiet=quiet) as display:
-        check_trackers(config.run.trackers)
-        setup = _with_parts(set_up(config, teacher), rollouts, loss)
-        check_identity(setup, described)
-        loop = _Loop(setup, run_dir, described["id"], display, step, evaluate)
-        loop.restore()
-        checkpoint.replace_file(run_dir / "config.yaml", to_yaml(config))
-        return loop.run()
+            changed.add(full)
+    return changed
 
 
 class _Loop:
@@ -190,6 +236,7 @@ class _Loop:
         self.progress, self.watch = Progress(), Watch(self.config)
         self.trackers = make_trackers((), run_dir=run_dir, config={})
         self.saved_step = 0  #: of the newest checkpoint
+        self.resumed, self.random_state = False, None  # type: bool, dict[str, Any] | None
         self.began = time.perf_counter()
 
     def run(self) -> RunResult:
@@ -200,7 +247,7 @@ class _Loop:
             self.config.run.trackers,
             run_dir=self.run_dir,
             config=asdict(self.config),
-            resume_step=self.progress.step or None,
+            resume_step=self.progress.step if self.resumed else None,
             warn=self.display.warn,
         )
         try:
@@ -210,14 +257,35 @@ class _Loop:
                 self._train()
                 model_dir = self._save_model(self.run_dir / "model") if self.config.run.save else None
                 summary = self._summary(model_dir)
-                checkpoint.replace_file(self.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
-        except OSError as error:
-            raise WriteError(f"{error}; {self._what_is_safe()}") from error
+                with self._writing():
+                    checkpoint.replace_file(self.run_dir / "summary.json", _as_json(summary))
+        except ConfigError as error:  # of a scorer, say; the run could start
+            raise RunError(f"{error}; {self._what_is_safe()}") from error
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped by the user; {self._what_is_safe()}") from None
         evaluations = {name: Evaluation.of(values) for name, values in self.progress.evaluations.items()}
         return RunResult(self.run_dir, model_dir, evaluations, summary["seconds"], summary)
 
-    def restore(self) -> None:
-        """Takes up the newest usable checkpoint, and takes back what was logged after it."""
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Where a file of the run is written: an error says what is safe."""
+        from safetensors import SafetensorError
+
+        try:
+            yield
+        except (OSError, SafetensorError, checkpoint.CheckpointError) as error:
+            raise WriteError(f"{error}; {self._what_is_safe()}") from error
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        with self._writing():
+            append_json(self.run_dir / f"{name}.jsonl", record)
+
+    def restore(self, *, same_measure: bool = True) -> None:
+        """Takes up the newest usable checkpoint, and takes back what was logged after it.
+
+        `same_measure`: whether evaluations measure what they did, so that the best one so far still is.
+        """
+        self.resumed = True
         checkpoint.remove_unfinished(self.run_dir)
         found = checkpoint.latest_checkpoint(self._checkpoints, run_id=self.run_id, warn=self.display.warn)
         if found is None:
@@ -233,8 +301,11 @@ class _Loop:
                 self.watch.load_state_dict(state["watch"])
             except (ValueError, KeyError, TypeError) as error:
                 raise checkpoint.CheckpointError(f"{path}: does not fit this run: {error}") from error
-            checkpoint.set_random_state(state["random"])
+            self.random_state = state["random"]
             last = self.saved_step = self.progress.step
+            if not same_measure and self.progress.best is not None:
+                self.display.note("evaluations now measure something else: the count for the best one begins anew")
+                self.progress.best, self.progress.since_best = None, 0
         (self.run_dir / "summary.json").unlink(missing_ok=True)
         for name in ("metrics", "evaluations", "samples"):
             rewind_json(self.run_dir / f"{name}.jsonl", last)
@@ -248,6 +319,8 @@ class _Loop:
         earlier = progress.seconds
         order = batches(len(self.setup.examples), options.batch_size, self.config.run.seed, start=progress.step)
         self.state.model.train()
+        if self.random_state is not None:  # last of all, since loading and trackers may draw
+            checkpoint.set_random_state(self.random_state)
         with _StopRequest(self.display) as stop:
             while progress.step < options.steps and not self._out_of_patience():
                 batch = [self.setup.examples[i] for i in next(order)]
@@ -302,7 +375,7 @@ class _Loop:
         record |= {"tokens_per_second": result.tokens / seconds, "seconds": seconds, **phases}
         record["peak_memory_bytes"] = peak_memory(run.device)
         record["warnings"] = self.watch.check(record)
-        append_json(self.run_dir / "metrics.jsonl", record)
+        self._append("metrics", record)
         self.trackers.log(number, train_values(record))
         text = "  ".join(f"{k} {record[k]:.4g}" for k in ("loss", "rollout_length", "grad_norm") if k in record)
         text += f"  {record['tokens_per_second']:.0f} tokens/s"
@@ -310,7 +383,7 @@ class _Loop:
         for warning in record["warnings"]:
             self.display.warn(f"step {number}: {warning}")
         for sample in samples:
-            append_json(self.run_dir / "samples.jsonl", sample)
+            self._append("samples", sample)
             self.trackers.text(number, "samples/rollout", sample["rollout"])
         return record
 
@@ -355,6 +428,9 @@ class _Loop:
             self.progress.best, self.progress.since_best = best, 0
             if self.config.eval.keep_best:
                 self._save_model(self.run_dir / "best")
+                base = self.progress.evaluations.get("base")
+                if base is not None and result.accuracy <= base["accuracy"]:
+                    self.display.note("the best so far, and no better than the model before training")
         if self._out_of_patience() and name != "trained":
             self.progress.evaluations["trained"] = asdict(result)
             than = f"{best['accuracy']:.1%} at step {best['step']}"
@@ -365,13 +441,14 @@ class _Loop:
         return patience is not None and self.progress.since_best >= patience
 
     def _evaluate(self, model: nn.Module, examples: Sequence[Example], context: Context) -> Evaluation:
-        return self.evaluate(self.state, model, examples, context)
+        with models.evaluating(model), torch.no_grad():  # whatever a user's function does to it
+            return self.evaluate(self.state, model, examples, context)
 
     def _evaluated(self, name: str, result: Evaluation) -> None:
         peak_memory(self.state.device)  # starts anew, so that the next step reports its own
         self.display.note(f"accuracy, {name}: {result}")
         record = asdict(result)
-        append_json(self.run_dir / "evaluations.jsonl", {"step": self.progress.step, "name": name, **record})
+        self._append("evaluations", {"step": self.progress.step, "name": name, **record})
         of = name if name in ("base", "teacher") else "eval"
         passes = {str(passed["k"]): passed["value"] for passed in record["pass_at"]}
         self.trackers.log(self.progress.step, eval_values({**record, "pass_at": passes}, of=of))
@@ -388,10 +465,8 @@ class _Loop:
             "random": checkpoint.random_state(),
         }
         step, keep = self.progress.step, self.config.run.keep_checkpoints
-        try:
+        with self._writing():
             checkpoint.save_checkpoint(self._checkpoints, step, state, run_id=self.run_id, keep=keep)
-        except checkpoint.CheckpointError as error:
-            raise WriteError(f"{error}; {self._what_is_safe()}") from error
         self.saved_step = step
 
     def _what_is_safe(self) -> str:
@@ -415,7 +490,8 @@ class _Loop:
 
     def _save_model(self, directory: Path) -> Path:
         """The model, or its adapter, and the tokenizer, for `from_pretrained`."""
-        return checkpoint.replace_directory(directory, lambda fresh: save_model(self.state, fresh))
+        with self._writing():
+            return checkpoint.replace_directory(directory, lambda fresh: save_model(self.state, fresh))
 
 
 class _StopRequest:
@@ -455,33 +531,35 @@ def save_model(run: Run, directory: Path) -> None:
     run.tokenizer.save_pretrained(directory)
 
 
-def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
-    """AdamW over what requires a gradient; norms and biases, all vectors, do not decay."""
-    options = config.optim
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": options.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    assert options.lr is not None  # load_config fills it in
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=options.lr, betas=options.betas)
-
-
-def learning_rate(options: OptimConfig, number: int) -> float:
-    """The rate of step `number`, counted from 1; never 0, which would waste the step's rollouts."""
-    assert options.lr is not None  # load_config fills it in
-    warmup = options.warmup_steps
-    if number <= warmup:
-        return options.lr * number / (warmup + 1)
-    done = (number - warmup - 1) / max(1, options.steps - warmup)
-    factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
-    return options.lr * factor[options.schedule]
-
-
 def _with_parts(setup: Setup, rollouts: Sampler | None, loss: Divergence | None) -> Setup:
     run = setup.run
+    if loss is None:
+        check_objective(run)
     run = dataclasses.replace(run, sample=rollouts or run.sample, divergence=loss or run.divergence)
     return dataclasses.replace(setup, run=run)
+
+
+def _as_json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=2) + "\n"
+
+
+def _lock(run_dir: Path) -> IO[str]:
+    """A file in `run_dir` that this process alone holds until it is closed.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    file = (run_dir / LOCK).open("a+", encoding="utf-8")
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # Windows
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ConfigError(f"{run_dir}: another process works on this run") from None
+    return file
 
 
 def _read_description(run_dir: Path) -> dict[str, Any]:
@@ -497,7 +575,12 @@ def _check_run_dir(config: Config) -> Path | None:
     if config.run.dir is None:
         return None
     directory = Path(config.run.dir)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    # A run killed before it had begun leaves no more than this.
+    early = {LOCK, "config.yaml"}
+    if directory.exists() and (
+        not directory.is_dir()
+        or any(p.name not in early and not p.name.startswith(checkpoint.UNFINISHED) for p in directory.iterdir())
+    ):
         raise ConfigError(
             f"run.dir {config.run.dir!r} is not empty; name a new directory, a run never overwrites another, or go on "
             f"with it by opsd train --resume {directory}"

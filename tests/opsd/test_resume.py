@@ -31,12 +31,15 @@ CASES = [(teacher, adapted) for teacher in TEACHERS for adapted in (False, True)
 TIMED = ("seconds", "tokens_per_second", "peak_memory_bytes")
 
 
-def work(argv: list[str], log: str, slow_write: float = 0, file_limit: int | None = None) -> None:
+def work(
+    argv: list[str], log: str, slow_write: float = 0, file_limit: int | None = None, directory: Path | None = None
+) -> None:
     """One process of a run; what it prints goes to `log`."""
     import opsd.checkpoint
     from opsd.cli import main
 
     torch.set_num_threads(1)
+    os.chdir(directory or "/")
     with open(log, "w", buffering=1) as file:
         sys.stdout = sys.stderr = file
         if slow_write:
@@ -87,8 +90,6 @@ class Runs:
     def start(self, run: Path, *extra: str, **how):
         again = (run / "run.json").exists()
         words = ["--resume", str(run)] if again else [*self.options, f"--run.dir={run}"]
-        if not again:
-            shutil.rmtree(run, ignore_errors=True)  # killed before it was more than a directory
         process = FORKS.Process(target=work, args=(["train", *words, *extra], str(self.log)), kwargs=how)
         process.start()
         return process
@@ -100,9 +101,9 @@ class Runs:
         assert process.exitcode == code, said[-3000:]
         return said
 
-    def stop_after(self, run: Path, step: int) -> None:
+    def stop_after(self, run: Path, step: int, **how) -> None:
         """Kills a process of `run` once it has logged `step`."""
-        process = self.start(run)
+        process = self.start(run, **how)
         while process.is_alive() and steps_logged(run) < step:
             time.sleep(0.002)
         process.kill()
@@ -295,16 +296,92 @@ def test_a_finished_run_can_be_made_longer_and_nothing_else(runs):
             assert torch.equal(short[name], value)
 
 
+def test_a_checkpoint_from_elsewhere_does_not_push_out_good_ones(runs):
+    run = runs.directory / "run"
+    runs.stop_after(run, EVERY + 1)
+    good = newest(run)[0]
+    later = run / "checkpoints" / "step-00000099"
+    shutil.copytree(run / "checkpoints" / f"step-{good:08d}", later)
+    other_run(later)
+    said = runs.finish(run, "--run.keep_checkpoints=1", f"--optim.steps={good + EVERY}")
+    assert "warning: passed over a checkpoint" in said
+    assert "warning: warning" not in said
+    assert newest(run) == [99, good + EVERY]
+    assert f"going on after step {good + EVERY}" in runs.finish(run, f"--optim.steps={good + EVERY + 1}")
+
+
+def test_a_full_disk_under_the_trained_model(runs):
+    run = runs.directory / "full"
+    runs.options.append("--run.checkpoint_every=0")
+    size = next((runs.directory / "base").glob("*.safetensors")).stat().st_size
+    said = runs.finish(run, "--lora.enabled=false", "--optim.steps=1", code=1, file_limit=size // 2)
+    assert "starts anew" in said
+    assert "Traceback" not in said
+    assert not list(run.glob(".unfinished*"))
+    assert not (run / "model").exists()
+    assert not (run / "best").exists()
+
+
+def test_two_processes_do_not_share_a_run(runs):
+    run = runs.directory / "run"
+    first = runs.start(run)
+    while first.is_alive() and steps_logged(run) < 1:
+        time.sleep(0.002)
+    os.kill(first.pid, signal.SIGSTOP)
+    second = FORKS.Process(target=work, args=(["train", "--resume", str(run)], str(runs.directory / "second")))
+    second.start()
+    second.join()
+    os.kill(first.pid, signal.SIGCONT)
+    first.join()
+    assert (first.exitcode, second.exitcode) == (0, 2)
+    assert "another process" in (runs.directory / "second").read_text()
+
+
+def test_from_another_working_directory_and_after_a_move(runs, expected, monkeypatch):
+    here = {f"--{name}": str(runs.directory) for name in ("model.path", "data.train", "data.eval")}
+    absolute = list(runs.options)
+    runs.options = [o.replace(f"{runs.directory}/", "") if o.split("=")[0] in here else o for o in runs.options]
+    assert runs.options != absolute
+    run = runs.directory / "run"
+    runs.stop_after(run, EVERY + 1, directory=runs.directory)
+    moved = runs.directory / "elsewhere"
+    shutil.move(run, moved)
+    shutil.move(runs.directory / "base", runs.directory / "base-2")
+    said = runs.finish(moved, code=2)
+    assert "model.path" in said
+    runs.finish(moved, f"--model.path={runs.directory / 'base-2'}")
+    assert_same(outcome(moved), expected)
+
+
+def test_evaluations_may_change_and_the_rows_they_had_may_not(runs):
+    run = runs.directory / "run"
+    runs.stop_after(run, 12)
+    said = runs.finish(run, "--eval.max_problems=1")
+    assert "begins anew" in said
+    assert "begins anew" not in runs.finish(run, f"--optim.steps={STEPS + 1}")
+    write_rows(runs.directory / "eval.jsonl", 3, solution="another")
+    assert "what data.eval names has changed" in runs.finish(run, f"--optim.steps={STEPS + 2}", code=2)
+
+
 def test_another_model_or_other_data_is_named(runs):
     run = runs.directory / "run"
     runs.stop_after(run, 2)
     write_rows(runs.directory / "train.jsonl", 7)
-    assert "data.train" in runs.finish(run, code=2)
+    assert "what data.train names has changed" in runs.finish(run, code=2)
     write_rows(runs.directory / "train.jsonl")
     from _models import model
 
     model(seed=9).save_pretrained(runs.directory / "base")
-    assert "model.path" in runs.finish(run, code=2)
+    assert "what model.path names has changed" in runs.finish(run, code=2)
+
+
+def test_another_teacher_is_named(tmp_path):
+    runs = Runs(tmp_path, "model", False)
+    runs.stop_after(tmp_path / "run", 2)
+    from _models import model
+
+    model(seed=6).save_pretrained(tmp_path / "other")
+    assert "what teacher.path names has changed" in runs.finish(tmp_path / "run", code=2)
 
 
 def test_what_is_no_run_is_named(tmp_path, capsys):

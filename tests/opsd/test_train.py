@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opsd.cli import main
 from opsd.config import OptimConfig, load_config
-from opsd.evaluate import wilson
+from opsd.evaluate import Evaluation, wilson
+from opsd.optim import learning_rate, make_optimizer
 from opsd.scorers import extract
 from opsd.step import StepResult, opsd_step, supervised_loss
-from opsd.trainer import NonFiniteError, learning_rate, make_optimizer, train
+from opsd.trainer import NonFiniteError, train
 
 
 @pytest.fixture
@@ -238,3 +240,56 @@ def test_packed_and_padded_runs_learn_the_same(setup, tmp_path):
     for packed, padded in zip(records["on"], records["off"], strict=True):
         for name in ("loss", "grad_norm", "student_entropy", "teacher_entropy"):
             assert packed[name] == pytest.approx(padded[name], rel=1e-3, abs=1e-6)
+
+
+def test_a_users_error_is_not_taken_for_one_of_the_disk(setup):
+    def rollouts(run, batch, number):
+        raise ConnectionError("the engine is down")
+
+    with pytest.raises(ConnectionError, match="the engine is down"):
+        train(load_config(None, setup.items()), rollouts=rollouts, quiet=True)
+
+
+def test_an_evaluation_of_ones_own_cannot_change_how_training_goes_on(setup):
+    modes = []
+
+    def step(run, batch, number):
+        modes.append(run.model.training)
+        return opsd_step(run, batch, number)
+
+    def evaluate(run, student, examples, context):
+        student.eval()
+        assert not torch.is_grad_enabled()
+        return Evaluation(0.5, 0.4, 0.6, len(examples), 1, 3.0, 0.0)
+
+    config = load_config(None, {**setup, "eval.every": "1", "optim.steps": "3"}.items())
+    train(config, step=step, evaluate=evaluate, quiet=True)
+    assert modes == [True] * 3
+
+
+def test_a_scorer_that_fails_later_stops_the_run_and_says_what_is_safe(setup, tmp_path, capsys):
+    code = "calls = 0\ndef score(text, row):\n    global calls\n    calls += 1\n    assert calls < 8\n    return 0.0\n"
+    (tmp_path / "mine.py").write_text(code)
+    setup |= {"eval.scorer": f"{tmp_path / 'mine.py'}:score", "eval.every": "1", "run.checkpoint_every": "1"}
+    assert main(words(setup)) == 1
+    said = capsys.readouterr().err
+    assert "mine.py" in said
+    assert "starts anew" in said or "goes on after step" in said
+
+
+def test_what_the_kernels_refuse_shows_before_the_first_step(setup, tmp_path, capsys):
+    for option, value in (("objective.backend", "triton"), ("objective.top_k", "5000")):
+        assert main(words({**setup, option: value})) == 2
+        assert option.rpartition(".")[2] in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_that_are_none_are_warned_of(setup, capsys):
+    (tmp := write_rows(Path(setup["data.eval"]), 3)).write_text(
+        tmp.read_text() + json.dumps({"problem": "1+1?", "answer": "2"}) + "\n"
+    )
+    setup["optim.warmup_steps"] = "10"
+    assert main(words(setup)) == 0
+    said = capsys.readouterr().out
+    assert "warning: optim.warmup_steps" in said
+    assert "warning: the teacher is not evaluated: 1 rows" in said
