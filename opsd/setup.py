@@ -193,10 +193,13 @@ def _environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def check_identity(setup: Setup, described: Mapping[str, Any], *, same_evaluation: bool = True) -> list[str]:
+def check_identity(
+    setup: Setup, identity: Mapping[str, str], described: Mapping[str, Any], *, same_evaluation: bool = True
+) -> list[str]:
     """Whether model, teacher and data are those that the run of `run.json` began with.
 
     Args:
+        identity: of `setup`, before anything was restored.
         same_evaluation: whether the options that choose the rows of data.eval are the same, too.
 
     Returns:
@@ -206,7 +209,7 @@ def check_identity(setup: Setup, described: Mapping[str, Any], *, same_evaluatio
         ConfigError: one of them has changed, so that a resumed run would be another one.
     """
     began = described.get("identity") or {}
-    for name, value in setup.identity().items():
+    for name, value in identity.items():
         if began.get(name) != value and (same_evaluation or name != "data.eval"):
             raise ConfigError(
                 f"what {name} names has changed since the run began: its digest was {began.get(name)!r}, now {value!r}"

@@ -190,12 +190,14 @@ def resume(
         with Display(every=config.run.log_every, quiet=quiet) as display:
             check_trackers(config.run.trackers)
             setup = _with_parts(set_up(config, teacher), rollouts, loss)
-            differences = check_identity(setup, described, same_evaluation="eval.max_problems" not in changed)
+            identity = setup.identity()  # of the initial weights
+            same_rows = "eval.max_problems" not in changed
+            differences = check_identity(setup, identity, described, same_evaluation=same_rows)
             setup.warnings.extend(differences)
             loop = _Loop(setup, run_dir, described["id"], display, step, evaluate)
             loop.restore(same_measure=not changed & MEASURE)
             checkpoint.replace_file(run_dir / "config.yaml", to_yaml(config))
-            checkpoint.replace_file(run_dir / "run.json", _as_json({**described, "identity": setup.identity()}))
+            checkpoint.replace_file(run_dir / "run.json", _as_json({**described, "identity": identity}))
             return loop.run()
 
 
