@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from opsd.config import ConfigError, describe, is_flag, load_config, to_yaml
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 for a run that stopped, 2 for one that could not start."""
     parser = argparse.ArgumentParser(prog="opsd", description="On-policy self-distillation of a language model.")
+    parser.add_argument("--version", action="version", version=f"opsd {_version()}")
     commands = parser.add_subparsers(dest="command", required=True)
     for add in (_add_train, _add_eval, _add_report):
         add(commands)
@@ -27,6 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
         return _fail("stopped by the user", 130)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("opsd")
+    except metadata.PackageNotFoundError:  # run from its source, not installed
+        return "unknown"
 
 
 def parse_overrides(words: Sequence[str]) -> list[tuple[str, str]]:
@@ -127,6 +136,8 @@ def _run(train: Callable[[Any], Any]) -> int:
 
 
 def _add_eval(commands: Any) -> None:
+    from opsd.evaluate_model import is_used
+
     parser = commands.add_parser(
         "eval",
         help="evaluate a model: avg@k and pass@k with intervals",
@@ -135,7 +146,7 @@ def _add_eval(commands: Any) -> None:
         description="How often a model is right. The model of a run, RUN_DIR/model, is evaluated as in that run: its "
         "prompts, its settings of rollouts and evaluations, its types and its seed, unless others are given.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=describe(),
+        epilog=describe(is_used),
         allow_abbrev=False,
     )
     parser.set_defaults(run=_eval)

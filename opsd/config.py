@@ -7,11 +7,12 @@ in a YAML file. Values are checked when they are read, before a model is loaded.
 import difflib
 import json
 import math
+import os
 import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -25,9 +26,28 @@ class ConfigError(Exception):
     """The run cannot start as asked: an option, a file or a combination of them is unusable."""
 
 
-def _opt(default: Any, help: str, *, low: float | None = None, high: float | None = None, above: float | None = None):
-    """A field with its documentation and its range: `low` <= value <= `high`, value > `above`."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high, "above": above})
+def _opt(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    mapping: Callable[[Mapping[str, Any]], Any] | None = None,
+):
+    """A field with its documentation and its range: `low` <= value <= `high`, value > `above`.
+
+    With `mapping` the value may be a mapping, too, of which it makes what is written otherwise.
+    """
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "above": above, "mapping": mapping})
+
+
+def _as_pairs(columns: Mapping[str, str]) -> list[str]:
+    return [name + "=" + column for name, column in columns.items()]
+
+
+def _as_json(arguments: Mapping[str, Any]) -> str:
+    return json.dumps(dict(arguments))
 
 
 @dataclass(frozen=True)
@@ -65,7 +85,9 @@ class DataConfig:
     )
     eval: str | None = _opt(None, "the same with answer; solution only if the teacher is to be evaluated too")
     columns: tuple[str, ...] | None = _opt(
-        None, "names of the file's columns that are not called so: problem=question,solution=gold"
+        None,
+        "names of the file's columns that are not called so: problem=question,solution=gold; in YAML also a mapping",
+        mapping=_as_pairs,
     )
     max_prompt_tokens: int = _opt(4096, "longest prompt, student's or teacher's, template included", low=1)
     too_long: Literal["error", "drop"] = _opt("error", "what to do with a row whose prompt is longer; never cut")
@@ -87,9 +109,12 @@ class PromptsConfig:
         "auto", "wrap the text as a user message in the tokenizer's chat template; auto: if it has one"
     )
     student_chat_args: str | None = _opt(
-        None, 'JSON object of arguments for the chat template of the student\'s prompt: {"enable_thinking": false}'
+        None,
+        'JSON object of arguments for the chat template of the student\'s prompt: {"enable_thinking": false}; in YAML '
+        "also a mapping",
+        mapping=_as_json,
     )
-    teacher_chat_args: str | None = _opt(None, "the same for the teacher's prompt")
+    teacher_chat_args: str | None = _opt(None, "the same for the teacher's prompt", mapping=_as_json)
     reason: str = _opt(
         "{problem}\n\nA correct solution:\n\n{solution}\n\nExplain in a few sentences which ideas make it work and "
         "where one could go wrong. Do not solve the problem anew.",
@@ -189,6 +214,9 @@ class EvalConfig:
     max_problems: int | None = _opt(None, "use the first so many problems; none: all", low=1)
     samples: int = _opt(1, "answers per problem: avg@k, and pass@k for k up to this", low=1)
     temperature: float = _opt(0.0, "0: greedy", low=0)
+    top_p: float = _opt(1.0, "nucleus sampling; 1: off", above=0, high=1)
+    top_k: int = _opt(0, "sample among the k likeliest tokens; 0: off", low=0)
+    min_p: float = _opt(0.0, "drop tokens below this share of the likeliest; 0: off", low=0, high=1)
     max_new_tokens: int | None = _opt(None, "none: that of rollout", low=1)
     answer_pattern: str = _opt(
         r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}",
@@ -276,7 +304,7 @@ def _preset_options(preset: str | None, user: Mapping[str, Mapping[str, Any]]) -
     """The settings of `preset`, which has to go with what the user says of model and data."""
     from opsd.presets import PRESETS
 
-    if preset is not None and preset != "tiny" and preset not in PRESETS:
+    if preset is not None and not (isinstance(preset, str) and preset in ("tiny", *PRESETS)):
         raise ConfigError(f"preset is {preset!r}; accepted: tiny, {', '.join(PRESETS)}")
     model_path, data = user.get("model", {}).get("path"), user.get("data", {})
     if preset == "tiny" and model_path:
@@ -301,12 +329,43 @@ def _preset_options(preset: str | None, user: Mapping[str, Mapping[str, Any]]) -
     return _flatten(tiny.SETTINGS, "the embedded set-up")
 
 
-def describe() -> str:
-    """All options with their defaults, as the help of the command line shows them."""
+def unused_options(config: Config) -> list[str]:
+    """What is set and changes nothing, since what it belongs to is off: a line each that says so.
+
+    Options at their defaults do not count, so that a file of all options is as good as one of the few that matter.
+    """
+    off: dict[str, list[str]] = {}  # what is off: the options that belong to it
+    if not config.lora.enabled:
+        off["lora.enabled is false"] = [f"lora.{option.name}" for option in fields(LoraConfig)]
+    if config.teacher.kind != "ema":
+        off[f"teacher.kind is {config.teacher.kind}"] = ["teacher.ema_decay", "teacher.ema_every"]
+    if not config.teacher.reason_first:
+        names = ["teacher.reason_max_new_tokens", "prompts.reason", "prompts.analysis"]
+        off["teacher.reason_first is false"] = names
+    if config.objective.top_k is None:
+        off["objective.top_k is none"] = ["objective.top_k_from"]
+    if config.objective.form == "sampled_token":
+        off["objective.form is sampled_token"] = ["objective.beta"]
+    if config.data.eval is None and config.model.path is not None:  # without a model it is the embedded set-up's
+        off["data.eval is none"] = [f"eval.{option.name}" for option in fields(EvalConfig)]
+    lines = []
+    for why, names in off.items():
+        for name in names:
+            section, option = _find(name)
+            value = getattr(getattr(config, section), option.name)
+            if value != option.default:
+                lines.append(f"{name} is {_shown(value)}, which changes nothing, since {why}")
+    return lines
+
+
+def describe(accepts: Callable[[str], bool] = lambda name: True) -> str:
+    """The options whose names `accepts` takes, with their defaults, as the help of the command line shows them."""
     lines = []
     for section, cls in SECTIONS.items():
-        lines.append(f"\n{section}:")
-        for option in fields(cls):
+        chosen = [option for option in fields(cls) if accepts(f"{section}.{option.name}")]
+        if chosen:
+            lines.append(f"\n{section}:")
+        for option in chosen:
             name = f"{section}.{option.name.replace('_', '-')}"
             head = f"  --{name}  [{_accepted(option)}]  default {_shown(option.default)}"
             lines += textwrap.wrap(head, 110, subsequent_indent=" " * 8, break_on_hyphens=False)
@@ -350,8 +409,10 @@ def _read(source: str | Path | Mapping[str, Any] | None) -> tuple[str | None, li
         return None, []
     loaded: Any = source
     if not isinstance(source, Mapping):
+        if not isinstance(source, str | os.PathLike):
+            raise ConfigError(f"config is {source!r}; accepted: the path of a YAML file, or a mapping of sections")
         try:
-            loaded = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
+            loaded = yaml.load(Path(source).read_text(encoding="utf-8"), _Loader)
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"{source}: cannot be read as YAML: {error}") from error
     name = "config" if isinstance(source, Mapping) else str(source)
@@ -360,6 +421,19 @@ def _read(source: str | Path | Mapping[str, Any] | None) -> tuple[str | None, li
     if preset is not None:
         options = {section: values for section, values in options.items() if section != "preset"}
     return preset, _flatten(options, name)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, where YAML's last one would silently win."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return node
 
 
 def _flatten(nested: Any, source: str) -> list[tuple[str, Any]]:
@@ -371,7 +445,13 @@ def _flatten(nested: Any, source: str) -> list[tuple[str, Any]]:
             raise ConfigError(f"{source}: unknown section {section!r}; {_nearest(str(section), SECTIONS)}")
         if not isinstance(values, Mapping):
             raise ConfigError(f"{source}: section {section} should hold options, got {values!r}")
-        options += [(f"{section}.{name}", value) for name, value in values.items()]
+        spelt: dict[str, Any] = {}
+        for name, value in values.items():
+            # Dashes may stand for underscores, so that two keys can be one option.
+            other = spelt.setdefault(str(name).replace("-", "_"), name)
+            if other != name:
+                raise ConfigError(f"{source}: section {section} has both {other} and {name}, which are the same option")
+            options.append((f"{section}.{name}", value))
     return options
 
 
@@ -426,6 +506,11 @@ def _coerce(name: str, value: Any, option: Field) -> Any:
     """`value`, text or YAML, as the type of `option`, within its range."""
     kind, optional = _split(option)
     error = ConfigError(f"{name} is {value!r}; accepted: {_accepted(option)}")
+    if isinstance(value, Mapping) and (read := option.metadata["mapping"]):
+        try:
+            value = read(value)
+        except (TypeError, ValueError):
+            raise error from None
     if value is None or (optional and isinstance(value, str) and value.lower() in ("none", "null")):
         if optional:
             return None
@@ -447,6 +532,8 @@ def _coerce(name: str, value: Any, option: Field) -> Any:
 
 def _scalar(value: Any, kind: type, option: Field, error: ConfigError) -> Any:
     if kind is str:
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
         if not isinstance(value, str):
             raise error
         return value
@@ -486,6 +573,9 @@ def _check_together(config: Config) -> None:
     for option in ("keep_best", "patience"):
         if getattr(config.eval, option) and not config.eval.every:
             raise ConfigError(f"eval.{option} is {getattr(config.eval, option)!r} without eval.every")
+    # Without a model.path it is the embedded set-up, which has data of its own.
+    if config.eval.every and config.model.path and not config.data.eval:
+        raise ConfigError(f"eval.every is {config.eval.every} without data.eval: name a file with problem and answer")
     for tracker in config.run.trackers or ():
         if tracker not in TRACKERS:
             raise ConfigError(f"run.trackers has {tracker!r}; accepted: {', '.join(TRACKERS)}")
@@ -513,3 +603,10 @@ def _check_together(config: Config) -> None:
         )
     if config.eval.samples > 1 and config.eval.temperature == 0:
         raise ConfigError("eval.samples > 1 with eval.temperature 0: greedy answers are all the same")
+    for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
+        value = getattr(config.eval, name)
+        if value != off and config.eval.temperature == 0:
+            raise ConfigError(
+                f"eval.{name} is {value:g} with eval.temperature 0: greedy answers are not sampled; accepted then: "
+                f"{off:g}, which is off"
+            )

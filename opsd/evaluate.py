@@ -153,11 +153,12 @@ def check_examples(examples: Sequence[Example], context: Context) -> None:
 
 def _generate(run: Setting, model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[Rollout]:
     options = run.config.eval
+    new = options.max_new_tokens or run.config.rollout.max_new_tokens
     with models.autocast(run.config, run.device):
         return generate(
             model,
             prompts,
-            Sampling(options.max_new_tokens or run.config.rollout.max_new_tokens, options.temperature),
+            Sampling(new, options.temperature, options.top_p, options.top_k, options.min_p),
             end_ids=run.end_ids,
             pad_id=run.pad_id,
             batch_size=options.batch_size,

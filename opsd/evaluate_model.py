@@ -160,6 +160,7 @@ def evaluate_model(config: Config, context: Context = "student") -> Report:
         config.data.eval or "",
         required=("problem", "answer"),
         most=config.eval.max_problems,
+        reason=False,
     )
     examples = data.examples
     with contextlib.suppress(Undecided):
@@ -168,8 +169,7 @@ def evaluate_model(config: Config, context: Context = "student") -> Report:
     model = models.load_trained(config, device)
     _check_positions(config, model, examples, context)
     ends = models.end_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
-    setting = _Setting(config, tokenizer, device, ends, pad)
+    setting = _Setting(config, tokenizer, device, ends, models.pad_id(tokenizer, ends))
     answers = answer(setting, model, examples, context, scorer)
     evaluation = summarise(answers, config.eval.samples)
     return Report(

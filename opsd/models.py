@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,36 @@ from torch import nn
 
 from opsd.config import Config, ConfigError
 
+ADAPTER = "adapter_config.json"
+"""What makes a directory that of an adapter."""
+
 
 def load_tokenizer(path: str | None, option: str = "model.path") -> Any:
     """The tokenizer of `path`, which errors call `option`.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or `path` is a run or a checkpoint, of which transformers would say odd things.
     """
     from transformers import AutoTokenizer
 
+    _check_no_run(path, option)
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(f"{option} {path!r}: no tokenizer can be loaded: {error}") from error
+
+
+def _check_no_run(path: str | None, option: str) -> None:
+    directory = Path(path or "")
+    if path and (directory / "manifest.json").is_file():
+        run = os.path.normpath(directory / ".." / "..")
+        raise ConfigError(
+            f"{option} {path!r} is a checkpoint, which is no model; opsd train --resume {run} finishes its run"
+        )
+    if path and (directory / "run.json").is_file():
+        there = [str(directory / name) for name in ("model", "best") if (directory / name).is_dir()]
+        advice = f"its model is {' or '.join(there)}" if there else f"opsd train --resume {path} goes on to its model"
+        raise ConfigError(f"{option} {path!r} is a run directory; {advice}")
 
 
 def load_weights(config: Config, path: str | None, option: str = "model.path") -> Any:
@@ -51,15 +68,27 @@ def load_model(config: Config, device: torch.device) -> nn.Module:
     """The model to train, on `device` and with adapters where asked for.
 
     Raises:
-        ConfigError: no model can be loaded from `model.path`, or the adapters do not fit it.
+        ConfigError: no model can be loaded from `model.path`, it is an adapter, or the adapters do not fit it.
     """
-    model: Any = load_weights(config, config.model.path)
+    path = config.model.path
+    _refuse_adapter(path, (Path(path or "") / ADAPTER).is_file())
+    model: Any = load_weights(config, path)
+    _refuse_adapter(path, bool(getattr(model, "peft_config", None)))  # of a hub id it only shows now
     model.to(device)
     if config.lora.enabled:
         model = _add_adapters(model, config)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def _refuse_adapter(path: str | None, adapter: bool) -> None:
+    """transformers loads an adapter on its base; peft would then start it anew, or nothing would be trained."""
+    if adapter:
+        raise ConfigError(
+            f"model.path {path!r} is an adapter, which cannot be trained further: train from the base model that its "
+            f"{ADAPTER} names, or merge it first (PeftModel.merge_and_unload, then save_pretrained)"
+        )
 
 
 def load_trained(config: Config, device: torch.device) -> nn.Module:
@@ -69,10 +98,9 @@ def load_trained(config: Config, device: torch.device) -> nn.Module:
         ConfigError: no model can be loaded from there, or not the base of the adapter.
     """
     path = config.model.path or ""
-    adapter = Path(path) / "adapter_config.json"
+    adapter = Path(path) / ADAPTER
     if not adapter.is_file():
-        plain = replace(config.model, gradient_checkpointing=False)
-        return load_model(replace(config, model=plain, lora=replace(config.lora, enabled=False)), device)
+        return load_weights(config, path).to(device)
     try:
         from peft import PeftModel
     except ImportError as error:
@@ -83,9 +111,8 @@ def load_trained(config: Config, device: torch.device) -> nn.Module:
         raise ConfigError(f"{adapter}: cannot be read: {error}") from error
     if not base:
         raise ConfigError(f"{adapter} does not name its base model (base_model_name_or_path)")
-    of_base = replace(config.model, path=base, gradient_checkpointing=False)
     try:
-        model = load_model(replace(config, model=of_base, lora=replace(config.lora, enabled=False)), device)
+        model = load_weights(config, base, "base_model_name_or_path").to(device)
     except ConfigError as error:
         raise ConfigError(f"{adapter} names a base model that cannot be loaded: {error}") from error
     try:
@@ -169,6 +196,11 @@ def end_ids(model: nn.Module, tokenizer: Any) -> list[int]:
     configured = getattr(causal_lm(model).generation_config, "eos_token_id", None)
     ids = set(configured if isinstance(configured, list | tuple) else [configured]) | {tokenizer.eos_token_id}
     return sorted(i for i in ids if i is not None)
+
+
+def pad_id(tokenizer: Any, ends: Sequence[int]) -> int:
+    """What fills a batch: the tokenizer's padding, without one an end of `ends`; any will do, since it is masked."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
 
 
 def decoder_limit(model: nn.Module) -> int | None:

@@ -6,7 +6,7 @@ import inspect
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from opsd.config import Config, ConfigError, PromptsConfig
@@ -17,11 +17,15 @@ Who = Literal["student", "teacher"]
 
 @dataclass(frozen=True)
 class Example:
-    """A row and the ids of both prompts; `teacher` is empty where an evaluation row has no privileged information."""
+    """A row and the ids of both prompts; `teacher` is empty where an evaluation row has no privileged information.
+
+    `reason` is the prompt under which the teacher analyses the solution; empty where it does not.
+    """
 
     row: Row
     student: list[int]
     teacher: list[int]
+    reason: list[int] = field(default_factory=list)
 
 
 class Encoded(NamedTuple):
@@ -63,13 +67,14 @@ class Prompter:
             "student": self._parse_chat_args("student_chat_args", config.student_chat_args),
             "teacher": self._parse_chat_args("teacher_chat_args", config.teacher_chat_args),
         }
-        self._special = None if config.chat == "off" else _special_tokens(tokenizer)
+        self._special = _special_tokens(tokenizer)
 
     def encode(self, row: Row, analysis: str | None = None) -> Example:
         """`row` with the token ids of both prompts.
 
         Args:
-            analysis: the teacher's own, which joins its text by the template `prompts.analysis`.
+            analysis: the teacher's own, which joins its text by the template `prompts.analysis`. What in it spells a
+                special token is left out: the model has written it, which is no fault of the row.
 
         Raises:
             DataError: naming the row: its text spells a special token, its chat cannot be rendered, the student's
@@ -78,11 +83,11 @@ class Prompter:
         chat = _as_messages(row.problem)
         student = _with_text(chat, fill(self.config.student, problem=_text(chat)))
         teacher = self._teacher(row)
-        self._check(row, row.teacher_prompt if row.teacher_prompt is not None else row.solution, analysis)
+        self._check(row, row.teacher_prompt if row.teacher_prompt is not None else row.solution)
         if analysis is not None:
             if teacher is None:
                 raise DataError(f"{row.source}: an analysis without a solution or teacher_prompt")
-            text = fill(self.config.analysis, teacher=_text(teacher), analysis=analysis)
+            text = fill(self.config.analysis, teacher=_text(teacher), analysis=self._without_special(analysis))
             teacher = _with_text(teacher, text)
         ids = self._ids(row, "student", student)
         if not ids:
@@ -113,8 +118,13 @@ class Prompter:
             return None
         return _with_text(chat, fill(self.config.teacher, problem=_text(chat), solution=row.solution))
 
+    def _without_special(self, text: str) -> str:
+        while self._special is not None and self._special.search(text):  # leaving one out may join another
+            text = self._special.sub("", text)
+        return text
+
     def _check(self, row: Row, *texts: str | Messages | None) -> None:
-        if self._special is None:
+        if self._special is None or self.config.chat == "off":
             return
         for text in (row.problem, *texts):
             for message in () if text is None else _as_messages(text):
@@ -168,9 +178,18 @@ class Prompter:
 
 
 def read_examples(
-    config: Config, prompter: Prompter, path: str, *, required: tuple[str, ...], most: int | None = None
+    config: Config,
+    prompter: Prompter,
+    path: str,
+    *,
+    required: tuple[str, ...],
+    most: int | None = None,
+    reason: bool | None = None,
 ) -> Encoded:
     """The examples of the first `most` usable rows of `path` by the options of `data`, and what was left out.
+
+    Args:
+        reason: as in `encode_rows`; None: `teacher.reason_first`.
 
     Raises:
         DataError: as `read_rows` and `encode_rows`.
@@ -183,6 +202,7 @@ def read_examples(
         limit=options.max_prompt_tokens,
         too_long=options.too_long,
         skip_bad_rows=options.skip_bad_rows,
+        reason=config.teacher.reason_first if reason is None else reason,
     )
     return encoded._replace(skipped=[*rows.skipped, *encoded.skipped])
 
@@ -194,13 +214,16 @@ def encode_rows(
     limit: int,
     too_long: str,
     skip_bad_rows: bool = False,
+    reason: bool = False,
 ) -> Encoded:
-    """The examples whose two prompts have at most `limit` tokens, and which rows were left out. Prompts are never cut.
+    """The examples whose prompts have at most `limit` tokens, and which rows were left out. Prompts are never cut.
 
     Args:
         limit: `data.max_prompt_tokens`.
         too_long: `data.too_long`: "drop" leaves longer rows out, "error" raises.
         skip_bad_rows: leave a row out that cannot be encoded instead of raising.
+        reason: the teacher will analyse solutions: every row with a prompt of the teacher has to have one, and its
+            example gets the prompt for the analysis.
 
     Raises:
         DataError: naming the rows that are longer or cannot be encoded, where they are not to be left out; or no row
@@ -210,13 +233,19 @@ def encode_rows(
     for row in rows:
         try:
             example = prompter.encode(row)
+            if reason and example.teacher:
+                example = replace(example, reason=prompter.reason(row))
         except DataError as error:
             encoded.skipped.append(str(error))
             continue
-        over = {who: len(ids) for who, ids in (("student", example.student), ("teacher", example.teacher))}
-        over = {who: length for who, length in over.items() if length > limit}
+        prompts = {
+            "student's prompt": example.student,
+            "teacher's prompt": example.teacher,
+            "prompt for the teacher's analysis": example.reason,
+        }
+        over = {name: len(ids) for name, ids in prompts.items() if len(ids) > limit}
         if over:
-            lengths = " and ".join(f"the {who}'s prompt has {length} tokens" for who, length in over.items())
+            lengths = " and ".join(f"the {name} has {length} tokens" for name, length in over.items())
             encoded.too_long.append(f"{row.source}: {lengths}, data.max_prompt_tokens is {limit}")
         else:
             encoded.examples.append(example)

@@ -25,7 +25,7 @@ class Analysed:
 
 
 def analyse(run: Run, prompter: Prompter, examples: Sequence[Example], step: int) -> Analysed:
-    """Has the teacher of `run` write an analysis for each of `examples`, which must have solutions.
+    """Has the teacher of `run` write an analysis for each of `examples`, which must have the prompts for it.
 
     A row with a `teacher_prompt` of its own gets the analysis all the same.
     """
@@ -34,7 +34,7 @@ def analyse(run: Run, prompter: Prompter, examples: Sequence[Example], step: int
     with run.teacher.active() as model, autocast(run.config, run.device):
         written = generate(
             model,
-            [prompter.reason(example.row) for example in examples],
+            [example.reason for example in examples],
             sampling,
             end_ids=run.end_ids,
             pad_id=run.pad_id,

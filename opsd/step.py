@@ -363,8 +363,9 @@ def importance_weights(
         sampler_logprobs: (R,), of the distribution they were sampled from.
 
     Returns:
-        (R,), and (R,) each: `sampler_mismatch`, |log p_student - log p_sampler|; `importance_capped`, whether the cap
-        acts; `importance_weight`.
+        (R,), and (R,) each: `sampler_mismatch`, |log p_student - log p_sampler|, in which the cut-offs of rollouts
+        (top_p, top_k, min_p) take part, since p_sampler is what they leave; `importance_capped`, whether the cap acts;
+        `importance_weight`.
     """
     head, options = run.head, run.config.rollout
     assert options.importance_cap is not None

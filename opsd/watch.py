@@ -219,7 +219,10 @@ class Watch:
         mismatch, capped = values.get("sampler_mismatch"), values.get("importance_capped")
         cap = self._config.rollout.importance_cap
         why = "they were not drawn from the student as it is scored"
-        if mismatch is not None and abs(mismatch) > LIMITS["mismatch"].value:
+        rollout = self._config.rollout
+        # Cut-offs alone make tokens likelier for the sampler than for the student, by more than the limit.
+        cut = rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0
+        if mismatch is not None and not cut and abs(mismatch) > LIMITS["mismatch"].value:
             advice = "" if cap is not None else ", or weight them with rollout.importance_cap"
             found["mismatch"] = (
                 f"sampler and student differ by {mismatch:.3g} nats a token on the rollouts: {why}; check weights, "

@@ -1,7 +1,7 @@
 import pytest
 
 from opsd.cli import parse_overrides
-from opsd.config import ConfigError, load_config, to_yaml
+from opsd.config import ConfigError, load_config, to_yaml, unused_options
 
 OWN = [("model.path", "m"), ("data.train", "t.jsonl")]
 
@@ -51,6 +51,12 @@ def test_learning_rate_follows_the_kind_of_training():
         ("eval.answer_pattern", "a", ["eval.answer_pattern", "0 groups"]),
         ("eval.answer_pattern", "(", ["eval.answer_pattern"]),
         ("eval.samples", "4", ["eval.temperature"]),
+        ("eval.top_p", "0.9", ["eval.top_p is 0.9", "eval.temperature 0", "accepted then: 1"]),
+        ("eval.top_k", "5", ["eval.top_k is 5", "eval.temperature 0", "accepted then: 0"]),
+        ("eval.min_p", "0.1", ["eval.min_p is 0.1", "eval.temperature 0", "accepted then: 0"]),
+        ("eval.every", "3", ["eval.every is 3", "data.eval"]),
+        ("prompts.student_chat_args", {"x": object()}, ["prompts.student_chat_args", "text"]),
+        ("data.columns", {"problem": 5}, ["data.columns", "{'problem': 5}", "text"]),
     ],
 )
 def test_errors_name_option_value_and_what_is_accepted(name, value, parts):
@@ -79,6 +85,99 @@ def test_unusable_yaml_is_named(tmp_path):
     path.write_text("a: [")
     with pytest.raises(ConfigError, match=r"cannot be read as YAML"):
         load(yaml=path)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("optim:\n  steps: 5\n  lr: 1\n  steps: 6\n", ["'steps' stands twice", "line 4"]),
+        ("optim: {steps: 5}\neval: {samples: 1}\noptim: {lr: 1}\n", ["'optim' stands twice", "line 3"]),
+        ("optim: {batch-size: 5, batch_size: 6}\n", ["section optim", "batch-size and batch_size"]),
+    ],
+)
+def test_what_stands_twice_is_named(tmp_path, text, parts):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(yaml=path)
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_anchors_may_be_merged_and_overridden(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("rollout: &cuts {top_p: 0.9, top_k: 5}\neval: {<<: *cuts, top_k: 6, temperature: 1}\n")
+    config = load(yaml=path)
+    assert (config.eval.top_p, config.eval.top_k, config.rollout.top_k) == (0.9, 6, 5)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ({"preset": ["x"]}, r"preset is \['x'\]; accepted: tiny, paper"),
+        ({"preset": []}, r"preset is \[\]; accepted: tiny"),
+        (5, r"config is 5; accepted: the path of a YAML file, or a mapping"),
+        ([("optim.steps", 1)], r"config is \[.*accepted: the path"),
+    ],
+)
+def test_a_source_of_another_kind_is_refused(source, said):
+    with pytest.raises(ConfigError, match=said):
+        load_config(source, OWN)
+
+
+def test_paths_and_mappings_are_taken_for_their_text(tmp_path):
+    given = {
+        "model": {"path": tmp_path / "m"},
+        "data": {"train": tmp_path / "t", "columns": {"problem": "question", "solution": "a,b=c"}},
+        "prompts": {"student_chat_args": {"enable_thinking": False}, "teacher_chat_args": {}},
+    }
+    config = load_config(given)
+    assert (config.model.path, config.data.train) == (str(tmp_path / "m"), str(tmp_path / "t"))
+    assert config.data.columns == ("problem=question", "solution=a,b=c")
+    assert config.prompts.student_chat_args == '{"enable_thinking": false}'
+    assert config.prompts.teacher_chat_args == "{}"
+    path = tmp_path / "c.yaml"
+    path.write_text(to_yaml(config))
+    assert load_config(path) == config
+    path.write_text("data: {columns: {problem: q}}\nprompts: {student_chat_args: {enable_thinking: false}}\n")
+    assert load(yaml=path).prompts.student_chat_args == '{"enable_thinking": false}'
+    assert load(yaml=path).data.columns == ("problem=q",)
+
+
+def test_evaluations_during_training_need_data_unless_those_are_embedded():
+    with pytest.raises(ConfigError, match=r"eval.every is 3 without data.eval"):
+        load(("eval.every", "3"), ("eval.keep_best", "true"))
+    assert load_config(None, [("eval.every", "3"), ("eval.patience", "2")]).eval.patience == 2
+    assert load(("eval.every", "3"), ("data.eval", "e")).eval.every == 3
+
+
+def test_what_belongs_to_something_off_is_told(tmp_path):
+    options = {
+        "lora.r": 4,
+        "teacher.ema_decay": 0.5,
+        "teacher.reason_max_new_tokens": 9,
+        "objective.top_k_from": "student",
+        "eval.samples": 2,
+        "eval.temperature": 1,
+    }
+    on = {
+        "lora.enabled": True,
+        "teacher.kind": "ema",
+        "teacher.reason_first": True,
+        "objective.top_k": 5,
+        "data.eval": "e",
+    }
+    told = unused_options(load(*options.items()))
+    assert told[0] == "lora.r is 4, which changes nothing, since lora.enabled is false"
+    assert [line.split()[0] for line in told] == list(options)
+    assert unused_options(load(*options.items(), *on.items())) == []
+    path = tmp_path / "c.yaml"
+    path.write_text(to_yaml(load()))
+    assert unused_options(load_config(path)) == []
+    assert unused_options(load_config()) == []
+    sampled = load(("objective.form", "sampled_token"), ("objective.beta", "1"))
+    assert unused_options(sampled) == [
+        "objective.beta is 1.0, which changes nothing, since objective.form is sampled_token"
+    ]
 
 
 def test_command_line_spellings():

@@ -5,9 +5,9 @@ from itertools import islice
 import pytest
 from _models import tokenizer, write_rows
 
-from opsd.config import ConfigError, PromptsConfig
+from opsd.config import ConfigError, PromptsConfig, load_config
 from opsd.data import DataError, Row, batches, read_rows
-from opsd.prompts import Prompter, encode_rows, fill
+from opsd.prompts import Prompter, encode_rows, fill, read_examples
 
 ROW = Row("1+1?", "it is 2", "2", None, "f.jsonl:1")
 PLAIN = PromptsConfig(student="Q {problem}", teacher="Q {problem} S {solution}")
@@ -494,10 +494,49 @@ def test_text_that_spells_a_special_token_never_becomes_one(row):
     assert 1 in prompter.tokenizer("<end>")["input_ids"]  # which is what there is to guard against
     with pytest.raises(DataError, match="f:2: its text has '<end>'"):
         prompter.encode(row)
-    with pytest.raises(DataError, match="f:9: its text has '<pad>'"):
-        prompter.encode(Row("p", "s", None, None, "f:9"), "an analysis <pad>")
     with pytest.raises(DataError, match="f:9: its text has '<end>'"):
         prompter.reason(Row("p", "<end>", None, None, "f:9"))
+
+
+@pytest.mark.parametrize("chat", ["auto", "off"])
+def test_special_tokens_that_an_analysis_spells_are_left_out(chat):
+    config = PromptsConfig(
+        student="{problem}", teacher="{problem}{solution}", analysis="{teacher} / {analysis}", chat=chat
+    )
+    prompter = Prompter(tokenizer(chat=True), config)
+    example = prompter.encode(Row("p", "s", None, None, "f:1"), "so<pad> it <e<end>nd>is <b>2")
+    assert "ps / so it is <b>2" in decoded(prompter, example.teacher)
+    assert not {0, 1} & set(example.teacher)
+
+
+def test_the_teachers_analysis_is_prepared_for_with_the_rows():
+    config = PromptsConfig(student="{problem}", teacher="{problem}{solution}", reason="{problem}:{solution} why?")
+    prompter = Prompter(tokenizer(), config)
+    row, bare = Row("1", "2", None, None, "f:1"), Row("1", None, None, "only this", "f:2")
+    of_evaluation, long = Row("1", None, "2", None, "f:3"), Row("1", "2345", None, None, "f:4")
+    encoded = encode_rows(prompter, [row, of_evaluation], limit=8, too_long="error", reason=True)
+    assert [decoded(prompter, example.reason) for example in encoded.examples] == ["1:2 why?", ""]
+    with pytest.raises(DataError, match=r"f:2: teacher.reason_first needs a solution"):
+        encode_rows(prompter, [row, bare], limit=20, too_long="error", reason=True)
+    encoded = encode_rows(prompter, [row, bare], limit=20, too_long="error", reason=True, skip_bad_rows=True)
+    assert (len(encoded.examples), len(encoded.skipped)) == (1, 1)
+    encoded = encode_rows(prompter, [row, long], limit=10, too_long="drop", reason=True)
+    assert encoded.too_long == [
+        "f:4: the prompt for the teacher's analysis has 11 tokens, data.max_prompt_tokens is 10"
+    ]
+    assert not encode_rows(prompter, [bare], limit=20, too_long="error").examples[0].reason
+
+
+def test_rows_are_read_for_analyses_where_the_teacher_writes_them(tmp_path):
+    path = jsonl(tmp_path / "rows.jsonl", {"problem": "1", "teacher_prompt": "only this", "answer": "2"})
+    given = {"model": {"path": "m"}, "data": {"train": path}}
+    prompter = Prompter(tokenizer(), PLAIN)
+    assert read_examples(load_config(given), prompter, str(path), required=("problem", "solution")).examples
+    config = load_config(given | {"teacher": {"reason_first": True}})
+    for required in (("problem", "solution"), ("problem", "answer")):
+        with pytest.raises(DataError, match=r"rows.jsonl:1: teacher.reason_first needs a solution"):
+            read_examples(config, prompter, str(path), required=required)
+    assert read_examples(config, prompter, str(path), required=("problem", "answer"), reason=False).examples
 
 
 def test_special_tokens_are_meant_in_templates_and_in_text_that_is_rendered_already():

@@ -139,6 +139,18 @@ def test_answers_stay_with_their_problem(spoken):
     assert given.accuracy == 0.25
 
 
+def test_answers_are_sampled_with_the_cut_offs_of_the_options():
+    options = {"eval__temperature": 50.0, "eval__samples": 2, "eval__max_new_tokens": 8}
+    student = model()
+    greedy = run_of(student, eval__max_new_tokens=8)
+    (expected,) = answer(greedy, student, [example()], "student")
+    free = answer(run_of(student, **options), student, [example()], "student")
+    assert all(a.text != expected.text for a in free)
+    for cut in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
+        run = run_of(student, **options, **{f"eval__{name}": value for name, value in cut.items()})
+        assert {a.text for a in answer(run, student, [example()], "student")} == {expected.text}, cut
+
+
 def test_the_scorer_of_the_options_is_used_and_the_undecided_are_counted(tmp_path, spoken):
     body = "from opsd.scorers import Undecided\ndef score(text, row):\n"
     body += "    if text == 'what':\n        raise Undecided('not a number')\n    return text == row.answer\n"
@@ -314,6 +326,55 @@ def test_unusable_input_ends_with_code_2_and_says_why(words, capsys, changes, pa
     error = capsys.readouterr().err
     assert all(part in error for part in parts), error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("has", "said"),
+    [(("model", "best"), "its model is {0}/model or {0}/best"), (("best",), "{0}/best"), ((), "--resume {0} goes on")],
+)
+def test_a_run_directory_and_a_checkpoint_are_no_models(words, tmp_path, capsys, has, said):
+    run = tmp_path / "out"
+    (run / "checkpoints" / "step-00000002").mkdir(parents=True)
+    (run / "checkpoints" / "step-00000002" / "manifest.json").write_text("{}")
+    for name in has:
+        (run / name).mkdir()
+    (run / "run.json").write_text("{}")
+    assert main([*words[:2], str(run), *words[3:]]) == 2
+    error = capsys.readouterr().err
+    assert f"model.path '{run}' is a run directory; " in error
+    assert said.format(run) in error
+    assert main([*words[:2], str(run / "checkpoints" / "step-00000002"), *words[3:]]) == 2
+    assert f"is a checkpoint, which is no model; opsd train --resume {run} finishes" in capsys.readouterr().err
+
+
+def test_reason_first_in_a_file_changes_nothing(words, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"problem": "1+1?", "teacher_prompt": "look", "answer": "2"}\n')
+    (tmp_path / "c.yaml").write_text("teacher: {reason_first: true}\n")
+    assert main([*words, "--config", str(tmp_path / "c.yaml")]) == 0
+
+
+def test_help_lists_what_is_accepted_and_nothing_else(capsys):
+    with pytest.raises(SystemExit):
+        main(["eval", "--help"])
+    shown = capsys.readouterr().out
+    assert all(f"--{name}  [" in shown for name in ("eval.top-p", "rollout.max-new-tokens", "run.seed", "model.path"))
+    absent = ("optim", "lora", "teacher.", "rollout.temperature", "eval.every", "data.train", "run.dir")
+    assert not any(f"--{name}" in shown for name in absent)
+    assert "optim:" not in shown
+
+
+def test_the_version_is_told(capsys, monkeypatch):
+    from importlib import metadata
+
+    def absent(name):
+        raise metadata.PackageNotFoundError(name)
+
+    for version, expected in ((lambda name: f"1.2 of {name}", "opsd 1.2 of opsd\n"), (absent, "opsd unknown\n")):
+        monkeypatch.setattr(metadata, "version", version)
+        with pytest.raises(SystemExit) as stopped:
+            main(["--version"])
+        assert stopped.value.code == 0
+        assert capsys.readouterr().out == expected
 
 
 def test_model_and_data_are_asked_for(capsys):

@@ -121,6 +121,12 @@ def test_clipping_is_not_judged_without_a_divergence():
     assert after_start({"divergence": 1e-5, "clipped_amount": 1e-5}) == []
 
 
+@pytest.mark.parametrize("cut", [{"top_p": 0.95}, {"top_k": 20}, {"min_p": 0.1}])
+def test_what_the_users_cut_offs_do_is_no_fault_of_the_sampler(cut):
+    options = {f"rollout__{name}": value for name, value in cut.items()}
+    assert after_start({"sampler_mismatch": 0.7}, **options) == []
+
+
 def test_a_cap_of_one_holds_back_tokens_of_any_sampler():
     assert after_start({"importance_capped": 0.5}, rollout__importance_cap=1) == []
 
