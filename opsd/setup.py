@@ -22,7 +22,7 @@ from torch import nn
 
 from opsd import models
 from opsd.checkpoint import fingerprint
-from opsd.config import Config, ConfigError
+from opsd.config import Config, ConfigError, unused_options
 from opsd.data import DataError, name_rows
 from opsd.metrics import Display
 from opsd.optim import learning_rate
@@ -93,7 +93,7 @@ def set_up(config: Config, make: MakeTeacher = make_teacher) -> Setup:
             config, prompter, config.data.eval, required=required, most=config.eval.max_problems
         )
     counts: dict[str, int] = {}
-    warnings = []
+    warnings = unused_options(config)
     for name, part in data.items():
         counts |= {
             f"{name}_rows": len(part.examples),
@@ -112,7 +112,7 @@ def set_up(config: Config, make: MakeTeacher = make_teacher) -> Setup:
     model = models.load_model(config, device)
     _check_context(config, model, [*examples, *eval_examples])
     ends = models.end_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
+    pad = models.pad_id(tokenizer, ends)
     try:
         head = lm_head_of(model)
     except (TypeError, ValueError) as error:
@@ -260,7 +260,7 @@ def _check_context(config: Config, model: nn.Module, examples: Sequence[Example]
     if config.teacher.reason_first:
         new += config.teacher.reason_max_new_tokens
         added += f", teacher.reason_max_new_tokens {config.teacher.reason_max_new_tokens}"
-    longest = max(max(len(example.student), len(example.teacher)) for example in examples)
+    longest = max(max(map(len, (example.student, example.teacher, example.reason))) for example in examples)
     if limit is not None and longest + new > limit:
         raise DataError(
             f"the longest prompt has {longest} tokens and {added}, but the model has {limit} "
