@@ -7,15 +7,20 @@ gathers, a block mask) is timed apart, as `prepare`. Results go to results/atten
 
 FlexAttention is compiled on a GPU. On a CPU it has no backward pass and its time would be that of the uncompiled form,
 so there only its result is compared.
+
+`--sweep` instead times the Triton kernels with other tilings, one kernel's at a time. A contender that cannot run where
+this runs is named with its error, and the others go on without it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -26,13 +31,20 @@ from torch import Tensor
 
 from benchmarks.measure import machine
 from benchmarks.packing import SCALE, Case, draw
-from opsd_kernels.packing import attention, pack_dual_context
+from opsd_kernels.packing import attention, pack_dual_context, triton_attention
 from opsd_kernels.packing.layout import Layout
 
 DATA = Path(__file__).parent / "results" / "attention.json"
 CASES = [Case(1, 1024), Case(8, 1024)]
 CONTENDERS = {"cuda": ("varlen", "triton", "flex"), "cpu": ("sdpa", "eager", "flex")}
 TOLERANCE = {torch.bfloat16: 0.02, torch.float32: 1e-4}
+REPEATS = {"cuda": 5, "cpu": 1}  # calls per clocking: on a GPU the host's part hides behind the call before
+# Queries x keys per tile, warps, stages. Some of these spill: outside of the loops that costs nothing.
+SWEEP = {
+    "forward": ("128x128w8s2", "128x64w8s2", "64x64w4s2", "64x64w4s3", "128x64w4s3", "64x128w4s2"),
+    "query_gradient": ("64x64w4s2", "128x64w8s3", "128x128w8s2", "64x128w8s2", "128x32w4s2"),
+    "key_gradient": ("64x128w8s2", "64x64w4s2", "64x64w8s2", "128x128w8s1", "64x128w8s1", "32x64w4s2"),
+}
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,23 @@ def backend(name: str) -> Attend:
     return lambda q, k, v, layout: function(q, k, v, layout, q.shape[-1] ** -0.5, None, None)
 
 
+@contextlib.contextmanager
+def tiled(name: str) -> Iterator[None]:
+    """The Triton kernels with one other tiling, as in "triton:forward=128x64w8s2"."""
+    kernel, _, text = name.removeprefix("triton:").partition("=")
+    queries, keys, warps, stages = map(int, re.split("[xws]", text))
+    tilings = triton_attention.tilings
+
+    def other(*args: Any, **options: Any) -> triton_attention.Tilings:
+        return tilings(*args, **options)._replace(**{kernel: triton_attention.Tiling(queries, keys, warps, stages)})
+
+    triton_attention.tilings = other
+    try:
+        yield
+    finally:
+        triton_attention.tilings = tilings
+
+
 def flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     return _flex_attention(q.is_cuda)(q, k, v, block_mask=_block_mask(layout), enable_gqa=q.shape[1] != k.shape[1])
 
@@ -66,7 +95,12 @@ def flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
 def _flex_attention(compiled: bool) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+    if not compiled:
+        return flex_attention
+    # Every draw is a new mask. Past the limit the uncompiled form would run, with all scores in memory.
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(flex_attention, dynamic=True)
 
 
 def _block_mask(layout: Layout) -> Any:
@@ -98,7 +132,7 @@ def _block_mask(layout: Layout) -> Any:
 
 
 def contender(name: str) -> Attend:
-    return flex if name == "flex" else backend(name)
+    return flex if name == "flex" else backend(name.partition(":")[0])
 
 
 def tensors(layout: Layout, heads: Heads, dtype: torch.dtype) -> list[Tensor]:
@@ -109,15 +143,16 @@ def tensors(layout: Layout, heads: Heads, dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(*s, generator=draw, device=device).to(dtype).transpose(1, 2) for s in shapes]
 
 
-def clocked(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Seconds, and what `run` returns."""
+def clocked(run: Callable[[], Any], device: torch.device, repeats: int = 1) -> tuple[float, Any]:
+    """Seconds per call, and what the last one returns."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     begun = time.perf_counter()
-    result = run()
+    for _ in range(repeats):
+        result = run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - begun, result
+    return (time.perf_counter() - begun) / repeats, result
 
 
 @dataclass(frozen=True)
@@ -134,16 +169,17 @@ def measure(attend: Attend, student: Layout, teacher: Layout, heads: Heads, dtyp
     for name, layout, backward in (("student", student, grad), ("teacher", teacher, False)):
         *inputs, upstream = tensors(layout, heads, dtype)
         device = layout.ids.device
+        repeats = REPEATS[device.type]
         inputs = [t.requires_grad_(backward) for t in inputs]
         with torch.set_grad_enabled(backward):
             first, _ = clocked(lambda i=inputs, x=layout: attend(*i, x), device)
-            seconds[f"{name} forward"], out = clocked(lambda i=inputs, x=layout: attend(*i, x), device)
+            seconds[f"{name} forward"], out = clocked(lambda i=inputs, x=layout: attend(*i, x), device, repeats)
         seconds[f"{name} prepare"] = max(0.0, first - seconds[f"{name} forward"])
         results[name] = out.detach()
         if backward:
             torch.autograd.grad(out, inputs, upstream, retain_graph=True)
             seconds[f"{name} backward"], found = clocked(
-                lambda o=out, i=inputs, u=upstream: torch.autograd.grad(o, i, u), device
+                lambda o=out, i=inputs, u=upstream: torch.autograd.grad(o, i, u, retain_graph=True), device, repeats
             )
             results |= dict(zip(("dq", "dk", "dv"), found, strict=True))
     return Sample(seconds, results)
@@ -153,28 +189,41 @@ def compare(case: Case, heads: Heads, rounds: int, names: list[str], device: tor
     dtype, scale = (torch.bfloat16, 1) if device.type == "cuda" else (torch.float32, SCALE)
     records: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     rows, order, worst = [], list(names), 0.0
+    failed: dict[str, str] = {}
     for number in range(-1, rounds):  # the first one compiles and is not counted
         data = draw(case, 1000, 1 + number, scale=scale)
         seen: dict[str, dict[str, Tensor]] = {}
-        for name in order:
+        for name in list(order):
             batch = pack_dual_context(data.students, data.teachers, data.rollouts).to(device)
             student, teacher = batch.student.layout, batch.teacher.layout
             grad = name != "flex" or device.type == "cuda"
-            sample = measure(contender(name), student, teacher, heads, dtype, grad)
+            try:
+                with tiled(name) if ":" in name else contextlib.nullcontext():
+                    sample = measure(contender(name), student, teacher, heads, dtype, grad)
+            except Exception as error:  # an older torch, no room for a tile: the others are worth having
+                failed[name] = repr(error)[:300]
+                order.remove(name)
+                records.pop(name)
+                print(f"  {name} cannot run: {failed[name]}", flush=True)
+                continue
             seen[name] = sample.results
             if number >= 0 and grad:
                 for part, seconds in sample.seconds.items():
                     records[name].setdefault(part, []).append(seconds)
-        for name in names[1:]:
+        reference, *others = (name for name in names if name in seen)
+        for name in others:
             for part, got in seen[name].items():
-                want = seen[names[0]][part]
+                want = seen[reference][part]
                 worst = max(worst, float((got - want).double().norm() / want.double().norm()))
         if worst > TOLERANCE[dtype]:
             raise RuntimeError(f"{case.key}: the contenders differ by {worst:.1e}")
         if number >= 0:
             rows.append([student.rows, teacher.rows])
         order = [*order[1:], order[0]]
-    return {"case": asdict(case), "heads": asdict(heads), "rows": rows, "largest_difference": worst, "seconds": records}
+    return {
+        "case": asdict(case), "heads": asdict(heads), "rows": rows, "largest_difference": worst, "failed": failed,
+        "seconds": records,
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -182,10 +231,14 @@ def main() -> None:
     parser.add_argument("--device", choices=CONTENDERS, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--only", action="append", help="contenders; default: all")
-    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--sweep", action="store_true", help="the Triton kernels' tilings, on a GPU")
+    parser.add_argument("--data", type=Path, help="default: results/attention.json, or attention-tilings.json")
     options = parser.parse_args()
     device = torch.device(options.device)
     names = options.only or list(CONTENDERS[options.device])
+    if options.sweep:
+        names = ["triton", *(f"triton:{kernel}={tiling}" for kernel, found in SWEEP.items() for tiling in found)]
+    options.data = options.data or (DATA.with_name("attention-tilings.json") if options.sweep else DATA)
     results: dict[str, Any] = {"machine": machine(device), "found": []}
     for model, heads in HEADS[options.device].items():
         for case in CASES:

@@ -29,7 +29,9 @@ ROOT = Path(__file__).parent.parent
 SECONDS = 570.0  # of the ten minutes, less the time to start and to write
 TEST_SECONDS = 180.0
 ROUNDS = 10
-TESTS = [["tests/gpu"], ["tests/kernels/test_peers.py"]]  # all that use a GPU where there is one
+# All that use a GPU where there is one. The attention's last: it compiles some sixty kernels, a few seconds each, and
+# what is measured here is the loss.
+TESTS = [["tests/gpu/test_triton_gpu.py"], ["tests/kernels/test_peers.py"], ["tests/gpu/test_triton_attention_gpu.py"]]
 
 
 @dataclass(frozen=True)

@@ -179,14 +179,20 @@ class Table:
         for one in work:
             tiles.append((one.start, one.stop, len(runs), len(runs) + len(one.runs)))
             runs += one.runs
-        return cls(*(torch.tensor(rows, dtype=torch.int32).to(device) for rows in (tiles, runs)))
+        both = torch.tensor([*tiles, *runs], dtype=torch.int32).view(-1, 4)
+        if device.type == "cuda":  # from pageable memory the host would wait for all that is queued before the copy
+            both = both.pin_memory()
+        on_device = both.to(device, non_blocking=True)
+        return cls(on_device[: len(tiles)], on_device[len(tiles) :])
 
 
 def _table(
     tiles_of: Callable[..., list[Work]], layout: Layout, tiling: Tiling, window: int | None, device: torch.device
 ) -> Table:
-    """Made once per layout, for all layers."""
-    key = (tiles_of.__name__, tiling.queries, tiling.keys, window, device)
+    """Made once per layout, for all layers; for each stream anew, since on another the copy may not have ended, and the
+    memory could be given away while kernels there still read it."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    key = (tiles_of.__name__, tiling.queries, tiling.keys, window, device, stream)
     if key not in layout._cache:
         layout._cache[key] = Table.of(tiles_of(layout, tiling.queries, tiling.keys, window), device)
     return layout._cache[key]
@@ -240,6 +246,16 @@ def _store_rows(pointer, first, stop, stride, value, ROWS: tl.constexpr, D: tl.c
 
 
 @_jit()
+def _place(count, together):
+    """The head and the tile of this program, of `count` tiles: `together` heads take turns, tile by tile, then the next
+    so many. In one dimension, since a grid's others end at 65535."""
+    program = tl.program_id(0)
+    turn = count * together
+    within = program % turn
+    return (program // turn * together + within % together).to(tl.int64), within // together
+
+
+@_jit()
 def _load_run(runs, number):
     """start, masked, stop, shift of a `Run`."""
     at = runs + 4 * number
@@ -261,8 +277,9 @@ def _capped(s, inner, CAP: tl.constexpr):
     """Scores as they enter the exponent, up to a factor, and their slope: tanh of them under a cap."""
     if CAP:
         fade = tl.exp2(-tl.abs(s * inner))
-        tanh = (1.0 - fade) / (1.0 + fade)
-        s, slope = tl.where(s < 0.0, -tanh, tanh), 4.0 * fade / ((1.0 + fade) * (1.0 + fade))
+        share = 1.0 / (1.0 + fade)
+        tanh = (1.0 - fade) * share
+        s, slope = tl.where(s < 0.0, -tanh, tanh), 4.0 * fade * share * share
     else:
         slope = 1.0
     return s, slope
@@ -340,16 +357,16 @@ def _key_gradient_step(
 # The kernels. Tensors are (heads, rows, D) by strides; `inner` and `outer` are of `_Scores`.
 
 
-@_jit("rows", "window")
+@_jit("rows", "count", "together", "window")
 def forward_kernel(
     q, k, v, out, lse, tiles, runs,
-    q_head, q_row, k_head, k_row, v_head, v_row, o_head, o_row, rows, inner, outer, window,
+    q_head, q_row, k_head, k_row, v_head, v_row, o_head, o_row, rows, count, together, inner, outer, window,
     GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Program (head, tile) writes its rows of `out` and of `lse` (heads, rows), the latter in bits."""
-    head = tl.program_id(0).to(tl.int64)
-    start, stop, run, last_run = _load_run(tiles, tl.program_id(1))
+    head, tile = _place(count, together)
+    start, stop, run, last_run = _load_run(tiles, tile)
     keys, values = k + head // GROUP * k_head, v + head // GROUP * v_head
     query = start + tl.arange(0, QUERIES)
     q_tile = _load_rows(q + head * q_head, start, stop, q_row, QUERIES, D, WIDTH, True)  # (queries, width)
@@ -363,7 +380,7 @@ def forward_kernel(
                 acc, top, total, q_tile, keys, values, k_row, v_row, query, at, last, shift, inner, outer, window,
                 D, WIDTH, KEYS, WINDOW, CAP, PRECISION, False,
             )  # fmt: skip
-        for at in tl.range(masked, last, KEYS, num_stages=1):
+        for at in tl.range(masked, last, KEYS, num_stages=EDGE):
             acc, top, total = _forward_step(
                 acc, top, total, q_tile, keys, values, k_row, v_row, query, at, last, shift, inner, outer, window,
                 D, WIDTH, KEYS, WINDOW, CAP, PRECISION, True,
@@ -373,16 +390,17 @@ def forward_kernel(
     tl.store(lse + head * rows + query, top + tl.log2(total), mask=query < stop)
 
 
-@_jit("rows", "window")
+@_jit("rows", "count", "together", "window")
 def query_gradient_kernel(
     q, k, v, out, d_out, d_q, lse, delta, tiles, runs,
-    q_head, q_row, k_head, k_row, v_head, v_row, o_head, o_row, do_head, do_row, rows, scale, inner, outer, window,
+    q_head, q_row, k_head, k_row, v_head, v_row, o_head, o_row, do_head, do_row, rows, count, together, scale,
+    inner, outer, window,
     GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Program (head, tile) writes its rows of `d_q`, laid out as `out` is, and of `delta` (heads, rows)."""
-    head = tl.program_id(0).to(tl.int64)
-    start, stop, run, last_run = _load_run(tiles, tl.program_id(1))
+    head, tile = _place(count, together)
+    start, stop, run, last_run = _load_run(tiles, tile)
     keys, values = k + head // GROUP * k_head, v + head // GROUP * v_head
     query = start + tl.arange(0, QUERIES)
     o = _load_rows(out + head * o_head, start, stop, o_row, QUERIES, D, WIDTH, True)  # (queries, width)
@@ -399,7 +417,7 @@ def query_gradient_kernel(
                 dq, q_tile, do, lse_tile, delta_tile, keys, values, k_row, v_row, query, at, last, shift,
                 inner, outer, window, D, WIDTH, KEYS, WINDOW, CAP, PRECISION, False,
             )  # fmt: skip
-        for at in tl.range(masked, last, KEYS, num_stages=1):
+        for at in tl.range(masked, last, KEYS, num_stages=EDGE):
             dq = _query_gradient_step(
                 dq, q_tile, do, lse_tile, delta_tile, keys, values, k_row, v_row, query, at, last, shift,
                 inner, outer, window, D, WIDTH, KEYS, WINDOW, CAP, PRECISION, True,
@@ -407,16 +425,17 @@ def query_gradient_kernel(
     _store_rows(d_q + head * o_head, start, stop, o_row, dq * scale, QUERIES, D, WIDTH)
 
 
-@_jit("rows", "window")
+@_jit("rows", "count", "together", "window")
 def key_gradient_kernel(
     q, k, v, d_out, d_k, d_v, lse, delta, tiles, runs,
-    q_head, q_row, k_head, k_row, v_head, v_row, do_head, do_row, dk_head, dk_row, rows, scale, inner, outer, window,
+    q_head, q_row, k_head, k_row, v_head, v_row, do_head, do_row, dk_head, dk_row, rows, count, together, scale,
+    inner, outer, window,
     GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Program (key/value head, tile) writes its rows of `d_k` and `d_v`, which are laid out alike."""
-    kv_head = tl.program_id(0).to(tl.int64)
-    start, stop, run, last_run = _load_run(tiles, tl.program_id(1))
+    kv_head, tile = _place(count, together)
+    start, stop, run, last_run = _load_run(tiles, tile)
     key = start + tl.arange(0, KEYS)
     k_tile = _load_rows(k + kv_head * k_head, start, stop, k_row, KEYS, D, WIDTH, True)  # (keys, width)
     v_tile = _load_rows(v + kv_head * v_head, start, stop, v_row, KEYS, D, WIDTH, True)  # (keys, width)
@@ -433,7 +452,7 @@ def key_gradient_kernel(
                     dk, dv, k_tile, v_tile, queries, d_outs, lses, deltas, q_row, do_row, key, at, last, shift,
                     inner, outer, window, D, WIDTH, QUERIES, WINDOW, CAP, PRECISION, False,
                 )  # fmt: skip
-            for at in tl.range(masked, last, QUERIES, num_stages=1):
+            for at in tl.range(masked, last, QUERIES, num_stages=EDGE):
                 dk, dv = _key_gradient_step(
                     dk, dv, k_tile, v_tile, queries, d_outs, lses, deltas, q_row, do_row, key, at, last, shift,
                     inner, outer, window, D, WIDTH, QUERIES, WINDOW, CAP, PRECISION, True,
@@ -447,17 +466,25 @@ def key_gradient_kernel(
 
 @dataclass(frozen=True)
 class Tiling:
-    """A kernel on the device: rows per tile of either side, warps per program, stages of the loads' pipeline."""
+    """A kernel on the device: rows per tile of either side, warps per program, stages of the loads' pipeline, in the
+    loops over whole tiles and in those with masks. Short runs are mostly the latter, which should wait for loads no
+    more than the former."""
 
     queries: int
     keys: int
     warps: int
     stages: int
+    edge: int | None = None  #: None: as `stages`
 
     @property
-    def options(self) -> dict[str, int]:
-        """For the compiler."""
-        return {"num_warps": self.warps, "num_stages": self.stages}
+    def constants(self) -> dict[str, int]:
+        """The kernels' compile-time arguments."""
+        return {"QUERIES": self.queries, "KEYS": self.keys, "EDGE": self.edge or self.stages}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For the compiler. Exponents are one multiply-add each only by name: Triton 3.10 is to fuse no longer."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
 class Tilings(NamedTuple):
@@ -470,24 +497,25 @@ class Tilings(NamedTuple):
 
 # By compute capability ("8": any other from 8.0 on) and width of the heads, in 16 bits. The larger a tile the less is
 # loaded per product; these compile without spills for every feature. Which of those are fastest is not measured.
+# A last 1: a pipeline for the masked loop too would spill.
 # "8" fits 99 KiB of shared memory, which all devices have.
 _TILINGS: dict[tuple[str, int], Tilings] = {
     ("8", 64): Tilings(Tiling(128, 64, 8, 2), Tiling(64, 64, 4, 2), Tiling(32, 128, 8, 2)),
-    ("8", 128): Tilings(Tiling(64, 64, 8, 2), Tiling(64, 64, 8, 2), Tiling(64, 64, 8, 2)),
+    ("8", 128): Tilings(Tiling(64, 64, 8, 2), Tiling(64, 64, 8, 2), Tiling(64, 64, 8, 2, 1)),
     ("8", 256): Tilings(Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 1), Tiling(32, 32, 8, 1)),
     ("9", 64): Tilings(Tiling(128, 128, 8, 2), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)),
     ("9", 128): Tilings(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(32, 128, 8, 2)),
     ("9", 256): Tilings(Tiling(128, 32, 8, 2), Tiling(128, 16, 8, 2), Tiling(64, 32, 8, 1)),
-    ("10", 64): Tilings(Tiling(128, 64, 8, 3), Tiling(64, 64, 4, 2), Tiling(64, 128, 8, 2)),
-    ("10", 128): Tilings(Tiling(128, 64, 8, 2), Tiling(128, 64, 8, 2), Tiling(64, 64, 8, 2)),
-    ("10", 256): Tilings(Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 1), Tiling(32, 32, 8, 1)),
+    ("10", 64): Tilings(Tiling(128, 64, 8, 3, 1), Tiling(64, 64, 4, 2, 1), Tiling(64, 128, 8, 2, 1)),
+    ("10", 128): Tilings(Tiling(128, 64, 8, 2, 1), Tiling(128, 64, 8, 2, 1), Tiling(64, 64, 8, 2, 1)),
+    ("10", 256): Tilings(Tiling(64, 32, 8, 2, 1), Tiling(64, 32, 8, 1), Tiling(32, 32, 8, 1)),
 }
 # A softcap's slope takes registers that some of those have not.
 _CAPPED: dict[tuple[str, int], Tilings] = {
     ("9", 64): Tilings(Tiling(128, 128, 8, 2), Tiling(128, 64, 8, 2), Tiling(32, 128, 8, 2)),
     ("9", 128): Tilings(Tiling(128, 64, 8, 3), Tiling(128, 32, 8, 2), Tiling(16, 128, 8, 2)),
-    ("10", 64): Tilings(Tiling(128, 64, 8, 3), Tiling(64, 64, 4, 2), Tiling(64, 64, 8, 2)),
-    ("10", 128): Tilings(Tiling(128, 64, 8, 2), Tiling(128, 64, 8, 2), Tiling(32, 64, 8, 2)),
+    ("10", 64): Tilings(Tiling(128, 64, 8, 3, 1), Tiling(64, 64, 4, 2, 1), Tiling(64, 64, 8, 2, 1)),
+    ("10", 128): Tilings(Tiling(128, 64, 8, 2, 1), Tiling(128, 64, 8, 2, 1), Tiling(32, 64, 8, 2, 1)),
 }
 # float32, everywhere: three passes split each operand in two, so its tiles are small, and 256 columns have no room.
 _FLOAT32: dict[int, Tilings] = {
@@ -559,7 +587,7 @@ class Compilation:
     signature: dict[str, str]  # argument → Triton type
     constants: dict[str, Any]
     aligned: tuple[str, ...]  # pointers and strides that are multiples of 16
-    options: dict[str, int]  # num_warps and num_stages
+    options: dict[str, Any]  # num_warps, num_stages and the like
 
 
 _KERNELS = (forward_kernel, query_gradient_kernel, key_gradient_kernel)
@@ -575,13 +603,14 @@ def compilations(
 ) -> list[Compilation]:
     """The three kernels as they are launched for these arguments, with two query heads per key/value head."""
     element = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
-    types = {"lse": "*fp32", "delta": "*fp32", "tiles": "*i32", "runs": "*i32", "rows": "i32", "window": "i32"}
+    types = {"lse": "*fp32", "delta": "*fp32", "tiles": "*i32", "runs": "*i32"}
+    types |= dict.fromkeys(("rows", "count", "together", "window"), "i32")
     types |= dict.fromkeys(("scale", "inner", "outer"), "fp32")
     features = f"{element[1:]}, head {head_size}{', softcap' * bool(softcap)}{', window' * bool(window)}"
     found = []
     for kernel, tiling in zip(_KERNELS, tilings(head_size, dtype, capability, capped=softcap is not None), strict=True):
         constants = _Scores(1.0, softcap, window).constants(dtype, head_size, 2)
-        constants |= {"QUERIES": tiling.queries, "KEYS": tiling.keys}
+        constants |= tiling.constants
         strides = [name for name in kernel.arg_names if name.endswith(("_head", "_row"))]
         known = {**types, **dict.fromkeys(strides, "i32"), **dict.fromkeys(constants, "constexpr")}
         signature = {name: known.get(name, element) for name in kernel.arg_names}
@@ -609,7 +638,7 @@ def attend(
     Raises:
         TypeError, ValueError: an argument is not of this form, or the device has no kernel.
     """
-    _check(query, key, value, scale, softcap)
+    _check(query, key, value, layout, scale, softcap)
     return _Attention.apply(*(_unit_stride(t) for t in (query, key, value)), layout, _Scores(scale, softcap, window))
 
 
@@ -622,7 +651,7 @@ def serves(device: torch.device | str, dtype: torch.dtype, head_size: int) -> tu
     return available(device)
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, softcap: float | None) -> None:
     fine, why = serves(query.device, query.dtype, query.shape[-1])
     if not fine:
         raise ValueError(f"packing backend 'triton' cannot run: {why}; accepted here: eager")
@@ -630,6 +659,11 @@ def _check(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: flo
         raise TypeError(
             "packing backend 'triton' needs query, key and value of one dtype, got "
             f"{query.dtype}, {key.dtype} and {value.dtype}"
+        )
+    if not query.shape[0] == key.shape[0] == 1 or not query.shape[2] == key.shape[2] == layout.rows:
+        raise ValueError(  # the tables would lead out of the tensors
+            f"packing backend 'triton' needs (1, heads, {layout.rows}, D) for this layout, got query "
+            f"{tuple(query.shape)}, key {tuple(key.shape)}"
         )
     if key.shape != value.shape or query.shape[-1] != key.shape[-1] or query.shape[1] % key.shape[1]:
         raise ValueError(
@@ -674,13 +708,29 @@ class _Call:
         table = _table(tiles_of, self.layout, tiling, window, self.query.device)
         if not len(table.tiles):
             return
+        count, by_query = len(table.tiles), tiles_of is query_tiles
+        together = _together(kv_heads, 2 * rows * head_size * self.query.element_size(), _cache(self.query.device))
+        programs = (heads if by_query else kv_heads) * count
+        together *= heads // kv_heads if by_query else 1
         strides = [t.stride(i) for t in strided for i in (1, 2)]
         constants = self.scores.constants(self.query.dtype, head_size, heads // kv_heads)
         with torch.cuda.device(self.query.device) if self.query.device.type == "cuda" else contextlib.nullcontext():
-            kernel[(heads if tiles_of is query_tiles else kv_heads, len(table.tiles))](
-                *tensors, table.tiles, table.runs, *strides, rows, *factors, *self.scores.factors, window or 0,
-                **constants, QUERIES=tiling.queries, KEYS=tiling.keys, **tiling.options,
+            kernel[(programs,)](
+                *tensors, table.tiles, table.runs, *strides, rows, count, together, *factors, *self.scores.factors,
+                window or 0, **constants, **tiling.constants, **tiling.options,
             )  # fmt: skip
+
+
+def _together(kv_heads: int, size: int, cache: int) -> int:
+    """How many key/value heads take turns at the tiles. Those that run at once read all segments, so their keys and
+    values, `size` bytes a head, are to stay in the cache; few rows leave room for all heads, and then the longest tiles
+    of every head come first. A divisor, so that no programs are left over."""
+    return max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and (n == 1 or n * size <= cache))
+
+
+def _cache(device: torch.device) -> int:
+    """Bytes of the second-level cache to count on: half, the rest is passing through. 0 in the interpreter."""
+    return torch.cuda.get_device_properties(device).L2_cache_size // 2 if device.type == "cuda" else 0
 
 
 class _Attention(torch.autograd.Function):
@@ -706,6 +756,8 @@ class _Attention(torch.autograd.Function):
             query_gradient_kernel, call.tilings.query_gradient, query_tiles,
             (query, key, value, out, grad, dq, lse, delta), (query, key, value, out, grad), ctx.scores.scale,
         )  # fmt: skip
+        if not any(ctx.needs_input_grad[1:3]):
+            return dq, None, None, None, None
         call.launch(
             key_gradient_kernel, call.tilings.key_gradient, key_tiles,
             (query, key, value, grad, dk, dv, lse, delta), (query, key, value, grad, dk), ctx.scores.scale,

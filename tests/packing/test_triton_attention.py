@@ -290,6 +290,48 @@ def test_strides_and_what_is_not_seen() -> None:
 
 
 @inner
+def test_exact_whatever_heads_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of programs changes no bit."""
+    case = Case((20, 3), ((7, 18), (5,)), heads=(8, 4), size=16)
+    found = []
+    for together in (1, 2, 4):
+        monkeypatch.setattr(triton_attention, "_together", lambda *_, n=together: n)
+        found.append(case.run(attention._triton, case.tensors(torch.float32)))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs no interpreter")
+def test_heads_that_take_turns_fit_the_cache() -> None:
+    assert [triton_attention._together(8, size, 100) for size in (1, 12, 13, 25, 26, 50, 51, 1000)] == [
+        8, 8, 4, 4, 2, 2, 1, 1,
+    ]  # fmt: skip
+    assert triton_attention._together(6, 30, 100) == 3
+    assert triton_attention._together(7, 30, 100) == 1
+
+
+@inner
+def test_exact_with_frozen_keys_and_values() -> None:
+    case = Case((20,), ((7, 18),), size=16)
+    q, k, v, grad = case.tensors(torch.float32)
+    *_, dq, _, _ = case.run(attention._triton, (q, k, v, grad))
+    q.requires_grad_()
+    (alone,) = torch.autograd.grad(attention._triton(q, k, v, case.layout, 0.25, None, None), q, grad)
+    assert torch.equal(alone, dq)
+
+
+@inner
+def test_exact_under_a_gradient_of_one_number() -> None:
+    """`sum` hands down a gradient without strides."""
+    case = Case((20,), ((7, 18),), size=16)
+    *inputs, grad = case.tensors(torch.float32)
+    want = case.run(attention._triton, (*inputs, torch.ones_like(grad)))[1:]
+    inputs = [t.requires_grad_() for t in inputs]
+    got = torch.autograd.grad(attention._triton(*inputs, case.layout, 0.25, None, None).sum(), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@inner
 @pytest.mark.parametrize("passes", ["two", "joint"])
 def test_through_a_model(passes: str) -> None:
     transformers = pytest.importorskip("transformers")
@@ -328,6 +370,13 @@ def test_refusals() -> None:
         attend(q, k.bfloat16(), v)
     with pytest.raises(ValueError, match="needs keys and values of one shape"):
         attend(q, k, v[..., :8])
+    rows = case.layout.rows
+    with pytest.raises(
+        ValueError, match=rf"needs \(1, heads, {rows}, D\) for this layout, got query \(1, 2, {rows - 1}"
+    ):
+        attend(*(t[:, :, 1:] for t in (q, k, v)))
+    with pytest.raises(ValueError, match=r"for this layout, got query \(2, 2"):
+        attend(*(torch.cat([t, t]) for t in (q, k, v)))
     with pytest.raises(ValueError, match=r"needs a positive scale and softcap, got -1\.0 and None"):
         attend(q, k, v, scale=-1.0)
     big = torch.zeros(1, 1, case.layout.rows, 256)
