@@ -67,6 +67,8 @@ def make_model(family: str, *, lora: bool = False, seed: int = 0, **extra: Any) 
     name, own = FAMILIES[family]
     torch.manual_seed(seed)
     settings = {**COMMON, **own, **extra}
+    if family == "gemma2":  # whose softcap sdpa, the default of some versions, leaves out in silence
+        settings["attn_implementation"] = "eager"
     if family == "gemma3":
         name = "Gemma3"
         settings["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention"]
