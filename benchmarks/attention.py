@@ -1,50 +1,44 @@
-"""One layer's attention over packed rows, backend beside backend and FlexAttention: `python -m benchmarks.attention`.
+"""One layer's attention over packed rows, backend beside backend, and what the Triton kernel's tiles should be: the
+parts `attention` and `tuning` of `benchmarks.parts`.
 
-A round is a new draw of lengths, those of `benchmarks.packing`: on a GPU in full, on a CPU divided by its `SCALE`.
-Timed are the student's forward and backward pass and the teacher's forward pass, each of a layer's heads, all on the
-same tensors; contenders take turns, and their results must agree. What a layout costs once for all layers (tables,
-gathers, a block mask) is timed apart, as `prepare`. Results go to results/attention.json.
+A round is a new draw of lengths, those of `benchmarks.packing`, of as many prompts as give about the wanted number of
+rows. Timed are the student's forward and backward pass and the teacher's forward pass, all on the same tensors;
+contenders take turns, and their results must agree. What a layout costs once for all layers (tables, gathers, a block
+mask) is timed apart, as `prepare`. FLOPs are those of the pairs of query and key that the layout lets meet, 4 · D for
+each head forward and 2.5 times that backward, whatever a contender computes beyond.
 
-FlexAttention is compiled on a GPU. On a CPU it has no backward pass and its time would be that of the uncompiled form,
-so there only its result is compared.
-
-`--sweep` instead times the Triton kernels with other tilings, one kernel's at a time. A contender that cannot run where
-this runs is named with its error, and the others go on without it.
+"padded" is SDPA as two padded batches have it: each context, prefix and all, as a row of a batch. FlexAttention is
+compiled on a GPU. On a CPU it has no backward pass and its time would be that of the uncompiled form, so there only its
+result is compared.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import functools
-import json
-import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from itertools import chain
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import machine
+from benchmarks.cells import Unavailable
 from benchmarks.packing import SCALE, Case, draw
+from benchmarks.record import Record, release
 from opsd_kernels.packing import attention, pack_dual_context, triton_attention
 from opsd_kernels.packing.layout import Layout
+from opsd_kernels.packing.triton_attention import Tiling, Tilings
 
-DATA = Path(__file__).parent / "results" / "attention.json"
-CASES = [Case(1, 1024), Case(8, 1024)]
-CONTENDERS = {"cuda": ("varlen", "triton", "flex"), "cpu": ("sdpa", "eager", "flex")}
+CONTENDERS = {"cuda": ("varlen", "triton", "flex", "padded"), "cpu": ("sdpa", "eager", "flex", "padded")}
 TOLERANCE = {torch.bfloat16: 0.02, torch.float32: 1e-4}
-REPEATS = {"cuda": 5, "cpu": 1}  # calls per clocking: on a GPU the host's part hides behind the call before
-# Queries x keys per tile, warps, stages. Some of these spill: outside of the loops that costs nothing.
-SWEEP = {
-    "forward": ("128x128w8s2", "128x64w8s2", "64x64w4s2", "64x64w4s3", "128x64w4s3", "64x128w4s2"),
-    "query_gradient": ("64x64w4s2", "128x64w8s3", "128x128w8s2", "64x128w8s2", "128x32w4s2"),
-    "key_gradient": ("64x128w8s2", "64x64w4s2", "64x64w8s2", "128x128w8s1", "64x128w8s1", "32x64w4s2"),
-}
+ROUNDS, REPEATS = 3, {"cuda": 5}  # calls in a row for one time: a single one may be over before the next is launched
+LONGEST = 1024  # of the rollouts, before scaling
+ROWS = {"cuda": (8192, 32768, 2048, 4096, 16384), "cpu": (256,)}  # the most telling first
 
 
 @dataclass(frozen=True)
@@ -57,34 +51,39 @@ class Heads:
 
 
 HEADS = {
-    "cuda": {"Qwen3-1.7B": Heads(16, 8, 128), "Qwen3-4B": Heads(32, 8, 128)},
-    "cpu": {"toy": Heads(4, 2, 64)},
+    "cuda": {"32:8": Heads(32, 8, 128), "16:8": Heads(16, 8, 128)},
+    "cpu": {"4:2": Heads(4, 2, 16)},
 }
 
 Attend = Callable[[Tensor, Tensor, Tensor, Layout], Tensor]
 """query (1, heads, T, D), key, value (1, key heads, T, D) → (1, heads, T, D)."""
 
 
+def layouts(generations: int, rows: int, seed: int, device: torch.device) -> tuple[Layout, Layout]:
+    """A student's and a teacher's, each of about so many rows, at least one prompt."""
+    scale = 1 if device.type == "cuda" else SCALE
+    written = generations * 0.55 * LONGEST
+
+    def drawn(prompt: int) -> Any:
+        prompts = max(1, round(rows * scale / (prompt + written)))
+        data = draw(Case(generations, LONGEST), 1000, seed, scale=scale, prompts=prompts)
+        return pack_dual_context(data.students, data.teachers, data.rollouts).to(device)
+
+    return drawn(300).student.layout, drawn(2300).teacher.layout
+
+
+def pairs(layout: Layout) -> int:
+    """How many pairs of query and key meet."""
+    return sum(n * s.position + n * (n + 1) // 2 for s in layout.segments for n in [s.stop - s.start])
+
+
+def flops(layout: Layout, heads: Heads, part: str) -> float:
+    return 4.0 * pairs(layout) * heads.query * heads.size * (2.5 if part.endswith("backward") else 1.0)
+
+
 def backend(name: str) -> Attend:
     function = getattr(attention, f"_{name}")
     return lambda q, k, v, layout: function(q, k, v, layout, q.shape[-1] ** -0.5, None, None)
-
-
-@contextlib.contextmanager
-def tiled(name: str) -> Iterator[None]:
-    """The Triton kernels with one other tiling, as in "triton:forward=128x64w8s2"."""
-    kernel, _, text = name.removeprefix("triton:").partition("=")
-    queries, keys, warps, stages = map(int, re.split("[xws]", text))
-    tilings = triton_attention.tilings
-
-    def other(*args: Any, **options: Any) -> triton_attention.Tilings:
-        return tilings(*args, **options)._replace(**{kernel: triton_attention.Tiling(queries, keys, warps, stages)})
-
-    triton_attention.tilings = other
-    try:
-        yield
-    finally:
-        triton_attention.tilings = tilings
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
@@ -97,10 +96,8 @@ def _flex_attention(compiled: bool) -> Any:
 
     if not compiled:
         return flex_attention
-    # Every draw is a new mask. Past the limit the uncompiled form would run, with all scores in memory.
-    torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    return torch.compile(flex_attention, dynamic=True)
+    torch._dynamo.config.recompile_limit = 64  # each form of mask is one
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def _block_mask(layout: Layout) -> Any:
@@ -127,12 +124,54 @@ def _block_mask(layout: Layout) -> Any:
                 seen = seen | ((key >= start[query]) & (key < stop[query]))
             return seen
 
-        layout._cache["flex"] = create_block_mask(visible, None, None, layout.rows, layout.rows, device=device)
+        layout._cache["flex"] = create_block_mask(
+            visible, None, None, layout.rows, layout.rows, device=device, _compile=device.type == "cuda"
+        )
     return layout._cache["flex"]
 
 
+def padded(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """The stock fused kernel on a padded batch. To put rows there and to take them back is more than a padded path has
+    to do."""
+    batch, source = _batch(layout)
+    q, k, v = (t[0][:, batch].transpose(0, 1) for t in (q, k, v))  # (contexts, heads, width, D)
+    with fused_sdpa(q.device):
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    return out.transpose(0, 1).flatten(1, 2)[:, source][None]
+
+
+@contextmanager
+def fused_sdpa(device: torch.device) -> Iterator[None]:
+    """On a GPU: SDPA is FlashAttention, the kernel that `varlen_attn` calls too, and no other."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if device.type == "cuda" else nullcontext():
+        yield
+
+
+def _batch(layout: Layout) -> tuple[Tensor, Tensor]:
+    """(contexts, width) rows of the layout, padded by row 0, and for each row of the layout its place in there."""
+    if "batch" not in layout._cache:
+        prefixes = {held for s in layout.segments for held in s.prefix}
+        contexts = [
+            list(chain.from_iterable(range(*r) for r in (*s.prefix, (s.start, s.stop))))
+            for s in layout.segments
+            if (s.start, s.stop) not in prefixes  # a shared prompt is in the contexts of its rollouts
+        ]
+        width = max(map(len, contexts))
+        source = [0] * layout.rows
+        for i, rows in enumerate(contexts):
+            for place, row in enumerate(rows, i * width):
+                source[row] = place
+        batch = [rows + [0] * (width - len(rows)) for rows in contexts]
+        layout._cache["batch"] = tuple(torch.tensor(x, device=layout.ids.device) for x in (batch, source))
+    return layout._cache["batch"]
+
+
 def contender(name: str) -> Attend:
-    return flex if name == "flex" else backend(name.partition(":")[0])
+    return {"flex": flex, "padded": padded}.get(name) or backend(name)
 
 
 def tensors(layout: Layout, heads: Heads, dtype: torch.dtype) -> list[Tensor]:
@@ -144,7 +183,7 @@ def tensors(layout: Layout, heads: Heads, dtype: torch.dtype) -> list[Tensor]:
 
 
 def clocked(run: Callable[[], Any], device: torch.device, repeats: int = 1) -> tuple[float, Any]:
-    """Seconds per call, and what the last one returns."""
+    """Seconds of one call, and what it returns."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     begun = time.perf_counter()
@@ -169,87 +208,168 @@ def measure(attend: Attend, student: Layout, teacher: Layout, heads: Heads, dtyp
     for name, layout, backward in (("student", student, grad), ("teacher", teacher, False)):
         *inputs, upstream = tensors(layout, heads, dtype)
         device = layout.ids.device
-        repeats = REPEATS[device.type]
+        repeats = REPEATS.get(device.type, 1)
         inputs = [t.requires_grad_(backward) for t in inputs]
         with torch.set_grad_enabled(backward):
-            first, _ = clocked(lambda i=inputs, x=layout: attend(*i, x), device)
-            seconds[f"{name} forward"], out = clocked(lambda i=inputs, x=layout: attend(*i, x), device, repeats)
+            call = functools.partial(attend, *inputs, layout)
+            first, _ = clocked(call, device)
+            seconds[f"{name} forward"], out = clocked(call, device, repeats)
         seconds[f"{name} prepare"] = max(0.0, first - seconds[f"{name} forward"])
         results[name] = out.detach()
         if backward:
-            torch.autograd.grad(out, inputs, upstream, retain_graph=True)
-            seconds[f"{name} backward"], found = clocked(
-                lambda o=out, i=inputs, u=upstream: torch.autograd.grad(o, i, u, retain_graph=True), device, repeats
-            )
+            back = functools.partial(torch.autograd.grad, out, inputs, upstream, retain_graph=True)
+            back()
+            seconds[f"{name} backward"], found = clocked(back, device, repeats)
             results |= dict(zip(("dq", "dk", "dv"), found, strict=True))
     return Sample(seconds, results)
 
 
-def compare(case: Case, heads: Heads, rounds: int, names: list[str], device: torch.device) -> dict[str, Any]:
-    dtype, scale = (torch.bfloat16, 1) if device.type == "cuda" else (torch.float32, SCALE)
+def difference(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
+    """The largest relative difference of what both have."""
+    both = got.keys() & want.keys()
+    return max(float((got[n] - want[n]).float().norm() / want[n].float().norm()) for n in both)
+
+
+def compare(
+    generations: int, rows: int, heads: Heads, device: torch.device, rounds: int, names: list[str], deadline: float
+) -> dict[str, Any]:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    order, left_out, worst = list(names), {}, 0.0
     records: dict[str, dict[str, list[float]]] = {name: {} for name in names}
-    rows, order, worst = [], list(names), 0.0
-    failed: dict[str, str] = {}
+    sizes = []
     for number in range(-1, rounds):  # the first one compiles and is not counted
-        data = draw(case, 1000, 1 + number, scale=scale)
-        seen: dict[str, dict[str, Tensor]] = {}
+        if number > 0 and time.monotonic() > deadline:
+            break
+        want: dict[str, Tensor] = {}
         for name in list(order):
-            batch = pack_dual_context(data.students, data.teachers, data.rollouts).to(device)
-            student, teacher = batch.student.layout, batch.teacher.layout
+            student, teacher = layouts(generations, rows, 1 + number, device)
             grad = name != "flex" or device.type == "cuda"
             try:
-                with tiled(name) if ":" in name else contextlib.nullcontext():
-                    sample = measure(contender(name), student, teacher, heads, dtype, grad)
-            except Exception as error:  # an older torch, no room for a tile: the others are worth having
-                failed[name] = repr(error)[:300]
+                sample = measure(contender(name), student, teacher, heads, dtype, grad)
+            except Exception as error:
+                left_out[name] = f"{type(error).__name__}: {str(error)[:300]}"
                 order.remove(name)
-                records.pop(name)
-                print(f"  {name} cannot run: {failed[name]}", flush=True)
                 continue
-            seen[name] = sample.results
+            finally:
+                release(device)
+            want = want or sample.results
+            worst = max(worst, difference(sample.results, want))
             if number >= 0 and grad:
                 for part, seconds in sample.seconds.items():
+                    layout = student if part.startswith("student") else teacher
                     records[name].setdefault(part, []).append(seconds)
-        reference, *others = (name for name in names if name in seen)
-        for name in others:
-            for part, got in seen[name].items():
-                want = seen[reference][part]
-                worst = max(worst, float((got - want).double().norm() / want.double().norm()))
-        if worst > TOLERANCE[dtype]:
-            raise RuntimeError(f"{case.key}: the contenders differ by {worst:.1e}")
+                    if not part.endswith("prepare"):
+                        rate = flops(layout, heads, part) / seconds
+                        records[name].setdefault(f"{part} FLOP/s", []).append(rate)
         if number >= 0:
-            rows.append([student.rows, teacher.rows])
-        order = [*order[1:], order[0]]
+            sizes.append([student.rows, teacher.rows])
+        order = [*order[1:], *order[:1]]
     return {
-        "case": asdict(case), "heads": asdict(heads), "rows": rows, "largest_difference": worst, "failed": failed,
-        "seconds": records,
+        "generations": generations, "heads": asdict(heads), "rows": sizes,
+        "contenders": {name: records[name] for name in names if name not in left_out},
+        "largest_difference": worst, "agree": worst <= TOLERANCE[dtype], "left_out": left_out,
     }  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=CONTENDERS, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--only", action="append", help="contenders; default: all")
-    parser.add_argument("--sweep", action="store_true", help="the Triton kernels' tilings, on a GPU")
-    parser.add_argument("--data", type=Path, help="default: results/attention.json, or attention-tilings.json")
-    options = parser.parse_args()
-    device = torch.device(options.device)
-    names = options.only or list(CONTENDERS[options.device])
-    if options.sweep:
-        names = ["triton", *(f"triton:{kernel}={tiling}" for kernel, found in SWEEP.items() for tiling in found)]
-    options.data = options.data or (DATA.with_name("attention-tilings.json") if options.sweep else DATA)
-    results: dict[str, Any] = {"machine": machine(device), "found": []}
-    for model, heads in HEADS[options.device].items():
-        for case in CASES:
-            found = compare(case, heads, options.rounds, names, device)
-            results["found"].append({"model": model, **found})
-            for name, parts in found["seconds"].items():
-                cells = [f"{part} {1e3 * median(values):.2f} ms" for part, values in parts.items()]
-                print(f"{model} {case.key} {name}: {', '.join(cells) or 'agrees'}", flush=True)
-            options.data.parent.mkdir(exist_ok=True)
-            options.data.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+def run(record: Record, *, rounds: int | None = None, only: list[str] | None = None) -> None:
+    device = record.device
+    names = [name for name in CONTENDERS[device.type] if not only or name in only]
+    for model, heads in HEADS[device.type].items():
+        for rows in ROWS[device.type]:
+            for generations in (1, 8):
+                record.measure(
+                    f"{model} G{generations} T{rows}",
+                    lambda g=generations, t=rows, h=heads: compare(
+                        g, t, h, device, rounds or ROUNDS, names, record.deadline
+                    ),
+                )
 
 
-if __name__ == "__main__":
-    main()
+# Which tiles the Triton kernel is fastest with.
+
+CANDIDATES = [
+    Tiling(queries, keys, warps, stages)
+    for queries, keys in ((128, 128), (128, 64), (128, 32), (64, 128), (64, 64), (64, 32), (32, 128))
+    for warps in (4, 8)
+    for stages in (2, 3)
+]
+TUNED = {"cuda": ((8, 8192), (1, 16384)), "cpu": ((8, 128),)}  # generations, rows
+
+
+def tune(record: Record, *, only: list[str] | None = None) -> None:
+    """Each kernel's tiles by themselves, the other kernels as they come."""
+    device = record.device
+    kernels = [name for name in Tilings._fields if not only or name in only]
+    candidates = CANDIDATES if device.type == "cuda" else [Tiling(16, 16, 1, 1)]
+    model, heads = next(iter(HEADS[device.type].items()))
+    for generations, rows in TUNED[device.type]:
+        for kernel in kernels:
+            record.measure(
+                f"{model} G{generations} T{rows} {kernel}",
+                lambda g=generations, t=rows, k=kernel: tuned(g, t, heads, device, k, candidates, record),
+            )
+
+
+def tuned(
+    generations: int,
+    rows: int,
+    heads: Heads,
+    device: torch.device,
+    kernel: str,
+    candidates: list[Tiling],
+    record: Record,
+) -> dict[str, Any]:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    fine, why = triton_attention.serves(device, dtype, heads.size)
+    if not fine:
+        raise Unavailable(why)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    usual = triton_attention.tilings(heads.size, dtype, capability)
+    part = "student forward" if kernel == "forward" else "student backward"
+    times: list[dict[str, Any]] = []
+    left_out: dict[str, str] = {}
+    want: dict[str, Tensor] = {}
+    worst = 0.0
+    for tiling in [getattr(usual, kernel), *(t for t in candidates if t != getattr(usual, kernel))]:
+        name = f"{tiling.queries}x{tiling.keys} warps {tiling.warps} stages {tiling.stages}"
+        if times and time.monotonic() > record.deadline:
+            left_out[name] = "the time is used up"
+            continue
+        chosen = usual._replace(**{kernel: tiling})
+        student, _ = layouts(generations, rows, 0, device)
+        try:
+            with mock.patch.object(triton_attention, "tilings", lambda *_, given=chosen, **__: given):
+                samples = [measure(backend("triton"), student, student, heads, dtype, True) for _ in range(3)]
+        except Exception as error:  # more shared memory than there is, say
+            left_out[name] = f"{type(error).__name__}: {str(error)[:200]}"
+            continue
+        want = want or samples[0].results
+        worst = max(worst, difference(samples[0].results, want))
+        seconds = [sample.seconds[part] for sample in samples]
+        rate = flops(student, heads, part) / median(seconds)
+        times.append({"tiling": asdict(tiling), "seconds": seconds, "flops": rate, "agrees": worst})
+        print(f"  {kernel} {name}: {1e3 * median(seconds):.3f} ms, {rate / 1e12:.0f} TFLOP/s", flush=True)
+    times.sort(key=lambda one: median(one["seconds"]))
+    return {
+        "kernel": kernel, "usual": asdict(getattr(usual, kernel)), "found": times, "rows": student.rows,
+        "agree": worst <= TOLERANCE[dtype], "left_out": left_out,
+    }  # fmt: skip
+
+
+def table(stored: dict[str, Any]) -> str:
+    """TFLOP/s by contender and pass, in Markdown; a median over the rounds."""
+    parts = ("student forward", "student backward", "teacher forward")
+    names = list(dict.fromkeys(name for cell in stored["cells"] for name in cell["contenders"]))
+    lines = [
+        "| heads | rollouts per prompt | rows | | " + " | ".join(names) + " |",
+        "|---|---|---|---|" + "---|" * len(names),
+    ]
+    for cell in stored["cells"]:
+        heads, generations = cell["heads"], cell["generations"]
+        for part in parts:
+            rows = median(sizes[part == "teacher forward"] for sizes in cell["rows"])
+            found = [cell["contenders"].get(name, {}).get(f"{part} FLOP/s") for name in names]
+            rates = [f"{median(rates) / 1e12:.0f}" if rates else "–" for rates in found]
+            start = f"| {heads['query']}:{heads['key']} × {heads['size']} | {generations} | {rows:,.0f} | {part} | "
+            lines.append(start + " | ".join(rates) + " |")
+    return "\n".join(lines)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import platform
+import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -158,7 +159,7 @@ def recorded(call: Call, inputs: Inputs) -> tuple[Tensor | None, int]:
     return loss, max(forward, backward - inputs.gradient_bytes())
 
 
-def allocations(run: Callable[[], Tensor | None]) -> tuple[Tensor | None, list[int]]:
+def allocations(run: Callable[[], Any]) -> tuple[Any, list[int]]:
     """The sizes in bytes of every CPU allocation (positive) and release (negative) of torch's, in order."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = run()
@@ -173,6 +174,17 @@ def peak(sizes: Sequence[int], alive: int = 0) -> int:
         alive += size
         most = max(most, alive)
     return most
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
+    """The most that `run` had allocated at once, above what there was before."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    _, sizes = allocations(run)
+    return peak(sizes)
 
 
 _references: dict[tuple[object, ...], Reference] = {}
@@ -308,7 +320,7 @@ def ratio(records: dict[str, dict[str, Any]], slow: str, fast: str) -> float:
 def machine(device: torch.device) -> dict[str, Any]:
     """What a reader of the results must know of where they come from."""
     versions = {}
-    for package in ("torch", "triton", "trl", "liger-kernel", "transformers", "numpy"):
+    for package in ("torch", "triton", "trl", "liger-kernel", "transformers", "peft", "flash-attn", "numpy"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -318,9 +330,17 @@ def machine(device: torch.device) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(device)
         found |= {
             "gpu": properties.name, "gpu_memory": properties.total_memory,
-            "capability": f"{properties.major}.{properties.minor}", "cuda": torch.version.cuda,
+            "capability": f"{properties.major}.{properties.minor}", "cuda": torch.version.cuda, "driver": _driver(),
         }  # fmt: skip
     return {"date": date.today().isoformat(), **found, "python": platform.python_version(), "versions": versions}
+
+
+def _driver() -> str | None:
+    try:
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
 
 
 def _processor() -> str:

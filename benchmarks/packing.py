@@ -13,22 +13,28 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import gc
 import json
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.measure import allocations, machine, peak
+from benchmarks.measure import machine, peak_bytes
 from benchmarks.report import replace_section
+from opsd.metrics import Clock
+from opsd.models import evaluating, is_adapted
 from opsd.scoring import rollout_hidden
+from opsd.step import teacher_then_student
 from opsd_kernels import jsd_loss, lm_head_of
 from opsd_kernels.packing import dual_hidden_states, pack_dual_context
 
@@ -38,37 +44,38 @@ THREADS, SCALE, PROMPTS = 2, 8, 8
 
 @dataclass(frozen=True)
 class Shape:
-    """A Qwen3-shaped model, all of it trained, its own teacher."""
+    """A Qwen3-shaped model with random weights."""
 
     hidden: int
     layers: int
     vocab: int
     intermediate: int
     heads: tuple[int, int, int] | None = None  #: query, key/value, size; None: of 64, two queries for each key
+    tied: bool = False  #: embedding and head are one tensor
 
     def model(self, device: torch.device) -> Any:
-        from transformers import Qwen3Config, Qwen3ForCausalLM
+        """On a GPU in bfloat16."""
+        from transformers import AutoModelForCausalLM, Qwen3Config
 
         torch.manual_seed(0)
         heads, kv_heads, head_size = self.heads or (self.hidden // 64, max(1, self.hidden // 128), 64)
-        model = Qwen3ForCausalLM(
-            Qwen3Config(
-                vocab_size=self.vocab,
-                hidden_size=self.hidden,
-                intermediate_size=self.intermediate,
-                num_hidden_layers=self.layers,
-                num_attention_heads=heads,
-                num_key_value_heads=kv_heads,
-                head_dim=head_size,
-                max_position_embeddings=4096,
-                attn_implementation="sdpa",
-                pad_token_id=0,
-                bos_token_id=1,
-                eos_token_id=2,
-                tie_word_embeddings=self.heads is not None,
-            )
-        ).train()
-        return model.to(device, torch.bfloat16) if device.type == "cuda" else model
+        config = Qwen3Config(
+            vocab_size=self.vocab,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_size,
+            max_position_embeddings=40960,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            tie_word_embeddings=self.tied,
+        )
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        with device:  # billions of weights are drawn faster there
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
 
 
 SHAPES = {
@@ -79,8 +86,10 @@ SHAPES = {
     "deep": Shape(hidden=256, layers=12, vocab=8192, intermediate=768),
 }
 FULL_SHAPES = {
-    "1.7B": Shape(hidden=2048, layers=28, vocab=151936, intermediate=6144, heads=(16, 8, 128)),
-    "4B": Shape(hidden=2560, layers=36, vocab=151936, intermediate=9728, heads=(32, 8, 128)),
+    "0.6B": Shape(hidden=1024, layers=28, vocab=151936, intermediate=3072, heads=(16, 8, 128), tied=True),
+    "1.7B": Shape(hidden=2048, layers=28, vocab=151936, intermediate=6144, heads=(16, 8, 128), tied=True),
+    "4B": Shape(hidden=2560, layers=36, vocab=151936, intermediate=9728, heads=(32, 8, 128), tied=True),
+    "8B": Shape(hidden=4096, layers=36, vocab=151936, intermediate=12288, heads=(32, 8, 128)),
 }
 
 
@@ -120,7 +129,7 @@ class Draw:
         )
 
 
-def draw(case: Case, vocab: int, seed: int, solutions: int = 1, scale: int = SCALE) -> Draw:
+def draw(case: Case, vocab: int, seed: int, solutions: int = 1, scale: int = SCALE, prompts: int = PROMPTS) -> Draw:
     """Prompts P and P + S: the teacher reads the problem as the student does, then the solution,
     `solutions` times over: all else stays the same. All lengths are divided by `scale`."""
     random = torch.Generator().manual_seed(seed)
@@ -130,33 +139,32 @@ def draw(case: Case, vocab: int, seed: int, solutions: int = 1, scale: int = SCA
         n = int(torch.randint(least, most + 1, (), generator=random))
         return torch.randint(3, vocab, (n,), generator=random).tolist()
 
-    students = [tokens(150, 450) for _ in range(PROMPTS)]
+    students = [tokens(150, 450) for _ in range(prompts)]
     # The template's last words differ, so the last token or two of the student's prompt are not shared.
     teachers = [[*s[:-2], *tokens(1000, 3000) * solutions] for s in students]
     longest = case.rollout_max
-    rollouts = [[tokens(0.1 * longest, longest) for _ in range(case.generations)] for _ in range(PROMPTS)]
+    rollouts = [[tokens(0.1 * longest, longest) for _ in range(case.generations)] for _ in range(prompts)]
     return Draw(students, teachers, rollouts)
 
 
-Contender = Callable[[Any, Draw], Tensor]
-"""Adds the gradients of the mean loss over the draw's tokens to the model and returns that loss."""
+Contender = Callable[[Any, Draw, Clock], Tensor]
+"""Returns the mean loss over the draw's tokens, whose `backward()` adds its gradients to the model. The clock gets the
+phases "teacher" and "student", or "score" where both run in one pass, and "loss"."""
 
 
-def padded_loss(model: Any, data: Draw) -> Tensor:
-    """Two right-padded batches through the stock attention, then the fused loss on the rollouts' rows."""
-    students, teachers, rollouts = data.flat()
-    with torch.no_grad():
-        teacher = rollout_hidden(model, teachers, rollouts)
-    return fused(model, rollout_hidden(model, students, rollouts), teacher)
+@contextmanager
+def teaching(model: Any) -> Iterator[None]:
+    """While open, `model` is its own teacher: without its adapters, where it has any."""
+    with torch.no_grad(), evaluating(model), model.disable_adapter() if is_adapted(model) else nullcontext():
+        yield
 
 
-def packed(passes: str, backend: str = "auto") -> Contender:
-    def contender(model: Any, data: Draw) -> Tensor:
-        batch = pack_dual_context(data.students, data.teachers, data.rollouts)
-        hidden = dual_hidden_states(model, batch, passes=passes, backend=backend)
-        return fused(model, hidden.student, hidden.teacher)
+def teacher_of(model: Any) -> str:
+    return "base" if is_adapted(model) else "live"
 
-    return contender
+
+Loss = Callable[[Any, Tensor, Tensor], Tensor]
+"""The mean JSD of (R, H) hidden states of student and teacher."""
 
 
 def fused(model: Any, student: Tensor, teacher: Tensor) -> Tensor:
@@ -164,23 +172,51 @@ def fused(model: Any, student: Tensor, teacher: Tensor) -> Tensor:
     return jsd_loss(student, teacher, head.weight, **head.options())
 
 
-def padded_dense(model: Any, data: Draw) -> Tensor:
+def padded(loss: Loss = fused) -> Contender:
+    """Two right-padded batches through the stock attention, then a loss on the rollouts' rows."""
+
+    def contender(model: Any, data: Draw, clock: Clock) -> Tensor:
+        students, teachers, rollouts = data.flat()
+        with clock("teacher"), teaching(model):
+            teacher = rollout_hidden(model, teachers, rollouts)
+        with clock("student"):
+            student = rollout_hidden(model, students, rollouts)
+        with clock("loss"):
+            return loss(model, student, teacher)
+
+    return contender
+
+
+def packed(passes: str, backend: str = "auto", loss: Loss = fused) -> Contender:
+    def contender(model: Any, data: Draw, clock: Clock) -> Tensor:
+        batch = pack_dual_context(data.students, data.teachers, data.rollouts)
+        with clock("score") if passes == "joint" else teacher_then_student(clock, model):
+            hidden = dual_hidden_states(model, batch, teacher=teacher_of(model), passes=passes, backend=backend)
+        with clock("loss"):
+            return loss(model, hidden.student, hidden.teacher)
+
+    return contender
+
+
+def padded_dense(model: Any, data: Draw, clock: Clock) -> Tensor:
     """Two right-padded batches, logits of all rows, a JSD in eager torch; eight sequences at a time."""
     students, teachers, rollouts = data.flat()
-    total = torch.zeros(())
+    total = torch.zeros((), device=model.device)
     for start in range(0, len(rollouts), PROMPTS):
         part = slice(start, start + PROMPTS)
-        with torch.no_grad():
+        with clock("teacher"), teaching(model):
             teacher = dense_logits(model, teachers[part], rollouts[part])
-        student = dense_logits(model, students[part], rollouts[part])
-        p, q = student.log_softmax(-1), teacher.log_softmax(-1)
-        m = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0))
-        both = p.exp() * (p - m) + q.exp() * (q - m)
-        loss = 0.5 * both.sum() / data.tokens
-        del student, teacher, p, q, m, both
-        if start + PROMPTS < len(rollouts) and loss.requires_grad:
-            loss.backward()
-            loss = loss.detach()
+        with clock("student"):
+            student = dense_logits(model, students[part], rollouts[part])
+        with clock("loss"):
+            p, q = (logits.float().log_softmax(-1) for logits in (student, teacher))
+            m = torch.logaddexp(p, q) - math.log(2.0)
+            both = p.exp() * (p - m) + q.exp() * (q - m)
+            loss = 0.5 * both.sum() / data.tokens
+            del student, teacher, p, q, m, both
+            if start + PROMPTS < len(rollouts) and loss.requires_grad:
+                loss.backward()
+                loss = loss.detach()
         total = total + loss
     return total
 
@@ -189,31 +225,32 @@ def dense_logits(model: Any, prompts: list[list[int]], rollouts: list[list[int]]
     """(tokens, V): logits of all padded rows are computed, those that predict a rollout are used."""
     sequences = [[*p, *r[:-1]] for p, r in zip(prompts, rollouts, strict=True)]
     width = max(map(len, sequences))
-    logits = model(input_ids=torch.tensor([s + [0] * (width - len(s)) for s in sequences]), use_cache=False).logits
+    ids = torch.tensor([s + [0] * (width - len(s)) for s in sequences], device=model.device)
+    logits = model(input_ids=ids, use_cache=False).logits
     rows = [logits[i, len(p) - 1 : len(p) - 1 + len(r)] for i, (p, r) in enumerate(zip(prompts, rollouts, strict=True))]
     return torch.cat(rows)
 
 
 CONTENDERS: dict[str, Contender] = {
     "padded_dense": padded_dense,
-    "padded_loss": padded_loss,
+    "padded_loss": padded(),
     "packed_two": packed("two"),
     "packed_joint": packed("joint"),
 }
 FULL_CONTENDERS: dict[str, Contender] = {
-    "padded_loss": padded_loss,
+    "padded_loss": padded(),
     **{f"packed_{p}_{b}": packed(p, b) for p in ("two", "joint") for b in ("varlen", "triton")},
 }
 
 
-def timed(contender: Contender, model: nn.Module, data: Draw) -> tuple[float, float, float]:
+def timed(contender: Contender, model: Any, data: Draw) -> tuple[float, float, float]:
     """(seconds, loss, norm of the gradient)."""
     model.zero_grad(set_to_none=True)
     gc.collect()
     wait = torch.cuda.synchronize if next(model.parameters()).is_cuda else lambda: None
     wait()
     begun = time.perf_counter()
-    loss = contender(model, data)
+    loss = contender(model, data, Clock(model.device))
     loss.backward()
     wait()
     seconds = time.perf_counter() - begun
@@ -221,7 +258,7 @@ def timed(contender: Contender, model: nn.Module, data: Draw) -> tuple[float, fl
     return seconds, float(loss.detach()), float(norm)
 
 
-def memory(contender: Contender, model: nn.Module, data: Draw) -> dict[str, int]:
+def memory(contender: Contender, model: Any, data: Draw) -> dict[str, int]:
     """Bytes that the graph holds after the forward pass, and the most that were allocated during a step."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     held: dict[int, tuple[int, Tensor]] = {}
@@ -234,19 +271,14 @@ def memory(contender: Contender, model: nn.Module, data: Draw) -> dict[str, int]
 
     model.zero_grad(set_to_none=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = contender(model, data)
+        loss = contender(model, data, Clock(model.device))
     saved = sum(size for size, _ in held.values())
     held.clear()
     del loss
     model.zero_grad(set_to_none=True)
     gc.collect()
-    if next(model.parameters()).is_cuda:
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        contender(model, data).backward()
-        return {"saved_bytes": saved, "peak_bytes": torch.cuda.max_memory_allocated() - before}
-    _, sizes = allocations(lambda: contender(model, data).backward())
-    return {"saved_bytes": saved, "peak_bytes": peak(sizes)}
+    run = functools.partial(contender, model, data, Clock(model.device))
+    return {"saved_bytes": saved, "peak_bytes": peak_bytes(lambda: run().backward(), model.device)}
 
 
 def measure(

@@ -216,7 +216,7 @@ def score(
         batch = pack_dual_context(student, teacher, ids)  # equal prompts are shared
         with autocast(run.config, run.device):
             joint = plan_passes(run.model, teacher=run.teacher.source).passes == "joint"
-            with clock("score") if joint else _teacher_then_student(clock, run.model):
+            with clock("score") if joint else teacher_then_student(clock, run.model):
                 return dual_hidden_states(run.model, batch, teacher=run.teacher.source)
     # Each in an autocast of its own: what the teacher's casts without a gradient must not reach the student.
     with clock("teacher"), autocast(run.config, run.device):
@@ -226,7 +226,7 @@ def score(
 
 
 @contextmanager
-def _teacher_then_student(clock: Clock, model: nn.Module) -> Iterator[None]:
+def teacher_then_student(clock: Clock, model: nn.Module) -> Iterator[None]:
     """The phase "teacher" up to the pass of `model` that has a gradient, the phase "student" from there on."""
 
     def begin(*_: object) -> None:

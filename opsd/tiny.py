@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -69,30 +70,32 @@ class _Build:
     hidden_size: int = 128
     layers: int = 4
     heads: int = 4
+    digits: int = DIGITS
+    device: str = "cpu"
 
 
-def reference_solution(x: int, y: int) -> str:
+def reference_solution(x: int, y: int, digits: int = DIGITS) -> str:
     """The privileged solution: partial sums by place, largest first, then the answer."""
-    places = [10**i for i in reversed(range(DIGITS))]
+    places = [10**i for i in reversed(range(digits))]
     return "+".join(str((x // p % 10 + y // p % 10) * p) for p in places) + f"#{x + y}"
 
 
-def own_solution(x: int, y: int, *, guess: float = 0.0, rng: random.Random | None = None) -> str:
+def own_solution(x: int, y: int, digits: int = DIGITS, *, guess: float = 0.0, rng: random.Random | None = None) -> str:
     """The model's own notation: columns from the right with carry, then the answer read off them.
 
     With `rng` each column sum is, with probability `guess`, a random number from 0 to 19 instead. What follows is
     consistent with it, so one guess usually spoils the answer.
     """
-    columns, digits, carry = [], "", 0
-    for i in range(DIGITS):
+    columns, answer, carry = [], "", 0
+    for i in range(digits):
         a, b = x // 10**i % 10, y // 10**i % 10
         total = a + b + carry
         if rng is not None and rng.random() < guess:
             total = rng.randrange(20)
         columns.append(f"{a}+{b}+{carry}={total}")
         carry, digit = divmod(total, 10)
-        digits = f"{digit}{digits}"
-    return ";".join(columns) + "#" + (str(carry) if carry else "") + digits
+        answer = f"{digit}{answer}"
+    return ";".join(columns) + "#" + (str(carry) if carry else "") + answer
 
 
 def prepare(
@@ -136,7 +139,7 @@ def prepare(
         model.save_pretrained(scratch / "model")
         tokenizer.save_pretrained(scratch / "model")
         for name, pairs in (("train", train), ("eval", held_out)):
-            lines = "".join(json.dumps(_row(x, y)) + "\n" for x, y in pairs)
+            lines = "".join(json.dumps(_row(x, y, _build.digits)) + "\n" for x, y in pairs)
             (scratch / f"{name}.jsonl").write_text(lines, encoding="utf-8")
         (scratch / "build.json").write_text(json.dumps({"key": key, "seed": seed}) + "\n", encoding="utf-8")
         scratch.chmod(0o755)
@@ -157,22 +160,23 @@ def _holds(directory: Path, key: str) -> bool:
         return False
 
 
-def _row(x: int, y: int) -> dict[str, str]:
+def _row(x: int, y: int, digits: int) -> dict[str, str]:
     return {
         "problem": f"{x}+{y}",
-        "solution": reference_solution(x, y),
+        "solution": reference_solution(x, y, digits),
         "answer": str(x + y),
-        "own_solution": own_solution(x, y),
+        "own_solution": own_solution(x, y, digits),
     }
 
 
 def _problems(seed: int, build: _Build) -> tuple[list, list, list]:
     """Pairs of numbers for the base model, for training and for evaluation; all distinct, in either order."""
+    least, end = 10 ** (build.digits - 1), 10**build.digits
     rng = random.Random(f"problems-{seed}")
     n_base = build.steps * build.batch_size
     pairs: dict[tuple[int, int], tuple[int, int]] = {}
     while len(pairs) < n_base + build.train_problems + build.eval_problems:
-        x, y = (rng.randrange(10 ** (DIGITS - 1), 10**DIGITS) for _ in range(2))
+        x, y = (rng.randrange(least, end) for _ in range(2))
         pairs.setdefault((min(x, y), max(x, y)), (x, y))
     drawn = list(pairs.values())
     return drawn[:n_base], drawn[n_base : n_base + build.train_problems], drawn[n_base + build.train_problems :]
@@ -217,7 +221,8 @@ def _base_model(
     )
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.default_generator.manual_seed(seed)
-        model = Qwen3ForCausalLM(config)
+        model: Any = Qwen3ForCausalLM(config)
+        model.to(build.device)
         model.generation_config = GenerationConfig(**tokens)
         optimizer = torch.optim.AdamW(model.parameters(), lr=build.lr, betas=(0.9, 0.95), weight_decay=0.01)
         rng = random.Random(f"guesses-{seed}")
@@ -244,6 +249,6 @@ def _example(
 ) -> tuple[list[int], list[int]]:
     """Token ids of one prompt and of the work after it, its end token included."""
     template = SETTINGS["prompts"]["teacher" if aided else "student"]
-    prompt = template.format(problem=f"{x}+{y}", solution=reference_solution(x, y))
-    work = own_solution(x, y, guess=build.guess, rng=None if aided else rng)
+    prompt = template.format(problem=f"{x}+{y}", solution=reference_solution(x, y, build.digits))
+    work = own_solution(x, y, build.digits, guess=build.guess, rng=None if aided else rng)
     return tokenizer.encode(prompt), [*tokenizer.encode(work), tokenizer.eos_token_id]

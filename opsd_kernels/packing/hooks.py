@@ -471,8 +471,10 @@ class _StudentRows:
             raise ValueError("passes='joint' needs layers that take hidden states alone by position; use passes='two'")
         if not torch.is_grad_enabled():
             return function(hidden)
-        layer = function.args[0]
-        recompute = partial(function.func, layer, **self._student(function.keywords))
+        # The layer is the partial's first argument, or what its bound method belongs to: that depends on the version.
+        called: Any = function.func
+        layer = function.args[0] if function.args else called.__self__
+        recompute = partial(called, *function.args, **self._student(function.keywords))
         parameters = [p for p in layer.parameters() if p.requires_grad]
         # As inputs of the function the parameters get their gradients from it, and a frozen embedding breaks nothing.
         return _StudentRowsOnly.apply(self, function, recompute, parameters, hidden, *parameters)
