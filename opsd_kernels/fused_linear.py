@@ -25,7 +25,7 @@ from .across import Across, across_group
 from .gemm import accumulate_weight_gradient, accumulation_dtype, back_project, conversion_bytes, project
 from .objective import Objective
 from .rows import DROPPED, Column
-from .workspace import ChunkPlan, plan_chunks
+from .workspace import ChunkPlan, plan_chunks, workspace
 
 
 @dataclass(frozen=True)
@@ -160,10 +160,14 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     if ctx.recompute:  # a teacher from inference mode cannot be saved as it is
         kept = [t.clone() if t is not None and t.is_inference() else t for t in tensors[:-1]]
     ctx.save_for_backward(*(kept if ctx.recompute else output[2:]))
+    ctx.set_materialize_grads(False)  # zeros of the size of dX and dW, for outputs that nobody differentiates
 
 
-def _backward(ctx: Any, total: Tensor, table: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    upstream: Tensor | None = total if ctx.scalar else table[0]
+def _backward(ctx: Any, total: Tensor | None, table: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    upstream = total
+    if not ctx.scalar:
+        assert table is not None
+        upstream = table[0]
     if ctx.recompute:
         numbers, (_, *sizes), *rest = ctx.spec
         wanted = [asked and need for asked, need in zip(ctx.wanted, ctx.needs_input_grad, strict=False)]
@@ -262,7 +266,8 @@ class _Sweep:
         plan = self._plan()
         while True:
             try:
-                return self._sweep(plan)
+                with workspace(self.inputs.x.device, self._chunk_buffers(plan.rows), self.spec.budget) as buffers:
+                    return self._sweep(plan, *buffers)
             except torch.cuda.OutOfMemoryError:
                 # other ranks would wait for chunks that no longer match theirs
                 if self.spec.group or plan.rows == 1:
@@ -294,7 +299,12 @@ class _Sweep:
         """Whether dz has a buffer of its own; in the logits' dtype it takes the student logits' place."""
         return bool(self.wanted) and self.spec.compute != self.spec.accumulate
 
-    def _sweep(self, plan: ChunkPlan) -> tuple[Tensor, list[Tensor]]:
+    def _chunk_buffers(self, n: int) -> list[tuple[tuple[int, int], torch.dtype]]:
+        """Of n tokens: their logits, the student's above the teacher's, and dz where it has a buffer of its own."""
+        logits = (((2 if self.second else 1) * n, self.vocab), self.spec.accumulate)
+        return [logits, ((n, self.vocab), self.spec.compute)] if self._own_dz() else [logits]
+
+    def _sweep(self, plan: ChunkPlan, logits: Tensor, dz_buffer: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         inputs, spec, wanted, n = self.inputs, self.spec, self.wanted, plan.rows
         x, accumulate = inputs.x, spec.accumulate
         new = x.new_empty if self.rows is None and self.tokens else x.new_zeros
@@ -305,8 +315,7 @@ class _Sweep:
         dw = (x.new_empty if whole else x.new_zeros)(inputs.weight.shape if wanted.weight else (0,), dtype=accumulate)
         db = x.new_zeros(inputs.weight.shape[:1] if wanted.bias else (0,), dtype=accumulate)
 
-        logits = x.new_empty(((2 if self.second else 1) * n, self.vocab), dtype=accumulate)
-        dz_buffer = x.new_empty((n, self.vocab), dtype=spec.compute) if self._own_dz() else logits
+        dz_buffer = logits if dz_buffer is None else dz_buffer
         gathered = self._buffers(n)
         row_pass = self._row_pass()
         for chunk in plan:
@@ -339,12 +348,13 @@ class _Sweep:
         assert k is not None
         logprobs = x.new_zeros((x.shape[0], k), dtype=self.spec.accumulate)
         ids, log_z = torch.zeros_like(logprobs, dtype=torch.int64), torch.zeros_like(logprobs[:, 0])
-        logits, gathered = x.new_empty((plan.rows, self.vocab), dtype=self.spec.accumulate), self._buffers(plan.rows)
-        for chunk in plan:
-            self._project(chunk, logits, gathered)
-            at = chunk if self.rows is None else self.rows[chunk]
-            found = backends.module("torch").top_k_rows(logits[: chunk.stop - chunk.start], self.spec.objective)
-            logprobs[at], ids[at], log_z[at] = found
+        gathered = self._buffers(plan.rows)
+        with workspace(x.device, self._chunk_buffers(plan.rows), self.spec.budget) as (logits,):
+            for chunk in plan:
+                self._project(chunk, logits, gathered)
+                at = chunk if self.rows is None else self.rows[chunk]
+                found = backends.module("torch").top_k_rows(logits[: chunk.stop - chunk.start], self.spec.objective)
+                logprobs[at], ids[at], log_z[at] = found
         return logprobs, ids, log_z
 
     def _gradients(
