@@ -25,7 +25,7 @@ from .across import Across, across_group
 from .gemm import accumulate_weight_gradient, accumulation_dtype, back_project, conversion_bytes, project
 from .objective import Objective
 from .rows import DROPPED, Column
-from .workspace import ChunkPlan, plan_chunks, workspace
+from .workspace import GATHERED_SHARE, ChunkPlan, block_rows, filter_bytes, plan_chunks, workspace
 
 
 @dataclass(frozen=True)
@@ -247,9 +247,9 @@ class _Sweep:
         self.shared = self.second and inputs.teacher_weight is None
         if self.second:
             self.teacher_weight, self.teacher_bias = self._head(inputs.teacher_weight, inputs.teacher_bias)
-        self.lengths = self.weight.new_empty(0)  # ‖W_v‖, for the filter alone
+        self.filter = None
         if spec.gradient_filter is not None and wanted:
-            self.lengths = torch.linalg.vector_norm(self.weight, dim=1, dtype=spec.accumulate)
+            self.filter = _Filter(spec.gradient_filter, self.weight, spec.accumulate, self.across.budget)
         for name, ids in (("target_ids", inputs.targets), ("teacher_ids", inputs.support)):
             check_ids(name, ids, self.rows, self.across.vocab)
 
@@ -288,6 +288,9 @@ class _Sweep:
         budget = self.across.budget
         if own_dz and not self.inputs.x.is_cuda:
             budget = max(budget - conversion_bytes(spec.accumulate), budget // 2)
+        if self.filter is not None:
+            row_bytes += self.filter.step * spec.compute.itemsize
+            budget = max(budget - self.filter.bytes, budget // 2)
         in_torch = self.backend == "torch" or spec.kind == "cached" or spec.objective.top_k is not None
         # a collective for each block of a few rows would cost more than it saves
         temporaries = ("chunk" if spec.group else "block") if in_torch else "none"
@@ -360,36 +363,37 @@ class _Sweep:
     def _gradients(
         self, chunk: slice, dz: Tensor, x: Tensor, dx: Tensor, dw: Tensor, db: Tensor, table: Tensor
     ) -> None:
-        wanted, weight, columns = self.wanted, self.weight, None
-        if self.spec.gradient_filter is not None:
-            weights = self._counted(self.inputs.row_weight, chunk)
-            columns, dropped = filtered_columns(dz, weights, self.lengths, self.spec.gradient_filter)
+        wanted, weight, first = self.wanted, self.weight, chunk.start == 0
+        own = x.shape[0], dx.shape[-1]
+        part = dx[chunk] if self.rows is None or not wanted.x else dx.new_empty(own)
+        if self.filter is None:
+            if wanted.x:
+                back_project(part, dz, weight)
+            if wanted.weight:
+                accumulate_weight_gradient(dw, dz, x, first=first)
+            if wanted.bias:
+                db[: self.vocab] += dz.sum(0, dtype=db.dtype)
+        else:
+            columns, dropped = self.filter.columns(dz, self._counted(self.inputs.row_weight, chunk))
             if table.shape[0] > DROPPED:
                 table[DROPPED] = dropped
-            dz, weight = dz[:, columns], weight[columns]
-        if wanted.x:
-            if self.rows is None:
-                back_project(dx[chunk], dz, weight)
-            else:
-                part = dx.new_empty(x.shape[0], dx.shape[1])
-                back_project(part, dz, weight)
-                dx[self.rows[chunk]] = part
-        if wanted.weight:
-            first = chunk.start == 0
-            if columns is None:
-                accumulate_weight_gradient(dw, dz, x, first=first)
-            else:
-                part = dw.new_empty(len(columns), dw.shape[1])
-                accumulate_weight_gradient(part, dz, x, first=True)
-                if first:
-                    dw.zero_()
-                dw.index_add_(0, columns, part)
-        if wanted.bias:
-            total = dz.sum(0, dtype=db.dtype)
-            if columns is None:
-                db[: self.vocab] += total
-            else:
-                db.index_add_(0, columns, total)
+            if first and wanted.weight:
+                dw.zero_()
+            if not len(columns):
+                part.zero_()
+            for start in range(0, len(columns), self.filter.step):
+                some = columns[start : start + self.filter.step]
+                dense = dz[:, some]
+                if wanted.x:
+                    back_project(part, dense, weight[some], first=start == 0)
+                if wanted.weight:
+                    rows = dw.new_empty(len(some), dw.shape[1])
+                    accumulate_weight_gradient(rows, dense, x, first=True)
+                    dw.index_add_(0, some, rows)
+                if wanted.bias:
+                    db.index_add_(0, some, dense.sum(0, dtype=db.dtype))
+        if wanted.x and self.rows is not None:
+            dx[self.rows[chunk]] = part
 
     def _row_pass(self) -> Callable:
         inputs, spec = self.inputs, self.spec
@@ -455,19 +459,37 @@ class _Sweep:
         return x
 
 
-def filtered_columns(dz: Tensor, row_weight: Tensor | None, lengths: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The columns of dz (n, V) where some |dz| exceeds eps, (kept,) int64, and a bound on what is lost, (n,).
+class _Filter:
+    """Which columns of a chunk's dz matter. Those that do are gathered, with their rows of the head, `step` at a time.
 
-    Both for a unit gradient of each token's loss, whatever `row_weight` (n,) dz has been multiplied with. The bound is
-    Σ|dz|·max‖W_v‖ over the dropped columns, `lengths` (V,) being ‖W_v‖: dX's row is off by at most that, in norm.
-    Apple's Cut Cross-Entropy drops blocks of the cross-entropy's gradient in the same spirit. Waits for the device.
+    Apple's Cut Cross-Entropy drops blocks of the cross-entropy's gradient in the same spirit.
     """
-    size, accumulate = dz.abs(), lengths.dtype
-    weights = size.new_ones(len(size), dtype=accumulate) if row_weight is None else row_weight.abs()
-    kept = (size > eps * weights.unsqueeze(-1)).any(0)
-    dropped = size.masked_fill_(kept, 0.0).sum(-1, dtype=accumulate)
-    longest = lengths.masked_fill(kept, 0.0).amax()
-    return kept.nonzero().squeeze(-1), torch.where(weights > 0, dropped / weights, 0.0) * longest
+
+    def __init__(self, eps: float, weight: Tensor, accumulate: torch.dtype, budget: int):
+        vocab, width = weight.shape
+        self.eps = eps
+        gathered = weight.itemsize + accumulate.itemsize  # a row of the head, and one of its gradient
+        self.step = min(max(1, vocab), max(1, budget // GATHERED_SHARE // (max(1, width) * gathered)))
+        self.lengths = torch.cat(
+            [torch.linalg.vector_norm(rows, dim=1, dtype=accumulate) for rows in weight.split(self.step)]
+        )  # ‖W_v‖
+        of_columns = 4 * accumulate.itemsize + 8  # lengths and what is made of them, and the columns' ids
+        self.bytes = self.step * width * gathered + vocab * of_columns + filter_bytes(weight)
+
+    def columns(self, dz: Tensor, row_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The columns of dz (n, V) where some |dz| exceeds eps, (kept,) int64, and a bound on what is lost, (n,).
+
+        Both for a unit gradient of each token's loss, whatever `row_weight` (n,) dz has been multiplied with. The bound
+        is Σ|dz|·max‖W_v‖ over the dropped columns: dX's row is off by at most that, in norm. Waits for the device.
+        """
+        accumulate, blocks = self.lengths.dtype, dz.split(block_rows(dz))
+        weights = dz.new_ones(len(dz), dtype=accumulate) if row_weight is None else row_weight.abs()
+        kept = torch.zeros_like(self.lengths, dtype=torch.bool)
+        for block, weight in zip(blocks, weights.split(block_rows(dz)), strict=True):
+            kept |= (block.abs() > self.eps * weight.unsqueeze(-1)).any(0)
+        dropped = torch.cat([block.abs().masked_fill_(kept, 0.0).sum(-1, dtype=accumulate) for block in blocks])
+        longest = self.lengths.masked_fill(kept, 0.0).amax()
+        return kept.nonzero().squeeze(-1), torch.where(weights > 0, dropped / weights, 0.0) * longest
 
 
 def top_k_of(inputs: Inputs, spec: Spec) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,6 +23,7 @@ DEFAULT_BYTES = {"cuda": 1536 << 20, "cpu": 384 << 20}
 # The torch row pass works on a few rows at a time, so that its temporaries stay small (and, on a CPU, in the cache).
 BLOCK_ELEMENTS = {"cuda": 1 << 22, "cpu": 1 << 18}
 BLOCK_TEMPORARIES = 20  # at most this many (rows, V) tensors of a block are alive at once
+GATHERED_SHARE = 16  # one part in so many of the budget is for the head's rows that a gradient filter gathers at a time
 
 
 def budget_bytes(device: torch.device, workspace_bytes: Any) -> int:
@@ -41,6 +42,12 @@ def budget_bytes(device: torch.device, workspace_bytes: Any) -> int:
 def block_rows(logits: Tensor) -> int:
     """Rows of an (n, V) tensor that the torch row pass takes at a time."""
     return _block_rows(logits.device, logits.shape[1])
+
+
+def filter_bytes(weight: Tensor) -> int:
+    """What the gradient filter needs to look at a block of dz: its size, in dz's dtype, and a bool."""
+    vocab = weight.shape[0]
+    return _block_rows(weight.device, vocab) * vocab * (weight.itemsize + 1)
 
 
 def _block_rows(device: torch.device, vocab: int) -> int:

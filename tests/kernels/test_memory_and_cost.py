@@ -37,6 +37,7 @@ def run(
     [
         {"beta": 0.0}, {"beta": 1.0, "entry_clip": 0.05}, {"reduction": "none"}, {"return_stats": True, "softcap": 9.0},
         {"top_k": 8, "tail_bucket": True, "return_stats": True}, {"dtype": torch.bfloat16, "entry_clip": 0.05},
+        {"gradient_filter": 1e-30, "return_stats": True}, {"gradient_filter": 1e-5, "dtype": torch.bfloat16},
     ],
     ids=str,
 )  # fmt: skip
