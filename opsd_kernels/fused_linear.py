@@ -32,7 +32,7 @@ from .workspace import GATHERED_SHARE, ChunkPlan, block_rows, filter_bytes, plan
 class Spec:
     """What a call computes, apart from its tensors."""
 
-    kind: str  # "divergence", "logprob" or "cached" (a divergence from a teacher's stored top-k log-probabilities)
+    kind: str  # "divergence", "logprob", "top_k" or "cached" (a divergence from a teacher's stored top-k)
     objective: Objective
     columns: int  # of the table that is filled; the first is the loss
     vocab: int  # the columns of the head from here on are padding and take no part; global with a group
@@ -291,7 +291,8 @@ class _Sweep:
         if self.filter is not None:
             row_bytes += self.filter.step * spec.compute.itemsize
             budget = max(budget - self.filter.bytes, budget // 2)
-        in_torch = self.backend == "torch" or spec.kind == "cached" or spec.objective.top_k is not None
+        in_torch = self.backend == "torch" or spec.kind == "cached"
+        in_torch |= spec.kind == "divergence" and spec.objective.top_k is not None
         # a collective for each block of a few rows would cost more than it saves
         temporaries = ("chunk" if spec.group else "block") if in_torch else "none"
         return plan_chunks(
@@ -347,7 +348,8 @@ class _Sweep:
 
     def top_k(self) -> tuple[Tensor, Tensor, Tensor]:
         """See `top_k_of`."""
-        plan, x, k = self._plan(), self.inputs.x, self.spec.objective.top_k
+        plan, x, objective = self._plan(), self.inputs.x, self.spec.objective
+        top_k_rows, k = backends.module(self.backend).top_k_rows, objective.top_k
         assert k is not None
         logprobs = x.new_zeros((x.shape[0], k), dtype=self.spec.accumulate)
         ids, log_z = torch.zeros_like(logprobs, dtype=torch.int64), torch.zeros_like(logprobs[:, 0])
@@ -356,8 +358,8 @@ class _Sweep:
             for chunk in plan:
                 self._project(chunk, logits, gathered)
                 at = chunk if self.rows is None else self.rows[chunk]
-                found = backends.module("torch").top_k_rows(logits[: chunk.stop - chunk.start], self.spec.objective)
-                logprobs[at], ids[at], log_z[at] = found
+                part = logits[: chunk.stop - chunk.start]
+                logprobs[at], ids[at], log_z[at] = top_k_rows(part, k, objective.student, objective.temperature)
         return logprobs, ids, log_z
 
     def _gradients(

@@ -382,6 +382,22 @@ def test_logprobs(transform: LogitTransform, temperature: float, monkeypatch: py
     torch.testing.assert_close(alone, table[:1], rtol=0, atol=0, equal_nan=True)
 
 
+@inner
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(1.2, 20.0)])
+def test_top_k_rows(transform: LogitTransform, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout(monkeypatch, block=128)
+    z, _ = logits(5, 501)
+    z[1, 3:490] = z[2] = -math.inf
+    z[3, 77] = math.nan
+    for k in (1, 9, 501):
+        logprobs, ids, log_z = triton_backend.top_k_rows(z, k, transform, 0.7)
+        want, want_ids, want_log_z = torch_backend.top_k_rows(z.double(), k, transform, 0.7)
+        torch.testing.assert_close(log_z.double(), want_log_z, rtol=2e-6, atol=2e-6, equal_nan=True)
+        torch.testing.assert_close(logprobs.double(), want, rtol=2e-6, atol=5e-6, equal_nan=True)
+        assert torch.equal(ids[[0, 4]], want_ids[[0, 4]])
+        assert all(len(row.unique()) == k for row in ids)
+
+
 def test_availability() -> None:
     fine, why = triton_backend.available("cpu")
     assert fine == INTERPRETED
