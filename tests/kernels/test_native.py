@@ -1,6 +1,7 @@
 """The native CPU row pass against the float64 definitions; it is built once, by the machine's compiler."""
 
 import ctypes
+import itertools
 import math
 import os
 import platform
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from _helpers import relative, row_rms
+from _helpers import close_divergence, close_pair, relative, row_rms
 from torch import Tensor
 
 from opsd_kernels import reference
@@ -216,6 +217,19 @@ def test_nor_does_it_under_a_temperature_or_a_cap(beta, options):
     assert dz is not None
     assert row_rms(dz, want_dz) < 5e-6
     assert ((table[0] - want[0]) / want[0]).square().mean().sqrt() < 5e-6
+
+
+@pytest.mark.parametrize("backend", [pytest.param(native_backend, marks=needs_library), torch_backend])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_the_loss_where_one_token_is_nearly_certain(beta, backend):
+    for gap, peak in itertools.product((1e-2, 1e-3), (12.0, 16.0, 20.0)):
+        student, teacher = close_pair(32, 1027, gap, peak)
+        table = poisoned(1, 32)
+        backend.divergence_rows(
+            student, teacher, Objective.checked(beta=beta), targets=None, table=table, dz=None, row_scale=None
+        )
+        want = close_divergence(student, teacher, beta)
+        assert ((table[0] - want) / want).square().mean().sqrt() < 1e-5
 
 
 @needs_library

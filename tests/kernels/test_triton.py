@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _helpers import close_divergence, close_pair
 from torch import Tensor
 
 from opsd_kernels import reference
@@ -150,6 +151,20 @@ def test_accuracy(
         table, dz = run(student, teacher, objective)
         assert rms((dz.double() - want).norm(dim=-1) / want.norm(dim=-1)) <= 1e-5
         assert rms((table[0] - loss).abs() / loss.abs()) <= 1e-4
+
+
+@inner
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_accuracy_where_one_token_is_nearly_certain(beta: float, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout(monkeypatch, splits, block=1024 // splits)
+    for gap, peak in ((1e-2, 16.0), (1e-3, 12.0), (1e-3, 16.0), (1e-3, 20.0)):
+        student, teacher = close_pair(32, 1027, gap, peak)
+        want = close_divergence(student, teacher, beta)
+        _, want_dz = expected(student, teacher, Objective.checked(beta=beta), None)
+        table, dz = run(student, teacher, Objective.checked(beta=beta))
+        assert rms((table[0] - want).abs() / want) <= 1e-5
+        assert rms((dz.double() - want_dz).norm(dim=-1) / want_dz.norm(dim=-1)) <= 1e-5
 
 
 def rms(errors: Tensor) -> float:
