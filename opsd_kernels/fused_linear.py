@@ -164,10 +164,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward(ctx: Any, total: Tensor | None, table: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    upstream = total
-    if not ctx.scalar:
-        assert table is not None
-        upstream = table[0]
+    upstream = total if ctx.scalar or table is None else table[0]
+    if upstream is None:
+        return (None,) * 15
     if ctx.recompute:
         numbers, (_, *sizes), *rest = ctx.spec
         wanted = [asked and need for asked, need in zip(ctx.wanted, ctx.needs_input_grad, strict=False)]
