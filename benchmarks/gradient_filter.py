@@ -70,17 +70,17 @@ def of_the_small_model(model_directory: Path) -> tuple[Tensor, ...]:
 def measure(student: Tensor, teacher: Tensor, weight: Tensor) -> list[dict]:
     """One record for each eps: columns kept, the bound reported, dX's error, and time against no filter."""
     exact = _gradient(student, teacher, weight, None)[0]
-    choose, kept = fused_linear.filtered_columns, []
+    choose, kept = fused_linear._Filter.columns, []
 
-    def recording(dz: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        columns, dropped = choose(dz, *rest)
+    def recording(self: Any, dz: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        columns, dropped = choose(self, dz, *rest)
         kept.append(len(columns) / dz.shape[1])
         return columns, dropped
 
     records = []
     for eps in EPSILONS:
         kept.clear()
-        with mock.patch.object(fused_linear, "filtered_columns", recording):
+        with mock.patch.object(fused_linear._Filter, "columns", recording):
             gradient, stats, _ = _gradient(student, teacher, weight, eps)
         error = (gradient - exact).norm(dim=-1)
         size = exact.norm(dim=-1).clamp(min=1e-30)

@@ -33,7 +33,12 @@ TABLE = [
     Cell(*LARGE, beta=0.5),
     Cell(*LARGE, beta=0.5, trainable=True),
 ]
-MORE = [Cell(*LARGE, beta=1.0), Cell(*SMALL, beta=0.0, trainable=True), Cell(*LARGE, beta=0.0, trainable=True)]
+MORE = [
+    Cell(*SMALL, beta=0.0, trainable=True),
+    Cell(*SMALL, beta=1.0, trainable=True),
+    Cell(*LARGE, beta=1.0),
+    Cell(*LARGE, beta=0.0, trainable=True),
+]
 
 
 def names_for(cell: Cell) -> list[str]:

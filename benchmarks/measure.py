@@ -35,7 +35,7 @@ from benchmarks.cells import (
     make_inputs,
     split,
 )
-from opsd_kernels import reference
+from opsd_kernels import reference, workspace
 from opsd_kernels.objective import Objective
 
 COPIES = {"cuda": 3}  # sets of hidden states to rotate through, so that no call finds the last one's in the cache
@@ -142,6 +142,7 @@ def recorded(call: Call, inputs: Inputs) -> tuple[Tensor | None, int]:
     A returned gradient is only taken off where it exists: from the backward pass.
     """
     inputs.clear()
+    workspace.release()  # what an earlier call left for this one counts too
     if inputs.student.is_cuda:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -293,12 +294,14 @@ def _prepared(name: str, cell: Cell, sets: list[Inputs], exact: Reference) -> tu
 
 
 def _release(sets: list[Inputs], *, all_of_it: bool = False) -> None:
-    """Drops the gradients and what cycles hold, and with `all_of_it` gives the device's cached memory back."""
+    """Drops the gradients and what cycles hold, and with `all_of_it` gives cached memory back."""
     for inputs in sets:
         inputs.clear()
     gc.collect()
-    if all_of_it and sets[0].student.is_cuda:
-        torch.cuda.empty_cache()
+    if all_of_it:
+        workspace.release()
+        if sets[0].student.is_cuda:
+            torch.cuda.empty_cache()
 
 
 def _summary(record: dict[str, Any]) -> str:

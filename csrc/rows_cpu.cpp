@@ -9,6 +9,7 @@
 //   4. otherwise g and p_S were left behind by 3, and are combined now, without another exponential.
 // Only the first reads memory if a pair of rows fits the cache. Sums are in lanes, and in double beyond BLOCK entries.
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstddef>
@@ -150,6 +151,17 @@ struct LogprobRequest {
     double temperature;
     Transform transform;
     int32_t dz_type, want_entropy, threads;
+};
+
+struct TopKRequest {
+    const float* logits;
+    float* logprobs;  // (n, k), dense
+    int64_t* ids;     // (n, k), dense
+    float* log_sums;  // (n,)
+    int64_t n, vocab, k, logits_stride;
+    double temperature;
+    Transform transform;
+    int32_t threads;
 };
 
 enum Column {
@@ -645,6 +657,66 @@ static void logprob_row(const LogprobRequest& r, int64_t index, Scratch& scratch
     combine(dz, g, nullptr, derivative, r.vocab, 0.0f, chain);
 }
 
+// --------------------------------------------------------------------------------------------------- likeliest tokens
+
+struct Candidate {
+    float x;
+    int64_t id;
+    bool operator<(const Candidate& other) const { return x > other.x || (x == other.x && id < other.id); }
+};
+
+// The k largest of x, largest first, of equal ones those with the smaller ids; vocab if there are not k. What exceeds
+// the k-th largest so far is collected, and the collection cut to k whenever it is twice that.
+static std::vector<Candidate> largest(const float* x, int64_t vocab, int64_t k) {
+    std::vector<Candidate> found;
+    const size_t keep = size_t(k), room = 2 * keep + 64;
+    found.reserve(room);
+    float least = -INF;
+    const auto offer = [&](int64_t i) {
+        if (!(x[i] > least)) return;
+        if (found.size() == room) {
+            std::nth_element(found.begin(), found.begin() + (k - 1), found.end());
+            found.resize(keep);
+            least = found.back().x;
+            if (!(x[i] > least)) return;
+        }
+        found.push_back({x[i], i});
+    };
+    int64_t i = 0;
+    for (; i + 4 * LANES <= vocab; i += 4 * LANES) {
+        Vec best = load(x + i);
+        for (int j = 1; j < 4; ++j) {
+            const Vec y = load(x + i + j * LANES);
+            best = y > best ? y : best;
+        }
+        if (max_lane(best) > least)
+            for (int64_t j = i; j < i + 4 * LANES; ++j) offer(j);
+    }
+    for (; i < vocab; ++i) offer(i);
+    for (i = 0; i < vocab && found.size() < keep; ++i)  // too few above -inf
+        if (!(x[i] > -INF)) found.push_back({-INF, i});
+    std::partial_sort(found.begin(), found.begin() + k, found.end());
+    found.resize(keep);
+    return found;
+}
+
+static void top_k_row(const TopKRequest& r, int64_t index, Scratch& scratch) {
+    const float* x = r.logits + index * r.logits_stride;
+    float factor = float(r.transform.scale / r.temperature);
+    const std::vector<Candidate> best = largest(x, r.vocab, r.k);
+    if (r.transform.softcap > 0) {
+        float* y = scratch.row(Scratch::STUDENT);
+        transform_row(x, y, nullptr, r.vocab, Curve(r.transform, r.temperature));
+        x = y, factor = 1.0f;
+    }
+    const Distribution p = distribution(x, factor, r.vocab);
+    r.log_sums[index] = p.empty && p.log_sum == 0 ? -INF : float(p.shift + p.log_sum);
+    for (int64_t i = 0; i < r.k; ++i) {
+        r.logprobs[index * r.k + i] = float(p.log_prob(x, factor, best[size_t(i)].id));
+        r.ids[index * r.k + i] = best[size_t(i)].id;
+    }
+}
+
 // ------------------------------------------------------------------------------------------------------------ threads
 
 // Calls row(index, scratch) for each row, which thread by which comes first; a row's result does not depend on that.
@@ -681,6 +753,12 @@ void opsd_divergence_rows(const opsd::DivergenceRequest* request) {
 void opsd_logprob_rows(const opsd::LogprobRequest* request) {
     opsd::for_each_row(request->n, request->vocab, request->threads, [&](int64_t i, opsd::Scratch& scratch) {
         opsd::logprob_row(*request, i, scratch);
+    });
+}
+
+void opsd_top_k_rows(const opsd::TopKRequest* request) {
+    opsd::for_each_row(request->n, request->vocab, request->threads, [&](int64_t i, opsd::Scratch& scratch) {
+        opsd::top_k_row(*request, i, scratch);
     });
 }
 }

@@ -25,14 +25,14 @@ from .across import Across, across_group
 from .gemm import accumulate_weight_gradient, accumulation_dtype, back_project, conversion_bytes, project
 from .objective import Objective
 from .rows import DROPPED, Column
-from .workspace import ChunkPlan, plan_chunks
+from .workspace import GATHERED_SHARE, ChunkPlan, block_rows, filter_bytes, plan_chunks, workspace
 
 
 @dataclass(frozen=True)
 class Spec:
     """What a call computes, apart from its tensors."""
 
-    kind: str  # "divergence", "logprob" or "cached" (a divergence from a teacher's stored top-k log-probabilities)
+    kind: str  # "divergence", "logprob", "top_k" or "cached" (a divergence from a teacher's stored top-k)
     objective: Objective
     columns: int  # of the table that is filled; the first is the loss
     vocab: int  # the columns of the head from here on are padding and take no part; global with a group
@@ -160,10 +160,13 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     if ctx.recompute:  # a teacher from inference mode cannot be saved as it is
         kept = [t.clone() if t is not None and t.is_inference() else t for t in tensors[:-1]]
     ctx.save_for_backward(*(kept if ctx.recompute else output[2:]))
+    ctx.set_materialize_grads(False)  # zeros of the size of dX and dW, for outputs that nobody differentiates
 
 
-def _backward(ctx: Any, total: Tensor, table: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    upstream: Tensor | None = total if ctx.scalar else table[0]
+def _backward(ctx: Any, total: Tensor | None, table: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    upstream = total if ctx.scalar or table is None else table[0]
+    if upstream is None:
+        return (None,) * 15
     if ctx.recompute:
         numbers, (_, *sizes), *rest = ctx.spec
         wanted = [asked and need for asked, need in zip(ctx.wanted, ctx.needs_input_grad, strict=False)]
@@ -243,9 +246,9 @@ class _Sweep:
         self.shared = self.second and inputs.teacher_weight is None
         if self.second:
             self.teacher_weight, self.teacher_bias = self._head(inputs.teacher_weight, inputs.teacher_bias)
-        self.lengths = self.weight.new_empty(0)  # ‖W_v‖, for the filter alone
+        self.filter = None
         if spec.gradient_filter is not None and wanted:
-            self.lengths = torch.linalg.vector_norm(self.weight, dim=1, dtype=spec.accumulate)
+            self.filter = _Filter(spec.gradient_filter, self.weight, spec.accumulate, self.across.budget)
         for name, ids in (("target_ids", inputs.targets), ("teacher_ids", inputs.support)):
             check_ids(name, ids, self.rows, self.across.vocab)
 
@@ -262,7 +265,8 @@ class _Sweep:
         plan = self._plan()
         while True:
             try:
-                return self._sweep(plan)
+                with workspace(self.inputs.x.device, self._chunk_buffers(plan.rows), self.spec.budget) as buffers:
+                    return self._sweep(plan, *buffers)
             except torch.cuda.OutOfMemoryError:
                 # other ranks would wait for chunks that no longer match theirs
                 if self.spec.group or plan.rows == 1:
@@ -283,7 +287,11 @@ class _Sweep:
         budget = self.across.budget
         if own_dz and not self.inputs.x.is_cuda:
             budget = max(budget - conversion_bytes(spec.accumulate), budget // 2)
-        in_torch = self.backend == "torch" or spec.kind == "cached" or spec.objective.top_k is not None
+        if self.filter is not None:
+            row_bytes += self.filter.step * spec.compute.itemsize
+            budget = max(budget - self.filter.bytes, budget // 2)
+        in_torch = self.backend == "torch" or spec.kind == "cached"
+        in_torch |= spec.kind == "divergence" and spec.objective.top_k is not None
         # a collective for each block of a few rows would cost more than it saves
         temporaries = ("chunk" if spec.group else "block") if in_torch else "none"
         return plan_chunks(
@@ -294,7 +302,12 @@ class _Sweep:
         """Whether dz has a buffer of its own; in the logits' dtype it takes the student logits' place."""
         return bool(self.wanted) and self.spec.compute != self.spec.accumulate
 
-    def _sweep(self, plan: ChunkPlan) -> tuple[Tensor, list[Tensor]]:
+    def _chunk_buffers(self, n: int) -> list[tuple[tuple[int, int], torch.dtype]]:
+        """Of n tokens: their logits, the student's above the teacher's, and dz where it has a buffer of its own."""
+        logits = (((2 if self.second else 1) * n, self.vocab), self.spec.accumulate)
+        return [logits, ((n, self.vocab), self.spec.compute)] if self._own_dz() else [logits]
+
+    def _sweep(self, plan: ChunkPlan, logits: Tensor, dz_buffer: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         inputs, spec, wanted, n = self.inputs, self.spec, self.wanted, plan.rows
         x, accumulate = inputs.x, spec.accumulate
         new = x.new_empty if self.rows is None and self.tokens else x.new_zeros
@@ -305,8 +318,7 @@ class _Sweep:
         dw = (x.new_empty if whole else x.new_zeros)(inputs.weight.shape if wanted.weight else (0,), dtype=accumulate)
         db = x.new_zeros(inputs.weight.shape[:1] if wanted.bias else (0,), dtype=accumulate)
 
-        logits = x.new_empty(((2 if self.second else 1) * n, self.vocab), dtype=accumulate)
-        dz_buffer = x.new_empty((n, self.vocab), dtype=spec.compute) if self._own_dz() else logits
+        dz_buffer = logits if dz_buffer is None else dz_buffer
         gathered = self._buffers(n)
         row_pass = self._row_pass()
         for chunk in plan:
@@ -335,51 +347,54 @@ class _Sweep:
 
     def top_k(self) -> tuple[Tensor, Tensor, Tensor]:
         """See `top_k_of`."""
-        plan, x, k = self._plan(), self.inputs.x, self.spec.objective.top_k
+        plan, x, objective = self._plan(), self.inputs.x, self.spec.objective
+        top_k_rows, k = backends.module(self.backend).top_k_rows, objective.top_k
         assert k is not None
         logprobs = x.new_zeros((x.shape[0], k), dtype=self.spec.accumulate)
         ids, log_z = torch.zeros_like(logprobs, dtype=torch.int64), torch.zeros_like(logprobs[:, 0])
-        logits, gathered = x.new_empty((plan.rows, self.vocab), dtype=self.spec.accumulate), self._buffers(plan.rows)
-        for chunk in plan:
-            self._project(chunk, logits, gathered)
-            at = chunk if self.rows is None else self.rows[chunk]
-            found = backends.module("torch").top_k_rows(logits[: chunk.stop - chunk.start], self.spec.objective)
-            logprobs[at], ids[at], log_z[at] = found
+        gathered = self._buffers(plan.rows)
+        with workspace(x.device, self._chunk_buffers(plan.rows), self.spec.budget) as (logits,):
+            for chunk in plan:
+                self._project(chunk, logits, gathered)
+                at = chunk if self.rows is None else self.rows[chunk]
+                part = logits[: chunk.stop - chunk.start]
+                logprobs[at], ids[at], log_z[at] = top_k_rows(part, k, objective.student, objective.temperature)
         return logprobs, ids, log_z
 
     def _gradients(
         self, chunk: slice, dz: Tensor, x: Tensor, dx: Tensor, dw: Tensor, db: Tensor, table: Tensor
     ) -> None:
-        wanted, weight, columns = self.wanted, self.weight, None
-        if self.spec.gradient_filter is not None:
-            weights = self._counted(self.inputs.row_weight, chunk)
-            columns, dropped = filtered_columns(dz, weights, self.lengths, self.spec.gradient_filter)
+        wanted, weight, first = self.wanted, self.weight, chunk.start == 0
+        own = x.shape[0], dx.shape[-1]
+        part = dx[chunk] if self.rows is None or not wanted.x else dx.new_empty(own)
+        if self.filter is None:
+            if wanted.x:
+                back_project(part, dz, weight)
+            if wanted.weight:
+                accumulate_weight_gradient(dw, dz, x, first=first)
+            if wanted.bias:
+                db[: self.vocab] += dz.sum(0, dtype=db.dtype)
+        else:
+            columns, dropped = self.filter.columns(dz, self._counted(self.inputs.row_weight, chunk))
             if table.shape[0] > DROPPED:
                 table[DROPPED] = dropped
-            dz, weight = dz[:, columns], weight[columns]
-        if wanted.x:
-            if self.rows is None:
-                back_project(dx[chunk], dz, weight)
-            else:
-                part = dx.new_empty(x.shape[0], dx.shape[1])
-                back_project(part, dz, weight)
-                dx[self.rows[chunk]] = part
-        if wanted.weight:
-            first = chunk.start == 0
-            if columns is None:
-                accumulate_weight_gradient(dw, dz, x, first=first)
-            else:
-                part = dw.new_empty(len(columns), dw.shape[1])
-                accumulate_weight_gradient(part, dz, x, first=True)
-                if first:
-                    dw.zero_()
-                dw.index_add_(0, columns, part)
-        if wanted.bias:
-            total = dz.sum(0, dtype=db.dtype)
-            if columns is None:
-                db[: self.vocab] += total
-            else:
-                db.index_add_(0, columns, total)
+            if first and wanted.weight:
+                dw.zero_()
+            if not len(columns):
+                part.zero_()
+            for start in range(0, len(columns), self.filter.step):
+                some = columns[start : start + self.filter.step]
+                dense = dz[:, some]
+                if wanted.x:
+                    back_project(part, dense, weight[some], first=start == 0)
+                if wanted.weight:
+                    rows = dw.new_empty(len(some), dw.shape[1])
+                    accumulate_weight_gradient(rows, dense, x, first=True)
+                    dw.index_add_(0, some, rows)
+                if wanted.bias:
+                    db.index_add_(0, some, dense.sum(0, dtype=db.dtype))
+        if wanted.x and self.rows is not None:
+            dx[self.rows[chunk]] = part
 
     def _row_pass(self) -> Callable:
         inputs, spec = self.inputs, self.spec
@@ -445,19 +460,37 @@ class _Sweep:
         return x
 
 
-def filtered_columns(dz: Tensor, row_weight: Tensor | None, lengths: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The columns of dz (n, V) where some |dz| exceeds eps, (kept,) int64, and a bound on what is lost, (n,).
+class _Filter:
+    """Which columns of a chunk's dz matter. Those that do are gathered, with their rows of the head, `step` at a time.
 
-    Both for a unit gradient of each token's loss, whatever `row_weight` (n,) dz has been multiplied with. The bound is
-    Σ|dz|·max‖W_v‖ over the dropped columns, `lengths` (V,) being ‖W_v‖: dX's row is off by at most that, in norm.
-    Apple's Cut Cross-Entropy drops blocks of the cross-entropy's gradient in the same spirit. Waits for the device.
+    Apple's Cut Cross-Entropy drops blocks of the cross-entropy's gradient in the same spirit.
     """
-    size, accumulate = dz.abs(), lengths.dtype
-    weights = size.new_ones(len(size), dtype=accumulate) if row_weight is None else row_weight.abs()
-    kept = (size > eps * weights.unsqueeze(-1)).any(0)
-    dropped = size.masked_fill_(kept, 0.0).sum(-1, dtype=accumulate)
-    longest = lengths.masked_fill(kept, 0.0).amax()
-    return kept.nonzero().squeeze(-1), torch.where(weights > 0, dropped / weights, 0.0) * longest
+
+    def __init__(self, eps: float, weight: Tensor, accumulate: torch.dtype, budget: int):
+        vocab, width = weight.shape
+        self.eps = eps
+        gathered = weight.itemsize + accumulate.itemsize  # a row of the head, and one of its gradient
+        self.step = min(max(1, vocab), max(1, budget // GATHERED_SHARE // (max(1, width) * gathered)))
+        self.lengths = torch.cat(
+            [torch.linalg.vector_norm(rows, dim=1, dtype=accumulate) for rows in weight.split(self.step)]
+        )  # ‖W_v‖
+        of_columns = 4 * accumulate.itemsize + 8  # lengths and what is made of them, and the columns' ids
+        self.bytes = self.step * width * gathered + vocab * of_columns + filter_bytes(weight)
+
+    def columns(self, dz: Tensor, row_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The columns of dz (n, V) where some |dz| exceeds eps, (kept,) int64, and a bound on what is lost, (n,).
+
+        Both for a unit gradient of each token's loss, whatever `row_weight` (n,) dz has been multiplied with. The bound
+        is Σ|dz|·max‖W_v‖ over the dropped columns: dX's row is off by at most that, in norm. Waits for the device.
+        """
+        accumulate, blocks = self.lengths.dtype, dz.split(block_rows(dz))
+        weights = dz.new_ones(len(dz), dtype=accumulate) if row_weight is None else row_weight.abs()
+        kept = torch.zeros_like(self.lengths, dtype=torch.bool)
+        for block, weight in zip(blocks, weights.split(block_rows(dz)), strict=True):
+            kept |= (block.abs() > self.eps * weight.unsqueeze(-1)).any(0)
+        dropped = torch.cat([block.abs().masked_fill_(kept, 0.0).sum(-1, dtype=accumulate) for block in blocks])
+        longest = self.lengths.masked_fill(kept, 0.0).amax()
+        return kept.nonzero().squeeze(-1), torch.where(weights > 0, dropped / weights, 0.0) * longest
 
 
 def top_k_of(inputs: Inputs, spec: Spec) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,14 +29,18 @@ def project(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None
         out += bias
 
 
-def back_project(out: Tensor, dz: Tensor, weight: Tensor) -> None:
-    """out = dz·weight, the gradient of `project` for x. Shapes (n, H), (n, V), (V, H)."""
+def back_project(out: Tensor, dz: Tensor, weight: Tensor, *, first: bool = True) -> None:
+    """out (+)= dz·weight, the gradient of `project` for x. Shapes (n, H), (n, V), (V, H)."""
     if dz.dtype == out.dtype:
-        torch.mm(dz, weight, out=out)
+        torch.mm(dz, weight, out=out) if first else torch.addmm(out, dz, weight, out=out)
     elif out.is_cuda:
-        torch.mm(dz, weight, out_dtype=out.dtype, out=out)
+        if first:
+            torch.mm(dz, weight, out_dtype=out.dtype, out=out)
+        else:
+            torch.addmm(out, dz, weight, out_dtype=out.dtype, out=out)
     else:
-        out.zero_()
+        if first:
+            out.zero_()
         for rows in _blocks(weight, dz.shape[0]):
             out.addmm_(dz[:, rows].to(out.dtype), weight[rows].to(out.dtype))
 

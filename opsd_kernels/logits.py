@@ -75,11 +75,12 @@ def _(student, teacher, mask, targets, numbers, sizes, names, compute, wanted):
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(output[1])
     ctx.wanted = inputs[-1]
+    ctx.set_materialize_grads(False)  # zeros (N, V), for an output that nobody differentiates
 
 
-def _backward(ctx: Any, table: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, table: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     (grad,) = ctx.saved_tensors
-    return (scaled(grad, table[0], grad.dtype) if ctx.wanted else None, *[None] * 8)
+    return (None if table is None or not ctx.wanted else scaled(grad, table[0], grad.dtype), *[None] * 8)
 
 
 _logits_loss.register_autograd(_backward, setup_context=_setup_context)

@@ -328,6 +328,7 @@ def top_k_logprobs(
     softcap: float | None = None,
     valid_vocab: int | None = None,
     mask: Tensor | None = None,
+    backend: str = "auto",
     workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The k likeliest tokens at each position: what a cached or served teacher stores for `jsd_loss_from_top_k`.
@@ -351,7 +352,7 @@ def top_k_logprobs(
     vocab = checks.vocabulary(valid_vocab, weight.shape[0])
     top_k = integer("k", k, high=vocab)
     objective = Objective.checked(temperature=temperature, logit_scale=logit_scale, softcap=softcap, top_k=top_k)
-    spec = _spec("top_k", objective, hidden, vocab, "torch", workspace_bytes, None, columns=1)
+    spec = _spec("top_k", objective, hidden, vocab, backend, workspace_bytes, None, columns=1)
     tokens = Tokens.checked(hidden, spec.accumulate, mask=mask, reduction="none")
     inputs = Inputs(hidden.detach().reshape(-1, hidden.shape[-1]), weight.detach(), _constant(bias), mask=tokens.mask)
     logprobs, ids, log_z = top_k_of(inputs, spec)

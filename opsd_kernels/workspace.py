@@ -1,12 +1,16 @@
-"""The memory plan: how many tokens' logits exist at a time, from a budget in bytes."""
+"""The memory plan: how many tokens' logits exist at a time, from a budget in bytes, and where they are."""
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cache
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -19,6 +23,7 @@ DEFAULT_BYTES = {"cuda": 1536 << 20, "cpu": 384 << 20}
 # The torch row pass works on a few rows at a time, so that its temporaries stay small (and, on a CPU, in the cache).
 BLOCK_ELEMENTS = {"cuda": 1 << 22, "cpu": 1 << 18}
 BLOCK_TEMPORARIES = 20  # at most this many (rows, V) tensors of a block are alive at once
+GATHERED_SHARE = 16  # one part in so many of the budget is for the head's rows that a gradient filter gathers at a time
 
 
 def budget_bytes(device: torch.device, workspace_bytes: Any) -> int:
@@ -37,6 +42,12 @@ def budget_bytes(device: torch.device, workspace_bytes: Any) -> int:
 def block_rows(logits: Tensor) -> int:
     """Rows of an (n, V) tensor that the torch row pass takes at a time."""
     return _block_rows(logits.device, logits.shape[1])
+
+
+def filter_bytes(weight: Tensor) -> int:
+    """What the gradient filter needs to look at a block of dz: its size, in dz's dtype, and a bool."""
+    vocab = weight.shape[0]
+    return _block_rows(weight.device, vocab) * vocab * (weight.itemsize + 1)
 
 
 def _block_rows(device: torch.device, vocab: int) -> int:
@@ -79,3 +90,53 @@ def plan_chunks(
             f"workspace_bytes must be at least {row_bytes + scratch} for one token of {vocab} columns, got {budget}"
         )
     return ChunkPlan(tokens, math.ceil(tokens / max(fit, 1)))
+
+
+_kept: list[Tensor] = []  # at most one; a call takes it out, so that no two ever share it
+
+
+@contextmanager
+def workspace(
+    device: torch.device, buffers: Sequence[tuple[tuple[int, int], torch.dtype]], budget: int
+) -> Iterator[list[Tensor]]:
+    """Uninitialised tensors of these shapes and dtypes, for as long as the context lasts.
+
+    A CPU's allocator returns such sizes to the system at once, and touching new pages costs up to a twelfth of a loss.
+    So the last call's memory serves the next one where it fits, within the next one's budget; until then the system may
+    take its pages back. A GPU's allocator does the like by itself.
+    """
+    if device.type != "cpu" or _madvise() is None:
+        yield [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in buffers]
+        return
+    ends = list(accumulate((-(-math.prod(shape) * dtype.itemsize // 64) * 64 for shape, dtype in buffers), initial=0))
+    memory = _kept.pop() if _kept else None
+    if memory is None or not ends[-1] <= memory.nbytes <= max(budget, ends[-1]):
+        memory = None  # the old one goes before the new one comes
+        with torch.inference_mode(False):
+            memory = torch.empty(ends[-1], dtype=torch.uint8)
+    yield [
+        memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        for start, (shape, dtype) in zip(ends, buffers, strict=False)
+    ]
+    if _reclaimable(memory[: ends[-1]]):
+        _kept[:] = [memory]
+
+
+def release() -> None:
+    """Gives the memory that is kept for the next call back to the system."""
+    _kept.clear()
+
+
+@cache
+def _madvise() -> Callable[..., int] | None:
+    """The system's, where it knows pages that it may take back; without, nothing is kept."""
+    return getattr(ctypes.CDLL(None), "madvise", None) if os.name == "posix" and hasattr(mmap, "MADV_FREE") else None
+
+
+def _reclaimable(memory: Tensor) -> bool:
+    """Tells the system that nothing in the memory's whole pages is needed any more; whether it could be told."""
+    start = -(-memory.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (memory.data_ptr() + memory.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    advise = _madvise()
+    assert advise is not None
+    return length <= 0 or advise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_FREE) == 0

@@ -2,6 +2,7 @@
 
     divergence_rows(student, teacher, objective, *, targets, table, dz, row_scale)
     logprob_rows(logits, targets, transform, temperature, *, table, dz, row_scale)
+    top_k_rows(logits, k, transform, temperature) -> logprobs (n, k), likeliest first, ids (n, k), logsumexps (n,)
 
 student, teacher, logits: (n, V) float32 or float64, the head's output before scale, cap and temperature; not modified
     unless dz is that very tensor.

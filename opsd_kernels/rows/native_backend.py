@@ -143,6 +143,33 @@ def logprob_rows(
     library.opsd_logprob_rows(ctypes.byref(request))
 
 
+def top_k_rows(logits: Tensor, k: int, transform: LogitTransform, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """See the package's docstring."""
+    library = _library()
+    n, vocab = logits.shape
+    log_z = logits.new_empty(n)
+    if not supports(logits.dtype, logits.device) or not _rows_are_dense(logits, logits, log_z[None], None):
+        return torch_backend.top_k_rows(logits, k, transform, temperature)
+    if not 1 <= k <= vocab:
+        raise ValueError(f"k must be in [1, {vocab}], got {k}")
+    logprobs, ids = logits.new_empty(n, k), logits.new_empty(n, k, dtype=torch.int64)
+    request = _TopKRequest(
+        logits=logits.data_ptr(),
+        logprobs=logprobs.data_ptr(),
+        ids=ids.data_ptr(),
+        log_sums=log_z.data_ptr(),
+        n=n,
+        vocab=vocab,
+        k=k,
+        logits_stride=logits.stride(0),
+        temperature=temperature,
+        transform=_Transform.of(transform),
+        threads=torch.get_num_threads(),
+    )
+    library.opsd_top_k_rows(ctypes.byref(request))
+    return logprobs, ids, log_z
+
+
 # ---------------------------------------------------------------------------------------------------------- arguments
 
 
@@ -172,6 +199,16 @@ class _LogprobRequest(ctypes.Structure):
         ("temperature", ctypes.c_double),
         ("transform", _Transform),
         *((name, ctypes.c_int32) for name in ("dz_type", "want_entropy", "threads")),
+    )
+
+
+class _TopKRequest(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("logits", "logprobs", "ids", "log_sums")),
+        *((name, ctypes.c_int64) for name in ("n", "vocab", "k", "logits_stride")),
+        ("temperature", ctypes.c_double),
+        ("transform", _Transform),
+        ("threads", ctypes.c_int32),
     )
 
 
@@ -237,6 +274,7 @@ def _opened(path: Path) -> ctypes.CDLL:
     for function, request in (
         (library.opsd_divergence_rows, _DivergenceRequest),
         (library.opsd_logprob_rows, _LogprobRequest),
+        (library.opsd_top_k_rows, _TopKRequest),
     ):
         function.argtypes, function.restype = (ctypes.POINTER(request),), None
     return library

@@ -6,7 +6,7 @@ from d = log p_S − log p_T, never as a difference of probabilities:
 - r = p_S − p_T is p_T·expm1(d) or −p_S·expm1(−d), by the sign of d, so that nothing overflows;
 - each divergence is a sum of non-negative terms like p_T·φ(d), φ(x) = eˣ − 1 − x, which need no cancellation;
 - d carries the rounding of log Z_S − log Z_T, the same for a whole row. The sums above are insensitive to it to first
-  order, and the gradient loses it by being re-centred: dz = g − p_S·Σg.
+  order, and its square is taken off; the gradient loses it by being re-centred: dz = g − p_S·Σg.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def divergence_rows(
 ) -> None:
     """See the package's docstring. `across`: the reductions of a vocabulary that is split over ranks."""
     for block in _blocks(student, across):
-        y_s = _transformed(student[block], objective.student, objective.temperature)
-        y_t = _transformed(teacher[block], objective.teacher, objective.temperature)
+        y_s = transformed(student[block], objective.student, objective.temperature)
+        y_t = transformed(teacher[block], objective.teacher, objective.temperature)
         gap = _gap(student[block], teacher[block], y_s, y_t, objective)
         out = _Out(table, dz, row_scale, block)
         whole: _Pair | None = None
@@ -80,7 +80,7 @@ def cached_rows(
     statistics that need the teacher's whole distribution speak of that support.
     """
     for block in _blocks(student, HERE):
-        y_s = _transformed(student[block], objective.student, objective.temperature)
+        y_s = transformed(student[block], objective.student, objective.temperature)
         out = _Out(table, dz, row_scale, block)
         chosen, logprobs = support[block], teacher_logprobs[block]
         known = y_s.gather(-1, chosen)
@@ -118,7 +118,7 @@ def logprob_rows(
     """log p(target) and, with a second row in the table, the entropy. See the package's docstring."""
     for block in _blocks(logits, across):
         out = _Out(table, dz, row_scale, block)
-        y = _transformed(logits[block], transform, temperature)
+        y = transformed(logits[block], transform, temperature)
         log_z = _log_normaliser(y, across)
         target = targets[block].unsqueeze(-1)
         logprob = _log_prob(y, log_z, target, across)
@@ -134,14 +134,13 @@ def logprob_rows(
             _write_gradient(out, grad, y, transform, temperature)
 
 
-def top_k_rows(logits: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probabilities (n, k), ids (n, k), log-normalisers (n,)) of the `objective.top_k` likeliest tokens."""
-    assert objective.top_k is not None
+def top_k_rows(logits: Tensor, k: int, transform: LogitTransform, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """See the package's docstring."""
     found = []
     for block in _blocks(logits, HERE):
-        y = _transformed(logits[block], objective.student, objective.temperature)
+        y = transformed(logits[block], transform, temperature)
         log_z = _log_normaliser(y, HERE)
-        values, ids = y.topk(objective.top_k, dim=-1)
+        values, ids = y.topk(k, dim=-1)
         found.append((values - log_z.masked_fill(log_z == -math.inf, 0.0), ids, log_z.squeeze(-1)))
     logprobs, ids, log_z = (torch.cat(parts) for parts in zip(*found, strict=True))
     return logprobs, ids, log_z
@@ -206,7 +205,7 @@ def _finish_support(out: _Out, support: _Support, whole: _Pair | None, y_s: Tens
     return pair
 
 
-def _transformed(raw: Tensor, transform: LogitTransform, temperature: float) -> Tensor:
+def transformed(raw: Tensor, transform: LogitTransform, temperature: float) -> Tensor:
     """softcap·tanh(scale·raw / softcap) / T; −inf stays −inf. Returns `raw` itself where there is nothing to do."""
     if transform.softcap is None:
         factor = transform.logit_scale / temperature
@@ -359,7 +358,10 @@ def _token_loss(pair: _Pair, objective: Objective, want_grad: bool, across: Acro
         # entry by entry the same as the line above, since Σ over {T, S} of its weight times (m/p − 1) is zero
         series = beta * pair.p_t * _phi(log_m_over_t) + (1 - beta) * pair.p_s * _phi(log_m_over_s)
         accurate = entry = torch.where(near, series, entry)
-    divergence = across.add(accurate.sum(-1))
+    # an error δ of d, the same for the whole row, adds φ(δ) ≈ δ²/2 to a KL and β(1−β) of that to the JSD: all too much
+    # where the models agree on one token that has nearly all the probability
+    slip = torch.log1p(across.add(pair.r.sum(-1)))
+    divergence = across.add(accurate.sum(-1)) - slip.square() * ((beta * (1 - beta) or 1.0) / 2)
 
     over: Tensor | None = None
     loss, amount = divergence, torch.zeros_like(divergence)

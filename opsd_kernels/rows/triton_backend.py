@@ -962,6 +962,20 @@ def logprob_rows(
         )  # fmt: skip
 
 
+def top_k_rows(logits: Tensor, k: int, transform: LogitTransform, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """See the package's docstring. torch.topk selects, from the raw logits, for scale and cap keep their order; the
+    likeliest token's log-probability, from one fused pass, then gives all the others'.
+    """
+    values, ids = logits.topk(k, dim=-1)
+    table = values.new_empty(1, len(values), dtype=torch.float32)
+    logprob_rows(logits, ids[:, 0], transform, temperature, table=table, dz=None, row_scale=None)
+    y = torch_backend.transformed(values.float(), transform, temperature)
+    likeliest, logprob = y[:, :1], table.T
+    dead = likeliest == -math.inf
+    logprobs = torch.where(dead, -math.inf, y - likeliest + logprob)
+    return logprobs, ids, torch.where(dead, -math.inf, likeliest - logprob).squeeze(-1)
+
+
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, whatever the tensors'."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -79,12 +79,12 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(monkeypatch, failures):
     sizes, left = [], [failures]
     sweep = fused_linear._Sweep._sweep
 
-    def failing(self, plan):
+    def failing(self, plan, *buffers):
         sizes.append(plan.rows)
         if left[0]:
             left[0] -= 1
             raise torch.cuda.OutOfMemoryError("no memory")
-        return sweep(self, plan)
+        return sweep(self, plan, *buffers)
 
     monkeypatch.setattr(fused_linear._Sweep, "_sweep", failing)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)

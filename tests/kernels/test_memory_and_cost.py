@@ -1,12 +1,14 @@
 """What the fused loss allocates and computes: the reason for it to exist."""
 
 import itertools
+import threading
 
 import pytest
 import torch
 from _helpers import allocations, leaf, peak, problem, product_flops
 
 import opsd_kernels
+from opsd_kernels import workspace
 from opsd_kernels.workspace import budget_bytes, plan_chunks
 
 N, H, V = 512, 32, 4096
@@ -35,6 +37,7 @@ def run(
     [
         {"beta": 0.0}, {"beta": 1.0, "entry_clip": 0.05}, {"reduction": "none"}, {"return_stats": True, "softcap": 9.0},
         {"top_k": 8, "tail_bucket": True, "return_stats": True}, {"dtype": torch.bfloat16, "entry_clip": 0.05},
+        {"gradient_filter": 1e-30, "return_stats": True}, {"gradient_filter": 1e-5, "dtype": torch.bfloat16},
     ],
     ids=str,
 )  # fmt: skip
@@ -113,3 +116,77 @@ def test_the_environment_sets_the_default_budget(monkeypatch):
     monkeypatch.setenv("OPSD_WORKSPACE_BYTES", "lots")
     with pytest.raises(ValueError, match=r"OPSD_WORKSPACE_BYTES must be .* got 'lots'"):
         budget_bytes(cpu, None)
+
+
+CPU = torch.device("cpu")
+keeps = pytest.mark.skipif(workspace._madvise() is None, reason="the system cannot take memory back")
+TWO = [((100, 999), torch.float32), ((100, 999), torch.bfloat16)]
+
+
+def addresses(budget=BUDGET, buffers=TWO):
+    with workspace.workspace(CPU, buffers, budget) as tensors:
+        return [tensor.data_ptr() for tensor in tensors]
+
+
+def test_a_workspace_is_what_was_asked_for():
+    with workspace.workspace(CPU, TWO, BUDGET) as tensors:
+        for value, (tensor, (shape, dtype)) in enumerate(zip(tensors, TWO, strict=True)):
+            assert (tensor.shape, tensor.dtype) == (shape, dtype)
+            assert tensor.is_contiguous()
+            assert tensor.data_ptr() % 64 == 0
+            tensor.fill_(value)
+        assert [tensor.unique().tolist() for tensor in tensors] == [[0], [1]]  # apart
+
+
+@keeps
+def test_the_next_call_has_the_last_ones_memory_where_it_fits():
+    workspace.release()
+    assert addresses() == addresses()
+    (kept,) = workspace._kept
+    assert addresses(buffers=TWO[:1])[0] == kept.data_ptr()
+    with workspace.workspace(CPU, TWO, BUDGET) as mine:
+        assert not workspace._kept
+        thread = threading.Thread(target=addresses)
+        thread.start()
+        thread.join()
+        assert workspace._kept[0].data_ptr() != mine[0].data_ptr()
+    addresses(budget=1000, buffers=[((10, 10), torch.float32)])  # what is kept counts: it is too much for this call
+    assert workspace._kept[0].nbytes <= 1000
+    with pytest.raises(KeyError), workspace.workspace(CPU, TWO, BUDGET):
+        raise KeyError
+    assert not workspace._kept
+
+
+@keeps
+def test_a_second_call_allocates_no_workspace():
+    step = run()
+    first = allocations(step)
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    again = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert max(first) > BUDGET // 2 > max(again)
+
+
+@keeps
+def test_memory_kept_from_inference_mode_serves_training():
+    workspace.release()
+    student, teacher, weight = problem(N, H, V, dtype=torch.float32)
+    with torch.inference_mode():
+        expected = opsd_kernels.jsd_loss(student, teacher, weight)
+    x = leaf(student)
+    loss = opsd_kernels.jsd_loss(x, teacher, weight)
+    loss.backward()
+    assert loss == expected
+    assert x.grad.isfinite().all()
+
+
+def test_given_logits_have_one_gradient_saved_and_one_returned():
+    student, teacher, weight = problem(N, H, V, dtype=torch.float32)
+    z_s, z_t = leaf(student @ weight.T), teacher @ weight.T
+
+    def step():
+        opsd_kernels.jsd_loss_from_logits(z_s, z_t, workspace_bytes=BUDGET).backward()
+        z_s.grad = None
+
+    assert sum(size >= N * V * 4 for size in allocations(step)) == 2

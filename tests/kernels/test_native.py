@@ -1,6 +1,7 @@
 """The native CPU row pass against the float64 definitions; it is built once, by the machine's compiler."""
 
 import ctypes
+import itertools
 import math
 import os
 import platform
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from _helpers import relative, row_rms
+from _helpers import close_divergence, close_pair, relative, row_rms
 from torch import Tensor
 
 from opsd_kernels import reference
@@ -218,6 +219,19 @@ def test_nor_does_it_under_a_temperature_or_a_cap(beta, options):
     assert ((table[0] - want[0]) / want[0]).square().mean().sqrt() < 5e-6
 
 
+@pytest.mark.parametrize("backend", [pytest.param(native_backend, marks=needs_library), torch_backend])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_the_loss_where_one_token_is_nearly_certain(beta, backend):
+    for gap, peak in itertools.product((1e-2, 1e-3), (12.0, 16.0, 20.0)):
+        student, teacher = close_pair(32, 1027, gap, peak)
+        table = poisoned(1, 32)
+        backend.divergence_rows(
+            student, teacher, Objective.checked(beta=beta), targets=None, table=table, dz=None, row_scale=None
+        )
+        want = close_divergence(student, teacher, beta)
+        assert ((table[0] - want) / want).square().mean().sqrt() < 1e-5
+
+
 @needs_library
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_a_constant_between_the_models_changes_nothing(beta):
@@ -342,6 +356,42 @@ def test_log_probabilities(transform, temperature):
 
 
 @needs_library
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.5, 7.0)], ids=str)
+@pytest.mark.parametrize("vocab", [1, 7, 501, 5003])
+def test_likeliest_tokens(vocab, transform, monkeypatch):
+    monkeypatch.setattr(native_backend.torch_backend, "top_k_rows", None)  # its own work, all of it
+    wide, _ = logits(12, vocab + 40)
+    x = wide[::2, 3 : vocab + 3]  # rows with gaps between them
+    x[1] = x[1].sort().values  # the worst order
+    x[2, vocab // 2 :] = -INF
+    x[3] = -INF
+    for k in sorted({1, min(vocab, 128), vocab - vocab // 4, vocab}):
+        logprobs, ids, log_z = native_backend.top_k_rows(x, k, transform, 1.3)
+        y = reference.transformed(x.double(), transform, 1.3)
+        best = y.topk(k)
+        torch.testing.assert_close(log_z.double(), y.logsumexp(-1), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(logprobs.double(), reference.log_softmax(y).gather(-1, ids), rtol=1e-6, atol=2e-6)
+        torch.testing.assert_close(y.gather(-1, ids), best.values, rtol=0, atol=0)
+        assert all(len(row.unique()) == k for row in ids)
+        assert torch.equal(ids[[0, 1, 4, 5]], best.indices[[0, 1, 4, 5]])
+
+
+@needs_library
+def test_equally_likely_tokens_come_by_their_ids():
+    x = torch.zeros(2, 1000)
+    x[0, 500:] = 1.0
+    x[1, ::3] = -INF
+    _, ids, _ = native_backend.top_k_rows(x, 200, LogitTransform(), 1.0)
+    assert ids[0].tolist() == list(range(500, 700))
+    assert ids[1].tolist() == [i for i in range(1000) if i % 3][:200]
+    x[1, 7] = NAN
+    logprobs, ids, log_z = native_backend.top_k_rows(x, 900, LogitTransform(), 1.0)
+    assert logprobs[1].isnan().all()
+    assert log_z.isnan().tolist() == [False, True]
+    assert len(ids[1].unique()) == 900
+
+
+@needs_library
 def test_what_it_does_not_serve_goes_to_the_torch_backend():
     student, teacher = logits(4, 64)
     cpu = torch.device("cpu")
@@ -360,6 +410,11 @@ def test_what_it_does_not_serve_goes_to_the_torch_backend():
         assert torch.equal(*tables)
         assert torch.equal(*dzs)
     transposed = student.t().contiguous().t()  # columns far apart
+    for x in (transposed, student.double()):
+        results = [b.top_k_rows(x, 3, LogitTransform(), 1.0) for b in (native_backend, torch_backend)]
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    with pytest.raises(ValueError, match="k must be in"):
+        native_backend.top_k_rows(student, 65, LogitTransform(), 1.0)
     apart, dense = (native(s, teacher, Objective.checked(), columns=1)[0] for s in (transposed, student))
     torch.testing.assert_close(apart, dense, rtol=1e-5, atol=1e-8)
 

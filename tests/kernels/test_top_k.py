@@ -24,6 +24,19 @@ def test_top_k_logprobs_are_the_models_own():
     assert torch.allclose(log_z, z.logsumexp(-1))
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_top_k_logprobs_in_float32_with_padding(backend):
+    hidden, _, weight = (t.float() for t in problem(50, 8, 3001))
+    weight[2900:] = 100.0  # padding that would win
+    logprobs, ids, log_z = opsd_kernels.top_k_logprobs(
+        hidden, weight, 128, valid_vocab=2900, backend=backend, workspace_bytes=1 << 20
+    )
+    z = hidden.double() @ weight[:2900].double().T
+    assert torch.equal(ids, z.topk(128).indices)
+    assert torch.allclose(log_z.double(), z.logsumexp(-1), rtol=1e-5)
+    assert torch.allclose(logprobs.double(), z.log_softmax(-1).gather(-1, ids), rtol=1e-5, atol=1e-5)
+
+
 def test_top_k_logprobs_with_a_mask_and_a_batch():
     hidden, _, weight = problem(6, 8, 90)
     mask = torch.tensor([[True, False, True], [False, True, True]])

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _helpers import close_divergence, close_pair
 from torch import Tensor
 
 from opsd_kernels import reference
@@ -150,6 +151,20 @@ def test_accuracy(
         table, dz = run(student, teacher, objective)
         assert rms((dz.double() - want).norm(dim=-1) / want.norm(dim=-1)) <= 1e-5
         assert rms((table[0] - loss).abs() / loss.abs()) <= 1e-4
+
+
+@inner
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_accuracy_where_one_token_is_nearly_certain(beta: float, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout(monkeypatch, splits, block=1024 // splits)
+    for gap, peak in ((1e-2, 16.0), (1e-3, 12.0), (1e-3, 16.0), (1e-3, 20.0)):
+        student, teacher = close_pair(32, 1027, gap, peak)
+        want = close_divergence(student, teacher, beta)
+        _, want_dz = expected(student, teacher, Objective.checked(beta=beta), None)
+        table, dz = run(student, teacher, Objective.checked(beta=beta))
+        assert rms((table[0] - want).abs() / want) <= 1e-5
+        assert rms((dz.double() - want_dz).norm(dim=-1) / want_dz.norm(dim=-1)) <= 1e-5
 
 
 def rms(errors: Tensor) -> float:
@@ -380,6 +395,22 @@ def test_logprobs(transform: LogitTransform, temperature: float, monkeypatch: py
     alone = torch.full((1, 5), math.nan)
     triton_backend.logprob_rows(z, targets, transform, temperature, table=alone, dz=None, row_scale=None)
     torch.testing.assert_close(alone, table[:1], rtol=0, atol=0, equal_nan=True)
+
+
+@inner
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(1.2, 20.0)])
+def test_top_k_rows(transform: LogitTransform, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout(monkeypatch, block=128)
+    z, _ = logits(5, 501)
+    z[1, 3:490] = z[2] = -math.inf
+    z[3, 77] = math.nan
+    for k in (1, 9, 501):
+        logprobs, ids, log_z = triton_backend.top_k_rows(z, k, transform, 0.7)
+        want, want_ids, want_log_z = torch_backend.top_k_rows(z.double(), k, transform, 0.7)
+        torch.testing.assert_close(log_z.double(), want_log_z, rtol=2e-6, atol=2e-6, equal_nan=True)
+        torch.testing.assert_close(logprobs.double(), want, rtol=2e-6, atol=5e-6, equal_nan=True)
+        assert torch.equal(ids[[0, 4]], want_ids[[0, 4]])
+        assert all(len(row.unique()) == k for row in ids)
 
 
 def test_availability() -> None:
