@@ -79,10 +79,10 @@ class Shape:
 
 
 SHAPES = {
-    # Parameters of the head over those of the body: 2.7, more than in any real model; 1.3, about that of Gemma 3 270M;
-    # 0.2, that of Qwen3 1.7B.
+    # Parameters of the head over those of the body: 2.7, more than in any real model; 1.1, between Gemma 3 270M and
+    # 1B; 0.2, that of Qwen3 1.7B.
     "shallow": Shape(hidden=256, layers=4, vocab=32768, intermediate=768),
-    "small": Shape(hidden=256, layers=8, vocab=32768, intermediate=768),
+    "small": Shape(hidden=256, layers=10, vocab=32768, intermediate=768),
     "deep": Shape(hidden=256, layers=12, vocab=8192, intermediate=768),
 }
 FULL_SHAPES = {
