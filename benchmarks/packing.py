@@ -426,7 +426,10 @@ def main() -> None:
             results["shapes"] = stored["shapes"]
     for shape_name in options.shape or shapes:
         shape = shapes[shape_name]
-        found = results["shapes"].setdefault(shape_name, {"shape": asdict(shape), "cases": {}})
+        sizes = json.loads(json.dumps(asdict(shape)))
+        found = results["shapes"].get(shape_name)
+        if found is None or found["shape"] != sizes:
+            found = results["shapes"][shape_name] = {"shape": sizes, "cases": {}}
         for case in cases:
             if options.generations and case.generations not in options.generations:
                 continue
