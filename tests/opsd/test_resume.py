@@ -175,7 +175,7 @@ def test_killed_at_random_moments(tmp_path, teacher, adapted):
         while process.is_alive() and steps_logged(run) < target:
             time.sleep(0.001)
         # from before it has loaded the model to the middle of a later step
-        process.join(draw.uniform(0, (2 if target > begun else 20) * step))
+        process.join(draw.uniform(0, (2 if target > begun else 8) * step))
         process.kill()
         process.join()
         killed += process.exitcode == -signal.SIGKILL
