@@ -164,13 +164,21 @@ def replace_directory(directory: Path, write: Callable[[Path], None]) -> Path:
     return directory
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Writes `text` to `path`, which holds either all of it or what it held before."""
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Writes `content` to `path`, which holds either all of it or what it held before.
+
+    Raises:
+        OSError: it cannot be written; `path` is as it was.
+    """
     fresh = path.with_name(f"{UNFINISHED}{path.name}")
-    with fresh.open("w", encoding="utf-8") as file:
-        file.write(text)
-        _flush(file)
-    fresh.replace(path)
+    try:
+        with fresh.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            _flush(file)
+        fresh.replace(path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
 
 
 def random_state() -> dict[str, Any]:

@@ -24,6 +24,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from opsd.checkpoint import replace_file
 from opsd.config import ConfigError
 
 
@@ -118,18 +119,8 @@ def rewind_json(path: Path, step: int) -> None:
         if of <= step:
             kept.append(line + b"\n")
     rewound = b"".join(kept)
-    if rewound == data:
-        return
-    beside = path.with_name(path.name + ".rewound")
-    try:
-        with beside.open("wb") as file:
-            file.write(rewound)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    if rewound != data:
+        replace_file(path, rewound)
 
 
 def peak_memory(device: torch.device) -> int:

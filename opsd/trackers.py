@@ -9,7 +9,6 @@ from __future__ import annotations
 import html
 import importlib
 import json
-import os
 import secrets
 import textwrap
 import warnings
@@ -17,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from opsd.checkpoint import replace_file
 from opsd.config import TRACKERS, ConfigError
 
 # What is imported, which is what fails without the package.
@@ -172,9 +172,7 @@ def _identity(run_dir: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: not what names a run to its trackers ({error}); remove it to start anew") from error
     identity = {"id": secrets.token_hex(4), "name": run_dir.resolve().name}
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(identity) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    replace_file(path, json.dumps(identity) + "\n")
     return identity
 
 
