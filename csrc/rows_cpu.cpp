@@ -21,41 +21,13 @@
 #include <type_traits>
 #include <vector>
 
-#include "row_math.h"
+#include "vectors.h"
 
 namespace opsd {
-
-#if defined(__AVX512F__)
-constexpr int BYTES = 64;
-#elif defined(__AVX__)
-constexpr int BYTES = 32;
-#else
-constexpr int BYTES = 16;
-#endif
-constexpr int LANES = BYTES / 4;
-typedef float Vec __attribute__((vector_size(BYTES)));
-typedef uint32_t VecU __attribute__((vector_size(BYTES)));
-typedef int32_t VecI __attribute__((vector_size(BYTES)));
-typedef double VecD __attribute__((vector_size(2 * BYTES)));
-typedef uint16_t VecHalf __attribute__((vector_size(BYTES / 2)));
-
-template <>
-struct Shape<Vec> {
-    using Unsigned = VecU;
-    using Signed = VecI;
-    static OPSD_HD Vec from_signed(VecI x) { return __builtin_convertvector(x, Vec); }
-};
 
 constexpr int64_t BLOCK = 64 * LANES;
 constexpr double DOUBLE_INF = std::numeric_limits<double>::infinity();
 constexpr double DOUBLE_NAN = std::numeric_limits<double>::quiet_NaN();
-
-static inline Vec load(const float* from) {
-    Vec x;
-    memcpy(&x, from, sizeof(x));
-    return x;
-}
-static inline void store(float* to, Vec x) { memcpy(to, &x, sizeof(x)); }
 
 // The last entries of a row, filled up with entries that contribute nothing.
 static inline Vec load_part(const float* from, int64_t count, float fill) {
@@ -116,8 +88,6 @@ static inline void put(float* to, Vec x, Whole) { store(to, x); }
 static inline void put(float* to, Vec x, int64_t count) { store_part(to, x, count); }
 
 // ---------------------------------------------------------------------------------------------------------- requests
-
-enum Type { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 struct Transform {
     double scale;

@@ -15,7 +15,7 @@ from opsd.rollouts import Rollout
 from opsd.scoring import rollout_hidden
 from opsd.step import Run
 from opsd_kernels import Head
-from opsd_kernels.gemm import accumulation_dtype, project
+from opsd_kernels.gemm import Products, accumulation_dtype
 from opsd_kernels.objective import LogitTransform
 from opsd_kernels.reference import entries, log_softmax, transformed
 
@@ -76,11 +76,12 @@ def _projection(run: Run, head: Head, vocab: int) -> Callable[[Tensor], Tensor]:
     wide = accumulation_dtype(compute)
     weight = head.weight[:vocab].to(compute)  # converted once, if at all
     bias = None if head.bias is None else head.bias[:vocab].to(wide)
+    products = Products("torch", weight.device, compute, budget=0)
     transform = LogitTransform(head.logit_scale, None if head.softcap == math.inf else head.softcap)
 
     def log_probabilities(hidden: Tensor) -> Tensor:
         logits = torch.empty(hidden.shape[0], vocab, dtype=wide, device=hidden.device)
-        project(logits, hidden.to(compute), weight, bias)
+        products.project(logits, hidden.to(compute), weight, bias)
         return log_softmax(transformed(logits.double(), transform, run.config.objective.temperature))
 
     return log_probabilities

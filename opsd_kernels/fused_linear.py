@@ -22,7 +22,7 @@ from torch import Tensor, library
 
 from . import backends
 from .across import Across, across_group
-from .gemm import accumulate_weight_gradient, accumulation_dtype, back_project, conversion_bytes, project
+from .gemm import Products, accumulation_dtype
 from .objective import Objective
 from .rows import DROPPED, Column
 from .workspace import GATHERED_SHARE, ChunkPlan, block_rows, filter_bytes, plan_chunks, workspace
@@ -238,6 +238,7 @@ class _Sweep:
         self.across: Across = across_group(spec.group, inputs.weight.shape[0], spec.vocab, spec.budget)
         x, teacher = inputs.x, inputs.teacher
         self.backend = backends.chosen(spec.backend, x.device, spec.compute, spec.group)
+        self.products = Products(self.backend, x.device, spec.compute, self.across.budget)
         self.rows = None if inputs.mask is None else inputs.mask.nonzero().squeeze(-1)  # for which the host waits
         self.tokens = x.shape[0] if self.rows is None else self.rows.shape[0]
         self.vocab = self.across.columns
@@ -284,9 +285,7 @@ class _Sweep:
             widths += self.inputs.teacher.shape[1]
         # the gathered inputs, and their widened copies where the device has no mixed-precision product
         row_bytes += widths * (spec.compute.itemsize + own_dz * element)
-        budget = self.across.budget
-        if own_dz and not self.inputs.x.is_cuda:
-            budget = max(budget - conversion_bytes(spec.accumulate), budget // 2)
+        budget = max(self.across.budget - self.products.bytes, self.across.budget // 2)
         if self.filter is not None:
             row_bytes += self.filter.step * spec.compute.itemsize
             budget = max(budget - self.filter.bytes, budget // 2)
@@ -369,9 +368,9 @@ class _Sweep:
         part = dx[chunk] if self.rows is None or not wanted.x else dx.new_empty(own)
         if self.filter is None:
             if wanted.x:
-                back_project(part, dz, weight)
+                self.products.back_project(part, dz, weight)
             if wanted.weight:
-                accumulate_weight_gradient(dw, dz, x, first=first)
+                self.products.accumulate_weight_gradient(dw, dz, x, first=first)
             if wanted.bias:
                 db[: self.vocab] += dz.sum(0, dtype=db.dtype)
         else:
@@ -386,10 +385,10 @@ class _Sweep:
                 some = columns[start : start + self.filter.step]
                 dense = dz[:, some]
                 if wanted.x:
-                    back_project(part, dense, weight[some], first=start == 0)
+                    self.products.back_project(part, dense, weight[some], first=start == 0)
                 if wanted.weight:
                     rows = dw.new_empty(len(some), dw.shape[1])
-                    accumulate_weight_gradient(rows, dense, x, first=True)
+                    self.products.accumulate_weight_gradient(rows, dense, x, first=True)
                     dw.index_add_(0, some, rows)
                 if wanted.bias:
                     db.index_add_(0, some, dense.sum(0, dtype=db.dtype))
@@ -444,19 +443,19 @@ class _Sweep:
         n = chunk.stop - chunk.start
         x = gathered[0][:n].copy_(self._rows_of(self.inputs.x, chunk))
         if not self.second or self.inputs.teacher is None:
-            project(logits[:n], x, self.weight, self.bias)
+            self.products.project(logits[:n], x, self.weight, self.bias)
             return x
         x_t = gathered[0][n : 2 * n] if self.shared else gathered[1][:n]
         x_t.copy_(self._rows_of(self.inputs.teacher, chunk))
         student, teacher = logits[:n], logits[n : 2 * n]
         if self.shared:  # one product for both, so that the weight is read once
-            project(logits[: 2 * n], gathered[0][: 2 * n], self.weight, None)
+            self.products.project(logits[: 2 * n], gathered[0][: 2 * n], self.weight, None)
             for part, bias in ((student, self.bias), (teacher, self.teacher_bias)):
                 if bias is not None:
                     part += bias
         else:
-            project(student, x, self.weight, self.bias)
-            project(teacher, x_t, self.teacher_weight, self.teacher_bias)
+            self.products.project(student, x, self.weight, self.bias)
+            self.products.project(teacher, x_t, self.teacher_weight, self.teacher_bias)
         return x
 
 

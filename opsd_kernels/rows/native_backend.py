@@ -1,50 +1,26 @@
-"""The row pass compiled for this machine's CPU, float32: csrc/rows_cpu.cpp, built on first use and loaded by ctypes.
+"""The row pass compiled for this machine's CPU, float32: csrc/rows_cpu.cpp.
 
-The source includes nothing of torch, so building takes seconds and any C++17 compiler with vector extensions (GCC,
-Clang) will do. What it does not serve goes to the torch backend: float64, top-k supports, columns that are not dense.
+What it does not serve goes to the torch backend: float64, top-k supports, columns that are not dense.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import logging
 import math
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
-import threading
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .. import native
 from ..objective import LogitTransform, Objective
 from . import LogprobColumn, torch_backend
-
-logger = logging.getLogger(__name__)
-
-COMPILERS = ("c++", "g++", "clang++")  # after $CXX
-SOURCES = ("rows_cpu.cpp", "row_math.h")  # the first is compiled
-# Not -ffast-math: infinities and NaN mean something here.
-FLAGS = (
-    *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread"),
-    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
-)
-TARGETS: tuple[tuple[str, ...], ...] = (("-march=native",), ("-mcpu=native",), ())  # the first that compiles
-BUILD_SECONDS = 300
-DZ_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def available(device: torch.device | str = "cpu") -> tuple[bool, str]:
     """Whether the library serves `device`, being built and loaded if need be, and why not. Never raises."""
     if torch.device(device).type != "cpu":
         return False, "it is for the CPU"
-    library, reason = _load()
-    return library is not None, reason
+    return native.available()
 
 
 def supports(logits_dtype: torch.dtype, device: torch.device, objective: Objective | None = None) -> bool:
@@ -63,7 +39,6 @@ def divergence_rows(
     row_scale: Tensor | None,
 ) -> None:
     """See the package's docstring."""
-    library = _library()
     if not supports(student.dtype, student.device, objective) or not _rows_are_dense(student, teacher, table, dz):
         torch_backend.divergence_rows(
             student, teacher, objective, targets=targets, table=table, dz=dz, row_scale=row_scale
@@ -95,11 +70,11 @@ def divergence_rows(
         token_clip=math.inf if objective.token_clip is None else objective.token_clip,
         student_transform=_Transform.of(objective.student),
         teacher_transform=_Transform.of(objective.teacher),
-        dz_type=DZ_TYPES[torch.float32 if dz is None else dz.dtype],
+        dz_type=native.TYPES[torch.float32 if dz is None else dz.dtype],
         statistics=want_statistics,
         threads=torch.get_num_threads(),
     )
-    library.opsd_divergence_rows(ctypes.byref(request))
+    native.call("opsd_divergence_rows", request)
 
 
 def logprob_rows(
@@ -113,7 +88,6 @@ def logprob_rows(
     row_scale: Tensor | None,
 ) -> None:
     """log p(target) and, with a second row in the table, the entropy. See the package's docstring."""
-    library = _library()
     if not supports(logits.dtype, logits.device) or not _rows_are_dense(logits, logits, table, dz):
         torch_backend.logprob_rows(logits, targets, transform, temperature, table=table, dz=dz, row_scale=row_scale)
         return
@@ -136,16 +110,15 @@ def logprob_rows(
         table_stride=table.stride(0),
         temperature=temperature,
         transform=_Transform.of(transform),
-        dz_type=DZ_TYPES[torch.float32 if dz is None else dz.dtype],
+        dz_type=native.TYPES[torch.float32 if dz is None else dz.dtype],
         want_entropy=table.shape[0] > LogprobColumn.ENTROPY,
         threads=torch.get_num_threads(),
     )
-    library.opsd_logprob_rows(ctypes.byref(request))
+    native.call("opsd_logprob_rows", request)
 
 
 def top_k_rows(logits: Tensor, k: int, transform: LogitTransform, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """See the package's docstring."""
-    library = _library()
     n, vocab = logits.shape
     log_z = logits.new_empty(n)
     if not supports(logits.dtype, logits.device) or not _rows_are_dense(logits, logits, log_z[None], None):
@@ -166,7 +139,7 @@ def top_k_rows(logits: Tensor, k: int, transform: LogitTransform, temperature: f
         transform=_Transform.of(transform),
         threads=torch.get_num_threads(),
     )
-    library.opsd_top_k_rows(ctypes.byref(request))
+    native.call("opsd_top_k_rows", request)
     return logprobs, ids, log_z
 
 
@@ -223,7 +196,7 @@ def _same_shape(student: Tensor, teacher: Tensor, dz: Tensor | None) -> tuple[in
 def _rows_are_dense(student: Tensor, teacher: Tensor, table: Tensor, dz: Tensor | None) -> bool:
     """Whether every tensor is as the library reads and writes it: on the CPU, of its dtype, a row without gaps."""
     wide = table.dtype == teacher.dtype == torch.float32 and table.shape[1:] == student.shape[:1]
-    known = dz is None or dz.dtype in DZ_TYPES
+    known = dz is None or dz.dtype in native.TYPES
     tensors = [t for t in (student, teacher, table, dz) if t is not None]
     return wide and known and all(t.device.type == "cpu" and (t.shape[-1] <= 1 or t.stride(-1) == 1) for t in tensors)
 
@@ -242,127 +215,3 @@ def _row_scale(row_scale: Tensor | None, n: int) -> Tensor | None:
     if row_scale.shape != (n,):
         raise ValueError(f"row_scale must be ({n},), got {tuple(row_scale.shape)}")
     return row_scale.detach().to("cpu", torch.float32).contiguous()
-
-
-# ----------------------------------------------------------------------------------------------------------- building
-
-_lock = threading.Lock()
-_loaded: tuple[ctypes.CDLL | None, str] | None = None
-
-
-def _library() -> ctypes.CDLL:
-    library, reason = _load()
-    if library is None:
-        raise RuntimeError(f"the native row pass is not available: {reason}")
-    return library
-
-
-def _load() -> tuple[ctypes.CDLL | None, str]:
-    global _loaded
-    with _lock:
-        if _loaded is None:
-            try:
-                _loaded = _opened(_built()), ""
-            except Exception as error:  # whatever it is, the torch backend serves
-                _loaded = None, " ".join(str(error).split())[:500]
-                logger.warning("the native CPU row pass is not available, plain torch serves: %s", _loaded[1])
-        return _loaded
-
-
-def _opened(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
-    for function, request in (
-        (library.opsd_divergence_rows, _DivergenceRequest),
-        (library.opsd_logprob_rows, _LogprobRequest),
-        (library.opsd_top_k_rows, _TopKRequest),
-    ):
-        function.argtypes, function.restype = (ctypes.POINTER(request),), None
-    return library
-
-
-def _built() -> Path:
-    """The library's path: from the cache if these sources were built by this compiler on such a machine before."""
-    source = _source_directory()
-    compiler = _compiler()
-    version = subprocess.run(
-        [*compiler, "--version"], capture_output=True, text=True, timeout=BUILD_SECONDS, check=True
-    ).stdout
-    parts = [" ".join(compiler), version, " ".join(FLAGS), repr(TARGETS), _machine()]
-    parts += [(source / name).read_text(encoding="utf-8") for name in SOURCES]
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-    problems = []
-    for directory in _cache_directories():
-        library = directory / f"rows_cpu-{key}.so"
-        try:
-            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            _refuse_strangers(directory)
-            if library.is_file():
-                return library
-            with tempfile.TemporaryDirectory(dir=directory) as work:
-                made = Path(work) / library.name
-                _compile(compiler, source / SOURCES[0], made)
-                os.replace(made, library)  # atomic: another process sees the whole library or none
-            return library
-        except OSError as error:
-            problems.append(str(error))
-    raise RuntimeError(f"no directory to build in: {'; '.join(problems)}")
-
-
-def _compile(compiler: list[str], source: Path, library: Path) -> None:
-    message = ""
-    for target in TARGETS:
-        command = [*compiler, *FLAGS, *target, str(source), "-o", str(library)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
-        if done.returncode == 0:
-            return
-        message = done.stderr.strip() or f"exit status {done.returncode}"
-    raise RuntimeError(f"{compiler[0]} failed: {message.splitlines()[0]}")
-
-
-def _source_directory() -> Path:
-    package = Path(__file__).resolve().parent.parent
-    places = (package / "csrc", package.parent / "csrc")  # an installed wheel, a checkout
-    for place in places:
-        if all((place / name).is_file() for name in SOURCES):
-            return place
-    raise FileNotFoundError(f"{SOURCES[0]} is in neither {places[0]} nor {places[1]}")
-
-
-def _compiler() -> list[str]:
-    chosen = os.environ.get("CXX")
-    for candidate in ([chosen] if chosen else []) + list(COMPILERS):
-        command = shlex.split(candidate)
-        if command and shutil.which(command[0]):
-            return command
-    raise FileNotFoundError(f"no C++ compiler found: tried $CXX, {', '.join(COMPILERS)}")
-
-
-def _machine() -> str:
-    """What -march=native depends on: a cache may be shared by different machines."""
-    lines: dict[str, str] = {}
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() in ("model name", "flags", "Features", "CPU part", "CPU implementer"):
-                lines.setdefault(name.strip(), value.strip())
-    except OSError:
-        lines["processor"] = platform.processor()
-    return repr((platform.system(), platform.machine(), platform.libc_ver(), sorted(lines.items())))
-
-
-def _cache_directories() -> list[Path]:
-    """Where libraries are kept; the second is for when the first cannot be written."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    home = Path(base) if base else Path.home() / ".cache"
-    return [home / "opsd_kernels", Path(tempfile.gettempdir()) / f"opsd_kernels-{_user()}"]
-
-
-def _refuse_strangers(directory: Path) -> None:
-    """What is loaded from here runs: no one else may have put it there."""
-    status = directory.stat()
-    if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
-        raise PermissionError(f"{directory} belongs to another user or is writable by others")
-
-
-def _user() -> str:
-    return str(os.getuid()) if hasattr(os, "getuid") else "user"

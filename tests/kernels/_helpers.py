@@ -1,11 +1,12 @@
 """Inputs and measures that the kernel tests share."""
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from opsd_kernels import workspace
+from opsd_kernels import native, workspace
 
 
 def problem(
@@ -85,3 +86,22 @@ def product_flops(run: Callable[[], object]) -> int:
     ) as profile:
         run()
     return sum(e.flops for e in profile.events() if e.name in ("aten::mm", "aten::addmm") and e.flops)
+
+
+def operands(m: int, n: int, k: int, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:
+    """(m, k) and (k, n) to multiply, each dense along either dimension."""
+    g = torch.Generator().manual_seed(m + n + k)
+    a, b = torch.randn(m, k, generator=g).to(dtype), torch.randn(k, n, generator=g).to(dtype)
+    return [(x, y) for x in (a, a.t().contiguous().t()) for y in (b, b.t().contiguous().t())]
+
+
+def check_product(a: Tensor, b: Tensor) -> None:
+    """The native product of a and b, alone and added to something, against float64."""
+    exact = a.double() @ b.double()
+    start = torch.randn(exact.shape)
+    new, added = torch.full(exact.shape, math.nan), start.clone()
+    native.multiply(new, a, b)
+    native.multiply(added, a, b, add=True)
+    size = a.shape[1] ** 0.5
+    torch.testing.assert_close(new.double(), exact, rtol=1e-5, atol=1e-6 * size)
+    torch.testing.assert_close(added.double() - start, exact, rtol=1e-5, atol=1e-6 * size)

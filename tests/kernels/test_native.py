@@ -3,23 +3,20 @@
 import ctypes
 import itertools
 import math
-import os
 import platform
 import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-from _helpers import close_divergence, close_pair, relative, row_rms
+from _helpers import check_product, close_divergence, close_pair, operands, relative, row_rms
 from torch import Tensor
 
+from opsd_kernels import native as library
 from opsd_kernels import reference
 from opsd_kernels.objective import LogitTransform, Objective
 from opsd_kernels.rows import Column, LogprobColumn, native_backend, torch_backend
 
-ROOT = Path(__file__).resolve().parents[2]
 NO_COMPILER = not native_backend.available()[0]
 needs_library = pytest.mark.skipif(NO_COMPILER, reason=f"no native backend: {native_backend.available()[1]}")
 INF, NAN = math.inf, math.nan
@@ -441,21 +438,20 @@ def _cpu_flags() -> set[str]:
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86-64 instruction sets")
 @pytest.mark.parametrize(("target", "lanes"), [((), 4), (("-mavx2", "-mfma"), 8)])
 def test_other_instruction_sets_give_the_same(tmp_path, monkeypatch, target, lanes):
-    monkeypatch.setattr(native_backend, "TARGETS", (target,))
+    monkeypatch.setattr(library, "TARGETS", (target,))
     path = tmp_path / "rows.so"
-    native_backend._compile(
-        native_backend._compiler(), native_backend._source_directory() / native_backend.SOURCES[0], path
-    )
+    library._compile(library._compiler(), library._source_directory(), path)
     if not {flag[2:] for flag in target} <= _cpu_flags():
         pytest.skip("compiles, but does not run here")
-    library = native_backend._opened(path)
-    monkeypatch.setattr(native_backend, "_loaded", (library, ""))
-    assert library.opsd_vector_lanes() == lanes
+    monkeypatch.setattr(library, "_loaded", (ctypes.CDLL(str(path)), ""))
+    assert library.library().opsd_vector_lanes() == lanes
     student, teacher = logits(3, 501)
     student[1, 4:8] = -INF
     for beta in (0.0, 0.5, 1.0):
         for options in ({}, {"entry_clip": 0.05}, {"softcap": 8.0}):
             check(student, teacher, Objective.checked(beta=beta, **options), tolerance=1e-5)
+    for a, b in operands(70, 90, 530):
+        check_product(a, b)
 
 
 SCALAR = """
@@ -478,8 +474,8 @@ extern "C" void entries(int n, const float* d, const float* big, float beta, flo
 def test_the_mathematics_of_one_entry_serves_scalars_too(tmp_path, beta):
     source = tmp_path / "scalar.cpp"
     source.write_text(SCALAR)
-    compiler = native_backend._compiler()
-    include = f"-I{native_backend._source_directory()}"
+    compiler = library._compiler()
+    include = f"-I{library._source_directory()}"
     subprocess.run(
         [*compiler, "-std=c++17", "-O1", "-fPIC", "-shared", include, source, "-o", tmp_path / "s.so"], check=True
     )
@@ -505,68 +501,3 @@ def test_the_mathematics_of_one_entry_serves_scalars_too(tmp_path, beta):
     sure = d.abs() > 1e-3 if beta not in (0.0, 1.0) else d.abs() > 1e-4  # float64's own cancellation below
     torch.testing.assert_close(out[sure, 0].double(), term[sure], rtol=1e-4 if 0 < beta < 1 else 3e-6, atol=1e-30)
     torch.testing.assert_close(out[:, 1].double(), g, rtol=3e-5 if 0 < beta < 1 else 2e-6, atol=1e-30)
-
-
-REPORT = """
-from opsd_kernels.rows import native_backend
-print(native_backend.available())
-print(native_backend.available()[0])
-"""
-
-
-def report(**environment: str) -> subprocess.CompletedProcess[str]:
-    """What a fresh process says of the backend."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("CXX", "XDG_CACHE_HOME")}
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-c", REPORT],
-        env={**kept, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-
-
-def test_without_a_compiler_it_says_so_once_and_does_not_raise(tmp_path):
-    done = report(CXX="no-such-compiler", PATH=str(tmp_path), XDG_CACHE_HOME=str(tmp_path))
-    assert done.stdout.endswith("False\n")
-    assert "no C++ compiler found" in done.stdout
-    assert done.stderr.count("native CPU row pass is not available") == 1
-    assert len(done.stderr.strip().splitlines()) == 1
-
-
-def test_a_compiler_that_fails_is_no_error_either(tmp_path):
-    broken = tmp_path / "broken"
-    broken.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'cannot do that' >&2\nexit 1\n")
-    broken.chmod(0o755)
-    done = report(CXX=str(broken), XDG_CACHE_HOME=str(tmp_path))
-    assert done.stdout.endswith("False\n")
-    assert "cannot do that" in done.stdout
-
-
-@needs_library
-def test_the_build_is_cached_and_an_unwritable_cache_is_replaced(tmp_path, monkeypatch):
-    kept, spare = tmp_path / "cache", tmp_path / "tmp"
-    assert report(XDG_CACHE_HOME=str(kept)).stdout.endswith("True\n")
-    (library,) = (kept / "opsd_kernels").iterdir()  # nothing temporary stays behind
-
-    def no_build(*_):
-        raise AssertionError("built again")
-
-    monkeypatch.setattr(native_backend, "_compile", no_build)
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(kept))
-    assert native_backend._built() == library
-
-    blocked, directory = tmp_path / "a file", spare / f"opsd_kernels-{native_backend._user()}"
-    blocked.write_text("")
-    directory.mkdir(mode=0o700, parents=True)
-    moved = library.rename(directory / library.name)  # as if built there: only where it looks is tested
-    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    monkeypatch.setattr(tempfile, "tempdir", str(spare))
-    assert native_backend._built() == moved
-
-    directory.chmod(0o777)  # anyone might have put it there
-    with pytest.raises(RuntimeError, match="writable by others"):
-        native_backend._built()

@@ -1,0 +1,247 @@
+"""The C++ of csrc/, built for this machine's CPU on first use and loaded by ctypes; and its matrix products.
+
+The sources include nothing of torch, so building takes seconds and any C++17 compiler with vector extensions (GCC,
+Clang) will do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+COMPILERS = ("c++", "g++", "clang++")  # after $CXX
+UNITS = ("rows_cpu.cpp", "gemm_cpu.cpp")  # what is compiled
+SOURCES = (*UNITS, "row_math.h", "vectors.h")
+# Not -ffast-math: infinities and NaN mean something here.
+FLAGS = (
+    *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread"),
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+)
+TARGETS: tuple[tuple[str, ...], ...] = (("-march=native",), ("-mcpu=native",), ())  # the first that compiles
+BUILD_SECONDS = 300
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as the library numbers them
+GEMM_SCRATCH_BYTES = 6 << 20  # at least what a product of any shape takes
+
+
+def available() -> tuple[bool, str]:
+    """Whether the library is there, being built and loaded if need be, and why not. Never raises."""
+    library, reason = _load()
+    return library is not None, reason
+
+
+def library() -> ctypes.CDLL:
+    """Raises RuntimeError where there is none."""
+    loaded, reason = _load()
+    if loaded is None:
+        raise RuntimeError(f"the native library is not available: {reason}")
+    return loaded
+
+
+def call(name: str, request: ctypes.Structure) -> None:
+    """A function of the library that takes a pointer to its request."""
+    function = getattr(library(), name)
+    function.argtypes, function.restype = (ctypes.POINTER(type(request)),), None
+    function(ctypes.byref(request))
+
+
+# ----------------------------------------------------------------------------------------------------------- products
+
+
+class _GemmRequest(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("a", "b", "c", "scratch")),
+        *((name, ctypes.c_int64) for name in ("m", "n", "k")),
+        *((name, ctypes.c_int64) for name in ("a_row", "a_column", "b_row", "b_column", "c_stride")),
+        *((name, ctypes.c_int32) for name in ("a_type", "b_type", "add", "threads")),
+    )
+
+
+def multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
+    """out = a·b, or with `add` out += a·b: (m, n), (m, k) and (k, n), on the CPU.
+
+    `out` is float32 and row by row without gaps; a and b are float32, bfloat16 or float16, without gaps along one of
+    their dimensions. Takes up to GEMM_SCRATCH_BYTES meanwhile. Raises RuntimeError where there is no library,
+    ValueError where a tensor is not like that.
+    """
+    (m, k), n = a.shape, b.shape[1]
+    if b.shape[0] != k or out.shape != (m, n):
+        shapes = f"out {tuple(out.shape)}, a {tuple(a.shape)}, b {tuple(b.shape)}"
+        raise ValueError(f"out, a and b must be (m, n), (m, k) and (k, n), got {shapes}")
+    if out.dtype != torch.float32 or not _dense(out):
+        raise ValueError(f"out must be float32 with dense rows, got {out.dtype} with strides {out.stride()}")
+    for name, t in (("out", out), ("a", a), ("b", b)):
+        if t.dtype not in TYPES or t.device.type != "cpu":
+            raise ValueError(f"{name} must be on the CPU and one of {list(TYPES)}, got {t.dtype} on {t.device}")
+    a, b = (t if _dense(t) or _dense(t.t()) else t.contiguous() for t in (a, b))
+    if not (m and n and k):
+        if not add:
+            out.zero_()
+        return
+    needed = library().opsd_gemm_scratch
+    needed.argtypes, needed.restype = (ctypes.c_int64,) * 3, ctypes.c_int64
+    scratch = torch.empty(needed(m, n, k), dtype=torch.uint8)
+    request = _GemmRequest(
+        *(t.data_ptr() for t in (a, b, out, scratch)),
+        *(m, n, k),
+        *(*_strides(a), *_strides(b), out.stride(0)),
+        *(TYPES[a.dtype], TYPES[b.dtype], add, torch.get_num_threads()),
+    )
+    call("opsd_gemm", request)
+
+
+@cache
+def outruns_torch() -> tuple[bool, str]:
+    """Whether these products are the faster ones on this CPU, and why (not).
+
+    MKL, which torch has for x86, uses vectors of 512 bits on Intel's CPUs only: on others that have them, its products
+    run at half the speed there is. Decided by what the CPU is and not by a clock, so that results can be repeated.
+    """
+    there, reason = available()
+    if not there:
+        return False, reason
+    vendor = _processor().get("vendor_id", "unknown")
+    if not torch.backends.mkl.is_available():
+        return False, "torch's products are not MKL's"
+    if library().opsd_vector_lanes() != 16:
+        return False, "this CPU has no vectors of 512 bits"
+    if vendor == "GenuineIntel":
+        return False, "MKL uses this CPU's vectors of 512 bits itself"
+    return True, f"MKL uses vectors of 256 bits on a CPU of {vendor}, these products 512"
+
+
+def _dense(matrix: Tensor) -> bool:
+    """Each row without gaps, and no two rows in one place."""
+    rows, columns = matrix.shape
+    return (columns <= 1 or matrix.stride(1) == 1) and (rows <= 1 or matrix.stride(0) >= columns)
+
+
+def _strides(matrix: Tensor) -> tuple[int, int]:
+    """1 for the dense dimension, also where a dimension of one element has any stride."""
+    return (matrix.stride(0), 1) if _dense(matrix) else (1, matrix.stride(1))
+
+
+# ----------------------------------------------------------------------------------------------------------- building
+
+_lock = threading.Lock()
+_loaded: tuple[ctypes.CDLL | None, str] | None = None
+
+
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    global _loaded
+    with _lock:
+        if _loaded is None:
+            try:
+                _loaded = ctypes.CDLL(str(_built())), ""
+            except Exception as error:  # whatever it is, torch serves
+                _loaded = None, " ".join(str(error).split())[:500]
+                logger.warning("the native library is not available, plain torch serves: %s", _loaded[1])
+        return _loaded
+
+
+def _built() -> Path:
+    """The library's path: from the cache if these sources were built by this compiler on such a machine before."""
+    source = _source_directory()
+    compiler = _compiler()
+    version = subprocess.run(
+        [*compiler, "--version"], capture_output=True, text=True, timeout=BUILD_SECONDS, check=True
+    ).stdout
+    parts = [" ".join(compiler), version, " ".join(FLAGS), repr(TARGETS), _machine()]
+    parts += [(source / name).read_text(encoding="utf-8") for name in SOURCES]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+    problems = []
+    for directory in _cache_directories():
+        library = directory / f"csrc-{key}.so"
+        try:
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _refuse_strangers(directory)
+            if library.is_file():
+                return library
+            with tempfile.TemporaryDirectory(dir=directory) as work:
+                made = Path(work) / library.name
+                _compile(compiler, source, made)
+                os.replace(made, library)  # atomic: another process sees the whole library or none
+            return library
+        except OSError as error:
+            problems.append(str(error))
+    raise RuntimeError(f"no directory to build in: {'; '.join(problems)}")
+
+
+def _compile(compiler: list[str], source: Path, library: Path) -> None:
+    """Builds the units in the directory `source`."""
+    message = ""
+    for target in TARGETS:
+        command = [*compiler, *FLAGS, *target, *(str(source / unit) for unit in UNITS), "-o", str(library)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
+        if done.returncode == 0:
+            return
+        message = done.stderr.strip() or f"exit status {done.returncode}"
+    raise RuntimeError(f"{compiler[0]} failed: {message.splitlines()[0]}")
+
+
+def _source_directory() -> Path:
+    package = Path(__file__).resolve().parent
+    places = (package / "csrc", package.parent / "csrc")  # an installed wheel, a checkout
+    for place in places:
+        if all((place / name).is_file() for name in SOURCES):
+            return place
+    raise FileNotFoundError(f"{SOURCES[0]} is in neither {places[0]} nor {places[1]}")
+
+
+def _compiler() -> list[str]:
+    chosen = os.environ.get("CXX")
+    for candidate in ([chosen] if chosen else []) + list(COMPILERS):
+        command = shlex.split(candidate)
+        if command and shutil.which(command[0]):
+            return command
+    raise FileNotFoundError(f"no C++ compiler found: tried $CXX, {', '.join(COMPILERS)}")
+
+
+def _machine() -> str:
+    """What -march=native depends on: a cache may be shared by different machines."""
+    return repr((platform.system(), platform.machine(), platform.libc_ver(), sorted(_processor().items())))
+
+
+def _processor() -> dict[str, str]:
+    """What the system says of its first CPU."""
+    lines: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = (part.strip() for part in line.partition(":"))
+            if name in ("vendor_id", "model name", "flags", "Features", "CPU part", "CPU implementer"):
+                lines.setdefault(name, value)
+    except OSError:
+        lines["processor"] = platform.processor()
+    return lines
+
+
+def _cache_directories() -> list[Path]:
+    """Where libraries are kept; the second is for when the first cannot be written."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    home = Path(base) if base else Path.home() / ".cache"
+    return [home / "opsd_kernels", Path(tempfile.gettempdir()) / f"opsd_kernels-{_user()}"]
+
+
+def _refuse_strangers(directory: Path) -> None:
+    """What is loaded from here runs: no one else may have put it there."""
+    status = directory.stat()
+    if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
+        raise PermissionError(f"{directory} belongs to another user or is writable by others")
+
+
+def _user() -> str:
+    return str(os.getuid()) if hasattr(os, "getuid") else "user"
