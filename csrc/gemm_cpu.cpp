@@ -68,12 +68,12 @@ static void pack(float* to, const Operand& from, int64_t first, int64_t count, i
         }
         return;
     }
-    int64_t k = 0;
-    for (; k + LANES <= kc; k += LANES)
-        for (int part = 0; part < W && part < count; part += LANES) {
-            constexpr int WIDTH = W < LANES ? W : LANES;
+    const int64_t whole = kc - kc % LANES;
+    for (int part = 0; part < W && part < count; part += LANES) {
+        constexpr int WIDTH = W < LANES ? W : LANES;
+        const int64_t known = std::min<int64_t>(WIDTH, count - part);
+        for (int64_t k = 0; k < whole; k += LANES) {
             Vec rows[LANES] = {};
-            const int64_t known = std::min<int64_t>(WIDTH, count - part);
 #pragma GCC unroll 16
             for (int i = 0; i < WIDTH; ++i)
                 if (i < known) rows[i] = widened_load(at<Element>(from, first + part + i, k0 + k));
@@ -81,7 +81,8 @@ static void pack(float* to, const Operand& from, int64_t first, int64_t count, i
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; ++i) memcpy(to + (k + i) * W + part, &rows[i], WIDTH * sizeof(float));
         }
-    for (; k < kc; ++k)
+    }
+    for (int64_t k = whole; k < kc; ++k)
         for (int64_t i = 0; i < std::min<int64_t>(count, W); ++i)
             to[k * W + i] = widened(*at<Element>(from, first + i, k0 + k));
 }
