@@ -19,6 +19,7 @@ from torch import Tensor
 
 import opsd_kernels
 from opsd_kernels import fused_linear
+from opsd_kernels.gemm import Products
 from opsd_kernels.workspace import budget_bytes
 
 GAP = 0.2  # standard deviation of z_student - z_teacher, small beside that of the logits themselves
@@ -87,11 +88,12 @@ def make_inputs(cell: Cell, device: torch.device, copies: int = 1) -> list[Input
 
 
 Call = Callable[[Inputs], "Tensor | None"]
-FLOOR = "floor"
+FLOOR, OWN_FLOOR = FLOORS = "floor", "floor-native"  # by torch; as the project computes them, where that differs
 PROJECT = ("native", "triton", "torch")
 COMPILED = ("dense-compiled", "liger-chunked")  # slow to start: each shape is compiled
 LABELS = {
     FLOOR: "bare GEMMs",
+    OWN_FLOOR: "bare GEMMs, opsd's own",
     "native": "opsd, native",
     "triton": "opsd, Triton",
     "torch": "opsd, torch",
@@ -113,8 +115,12 @@ def build(name: str, cell: Cell, inputs: Inputs) -> Call:
     backend, workspace = split(name)
     if backend in (*PROJECT, "auto"):
         return _project(backend, cell, inputs, workspace)
-    if name == FLOOR:
-        return _Floor(cell, inputs, chunks(cell, inputs))
+    if name in FLOORS:
+        device, dtype = inputs.student.device, cell.torch_dtype
+        products = Products("torch" if name == FLOOR else "native", device, dtype, budget_bytes(device, None))
+        if name != FLOOR and not products.native:
+            raise Unavailable("the project takes torch's products here")
+        return _Floor(cell, inputs, products)
     return _BUILDERS[name](cell, inputs)
 
 
@@ -172,31 +178,30 @@ class _Floor:
     Per chunk: both contexts in one product into a workspace, dX, and dW with a trainable head. Buffers are made once.
     """
 
-    def __init__(self, cell: Cell, inputs: Inputs, sizes: list[int]):
-        device, dtype, rows = inputs.student.device, cell.torch_dtype, max(sizes)
+    def __init__(self, cell: Cell, inputs: Inputs, products: Products):
+        device, dtype = inputs.student.device, cell.torch_dtype
+        self.products, self.sizes = products, chunks(cell, inputs)
         if dtype != torch.float32 and device.type == "cpu":
             raise Unavailable(f"a CPU has no product of {dtype} operands with a float32 result")
-        self.mixed: dict[str, Any] = {} if dtype == torch.float32 else {"out_dtype": torch.float32}
+        rows = max(self.sizes)
         self.logits = torch.empty(2 * rows, cell.vocab, device=device)
         self.dz = self.logits
-        if self.mixed:  # not zeros: the power that a product takes, and so its clock, depends on the numbers
+        if (
+            dtype != torch.float32
+        ):  # not zeros: the power that a product takes, and so its clock, depends on the numbers
             self.dz = torch.empty(rows, cell.vocab, device=device, dtype=dtype).normal_(std=1e-3)
         self.dx = torch.empty(cell.tokens, cell.hidden, device=device)
         self.dw = torch.empty(cell.vocab, cell.hidden, device=device) if cell.trainable else None
-        self.sizes = sizes
 
     def __call__(self, given: Inputs) -> None:
         with torch.no_grad():
             start = 0
             for part in self._stacked(given):
                 n = part.shape[0] // 2
-                torch.mm(part, given.weight.t(), out=self.logits[: 2 * n], **self.mixed)
-                dz = self.dz[:n]
-                torch.mm(dz, given.weight, out=self.dx[start : start + n], **self.mixed)
-                if self.dw is not None and start == 0:
-                    torch.mm(dz.t(), part[:n], out=self.dw, **self.mixed)
-                elif self.dw is not None:
-                    torch.addmm(self.dw, dz.t(), part[:n], out=self.dw, **self.mixed)
+                self.products.project(self.logits[: 2 * n], part, given.weight, None)
+                self.products.back_project(self.dx[start : start + n], self.dz[:n], given.weight)
+                if self.dw is not None:
+                    self.products.accumulate_weight_gradient(self.dw, self.dz[:n], part[:n], first=start == 0)
                 start += n
 
     def _stacked(self, given: Inputs) -> list[Tensor]:
@@ -287,5 +292,5 @@ def peer(module: str, name: str) -> Any:
 
 def contenders(*, compiled: bool = True, workspaces: Iterable[str] = ()) -> list[str]:
     """Every contender's name; those that cannot run are left out when they are built."""
-    names = [FLOOR, *PROJECT, *workspaces, "trl", "liger", "liger-chunked", "dense", "dense-compiled"]
+    names = [*FLOORS, *PROJECT, *workspaces, "trl", "liger", "liger-chunked", "dense", "dense-compiled"]
     return [name for name in names if compiled or name not in COMPILED]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cells import FLOOR, LABELS, Cell, contenders, is_project, split
+from benchmarks.cells import FLOOR, LABELS, OWN_FLOOR, Cell, contenders, is_project, split
 from benchmarks.measure import machine, measure, ratio
 from benchmarks.report import replace_section
 
@@ -118,8 +118,8 @@ def table(stored: dict[str, Any]) -> str:
     where = stored["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     above = (
-        f"Forward and backward over the bare GEMMs of the same run, median of {_counts(cells)} alternating rounds "
-        f"(seconds in brackets). {where['processor']}, {where['threads']} threads, float32, {where['date']}; "
+        f"Forward and backward over the bare GEMMs of the same run (torch's), median of {_counts(cells)} alternating "
+        f"rounds (seconds in brackets). {where['processor']}, {where['threads']} threads, float32, {where['date']}; "
         f"{versions}."
     )
     below = (
@@ -160,9 +160,11 @@ def best_of(records: dict[str, Any]) -> str | None:
 
 
 def _claims(cells: list[dict[str, Any]]) -> list[str]:
-    """With a frozen head: the speed beside each peer, and what a small workspace costs, least and most over cells."""
+    """With a frozen head, least and most over cells: the speed beside each peer, and the time over its own products and
+    what a small workspace costs."""
     faster: dict[str, list[float]] = {}
     slower: dict[str, list[float]] = {}
+    over: list[float] = []
     for cell in cells:
         records = cell["contenders"]
         mine = best_of(records)
@@ -171,11 +173,15 @@ def _claims(cells: list[dict[str, Any]]) -> list[str]:
         for name, record in records.items():
             if "median" not in record or name == FLOOR:
                 continue
+            if name == OWN_FLOOR:
+                over.append(ratio(records, mine, name))
+                continue
             if not is_project(name):
                 faster.setdefault(LABELS[name], []).append(ratio(records, name, mine))
             elif "@" in name and split(name)[0] in (mine, "auto"):
                 slower.setdefault(name.partition("@")[2].replace("MiB", " MiB"), []).append(ratio(records, name, mine))
     parts = [f"{_range(values)} times as fast as {name}" for name, values in faster.items()]
+    parts += [f"{_range(over)} times as long as its own bare GEMMs"] if over else []
     parts += [f"with a {size} workspace {_range(values)} times as long" for size, values in slower.items()]
     return [f"With a frozen head: {'; '.join(parts)}.", ""] if parts else []
 
@@ -209,7 +215,7 @@ def plot(stored: dict[str, Any], path: Path = PLOT) -> None:
                     continue
                 at, value = row + (-0.19 if beta == 0.0 else 0.19), record["over_floor"]
                 low, high = record["over_floor_spread"]
-                color = "#0b6bcb" if is_project(name) else "#8a8f98"
+                color = "#0b6bcb" if is_project(name) or name == OWN_FLOOR else "#8a8f98"
                 axes.barh(at, value, 0.34, color=color, alpha=0.6 if beta == 0.0 else 1.0,
                           xerr=[[value - low], [high - value]], error_kw={"lw": 0.8, "ecolor": "#333333"})  # fmt: skip
                 axes.annotate(f"{value:.2f}×", (high, at), (4, 0), textcoords="offset points", va="center", fontsize=7)
@@ -220,7 +226,9 @@ def plot(stored: dict[str, Any], path: Path = PLOT) -> None:
         axes.tick_params(labelsize=8)
     panels[0][0].set_yticks(range(len(names)), [LABELS[name] for name in names])
     panels[0][0].invert_yaxis()
-    figure.supxlabel("time over the bare GEMMs (dotted), forward + backward, frozen head; lower is better", fontsize=8)
+    figure.supxlabel(
+        "time over torch's bare GEMMs (dotted), forward + backward, frozen head; lower is better", fontsize=8
+    )
     shades = {"β = 0, forward KL": 0.6, "β = 0.5, JSD": 1.0}
     handles = [Patch(color="#444444", alpha=alpha, label=text) for text, alpha in shades.items()]
     figure.legend(handles=handles, frameon=False, fontsize=8, ncols=2, loc="upper right")

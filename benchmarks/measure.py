@@ -25,6 +25,7 @@ from torch import Tensor
 from benchmarks.cells import (
     COMPILED,
     FLOOR,
+    FLOORS,
     Call,
     Cell,
     Inputs,
@@ -278,7 +279,7 @@ def _prepared(name: str, cell: Cell, sets: list[Inputs], exact: Reference) -> tu
     except torch.OutOfMemoryError:
         raise Unavailable("out of memory") from None
     except Exception as error:
-        if is_project(name) or name == FLOOR:
+        if is_project(name) or name in FLOORS:
             raise
         last = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"{type(error).__name__}: {str(error)[:200]} ({Path(last.filename).name}:{last.lineno})"

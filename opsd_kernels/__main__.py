@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from . import backends
+from . import backends, native
 
 
 def main() -> None:
@@ -27,6 +27,9 @@ def main() -> None:
             reason = backends.unfit(backend, device, torch.float32)
             verdict = reason or f"works, self-check within {backends.self_check(backend, device):.1e} of float64"
             print(f"  {backend}: {verdict}")
+        if device.type == "cpu":
+            own, why = native.outruns_torch()
+            print(f"  products: {'csrc/gemm_cpu.cpp with the native backend' if own else 'torch'} ({why})")
     print("\nfloat64 inputs and process groups always use the torch backend.")
 
 

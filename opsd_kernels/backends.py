@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from . import native
 from .objective import LogitTransform, Objective
 from .rows import Column, LogprobColumn
 
@@ -81,7 +82,7 @@ def _available(name: str, device: torch.device) -> tuple[bool, str]:
 def self_check(name: str, device: torch.device) -> float:
     """The largest error of the backend's loss, statistics and gradient against float64, on a few small rows.
 
-    Relative to the largest value of each; infinite if the backend fails.
+    Relative to the largest value of each; infinite if the backend fails. Of its products too, where it has its own.
     """
     generator = torch.Generator().manual_seed(0)
     teacher = 4 * torch.randn(5, 1031, generator=generator)
@@ -96,18 +97,26 @@ def self_check(name: str, device: torch.device) -> float:
         Objective(beta=0.0, entry_clip=0.05),
         Objective(beta=1.0, entry_clip=0.05, temperature=1.3, student=through, teacher=through),
     ):
-        exact = _row_pass("torch", torch.device("cpu"), student.double(), teacher.double(), targets, objective)
+        expected = _row_pass("torch", torch.device("cpu"), student.double(), teacher.double(), targets, objective)
         try:
             got = _row_pass(name, device, student, teacher, targets, objective)
         except Exception as error:  # whatever goes wrong in a compiler or a driver, there is another backend
             logger.warning("opsd_kernels: backend %s fails on %s (%s); using the next one", name, device, error)
             return math.inf
-        for mine, want in zip(got, exact, strict=True):
+        for mine, want in zip(got, expected, strict=True):
             finite = want.isfinite()
             if not torch.equal(finite, mine.isfinite()):
                 return math.inf
             difference = (mine - want)[finite].abs().max() / want[finite].abs().max().clamp(min=1.0)
             worst = max(worst, float(difference))
+    if name == "native" and native.outruns_torch()[0]:
+        a, b = (torch.randn(*shape, generator=generator) for shape in ((40, 530), (530, 70)))
+        exact = a.double() @ b.double()
+        for x, y in ((a, b), (a.t().contiguous().t(), b.t().contiguous().t())):  # dense along either dimension
+            product = torch.full(exact.shape, math.nan)
+            native.multiply(product, x, y)
+            off = float((product - exact).abs().max() / exact.abs().max())
+            worst = max(worst, math.inf if math.isnan(off) else off)
     return worst
 
 

@@ -8,7 +8,7 @@ import torch
 from _helpers import problem
 
 import opsd_kernels
-from opsd_kernels import backends
+from opsd_kernels import backends, native
 from opsd_kernels.rows import native_backend
 
 CPU = torch.device("cpu")
@@ -50,6 +50,13 @@ def test_a_backend_that_fails_its_self_check_is_not_used(monkeypatch, fault):
     monkeypatch.setattr(native_backend, "divergence_rows", broken)
     assert backends.chosen("auto", CPU, torch.float32) == "torch"
     assert "self-check" in backends.unfit("native", CPU, torch.float32)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_nor_is_one_whose_products_are_wrong(monkeypatch, value):
+    monkeypatch.setattr(native, "outruns_torch", lambda: (True, ""))
+    monkeypatch.setattr(native, "multiply", lambda out, a, b, *, add=False: out.fill_(value))
+    assert backends.chosen("auto", CPU, torch.float32) == "torch"
 
 
 def test_asking_for_what_cannot_be_is_an_error_with_the_reason():
