@@ -8,7 +8,7 @@ import torch
 from _helpers import allocations, leaf, peak, problem, product_flops
 
 import opsd_kernels
-from opsd_kernels import workspace
+from opsd_kernels import native, workspace
 from opsd_kernels.workspace import budget_bytes, plan_chunks
 
 N, H, V = 512, 32, 4096
@@ -47,6 +47,24 @@ def test_nothing_of_the_size_of_the_logits_ever_exists(options, trainable):
     assert max(sizes) >= N * H * 4  # the recorder sees what there is: dX at least
     weight_gradient = 2 * V * H * 4 if trainable else 0
     assert peak(sizes) <= BUDGET + weight_gradient + 2 * N * H * 4 + 64 * N  # 64: the table and per-token vectors
+
+
+@pytest.mark.skipif(not native.available()[0], reason="no native library")
+@pytest.mark.parametrize("trainable", [False, True])
+def test_the_memory_of_native_products_is_within_the_budget(monkeypatch, trainable):
+    monkeypatch.setattr(native, "outruns_torch", lambda: (True, ""))
+    n, h, v, budget = 900, 64, 32_000, 100 << 20
+    student, teacher, weight = problem(n, h, v, dtype=torch.float32)
+    x, head = leaf(student), weight.requires_grad_(trainable)
+
+    def step():
+        opsd_kernels.jsd_loss(x, teacher, head, workspace_bytes=budget, backend="native").backward()
+        x.grad = head.grad = None
+
+    opsd_kernels.workspace.release()
+    scratch = [size for size in allocations(step) if 1 << 19 < size <= native.GEMM_SCRATCH_BYTES]
+    assert scratch, "no product took memory of its own: these were torch's"
+    assert peak(allocations(step)) <= budget + (2 * v * h * 4 if trainable else 0) + 2 * n * h * 4 + 64 * n
 
 
 def test_the_recorder_sees_dense_logits():
