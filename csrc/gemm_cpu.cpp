@@ -7,8 +7,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -141,29 +143,48 @@ struct Blocks {
     int64_t floats() const { return k * (n + m); }
 };
 
-// Threads meet here. They are as many as there are processors, so waiting spins; where they are more, it yields.
+// Threads meet here. Who waits for long sleeps: a thread that a busy machine has put aside then finds a free processor.
 class Meeting {
 public:
-    explicit Meeting(int count) : count(count) {}
+    explicit Meeting(int64_t count) : count(count) {}
     void wait() {
-        const int round = rounds.load(std::memory_order_acquire);
-        if (here.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
-            here.store(0, std::memory_order_relaxed);
-            rounds.store(round + 1, std::memory_order_release);
-            return;
-        }
-        for (int spins = 0; rounds.load(std::memory_order_acquire) == round; ++spins)
-            if (spins > 2000) std::this_thread::yield();
+        std::unique_lock<std::mutex> lock(mutex);
+        if (++here == count) return open();
+        const int64_t mine = round.load(std::memory_order_relaxed);
+        lock.unlock();
+        for (int spins = 0; spins < SPINS && round.load(std::memory_order_acquire) == mine; ++spins) pause();
+        if (round.load(std::memory_order_acquire) != mine) return;
+        lock.lock();
+        opened.wait(lock, [&] { return round.load(std::memory_order_relaxed) != mine; });
+    }
+    // One thread fewer comes.
+    void leave() {
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (--count == here) open();
     }
 
 private:
-    const int count;
-    std::atomic<int> here{0}, rounds{0};
+    static constexpr int SPINS = 1000;  // some tens of microseconds, what a share of the work takes
+    static void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+        __builtin_ia32_pause();
+#endif
+    }
+    void open() {
+        here = 0;
+        round.fetch_add(1, std::memory_order_release);
+        opened.notify_all();
+    }
+
+    std::mutex mutex;
+    std::condition_variable opened;
+    int64_t count, here = 0;
+    std::atomic<int64_t> round{0};
 };
 
 class Gemm {
 public:
-    Gemm(const GemmRequest& request, int threads)
+    Gemm(const GemmRequest& request, int64_t threads)
         : r(request),
           blocks(r.m, r.n, r.k),
           a{r.a, r.a_row, r.a_column, r.a_type},
@@ -216,8 +237,10 @@ private:
     const Operand a, b;
     float* const packed_b;
     float* const packed_a;
-    Meeting meeting;
     std::atomic<int64_t> next[3] = {};
+
+public:
+    Meeting meeting;
 };
 
 }  // namespace opsd
@@ -231,24 +254,16 @@ int64_t opsd_gemm_scratch(int64_t m, int64_t n, int64_t k) {
 void opsd_gemm(const opsd::GemmRequest* request) {
     const int64_t worth = request->m * request->n * request->k / opsd::THREAD_WORK;
     const int64_t wanted = std::max<int64_t>(1, std::min<int64_t>(request->threads, worth));
-    std::atomic<opsd::Gemm*> gemm{nullptr};
-    std::atomic<bool> ready{false};
-    const auto work = [&] {
-        while (!ready.load(std::memory_order_acquire)) std::this_thread::yield();
-        gemm.load(std::memory_order_relaxed)->work();
-    };
+    opsd::Gemm gemm(*request, wanted);
     std::vector<std::thread> others;
     for (int64_t i = 1; i < wanted; ++i) {
         try {
-            others.emplace_back(work);
+            others.emplace_back([&] { gemm.work(); });
         } catch (const std::system_error&) {
-            break;  // fewer threads do it too
+            gemm.meeting.leave();  // fewer threads do it too
         }
     }
-    opsd::Gemm whole(*request, int(others.size()) + 1);
-    gemm.store(&whole, std::memory_order_relaxed);
-    ready.store(true, std::memory_order_release);
-    whole.work();
+    gemm.work();
     for (std::thread& other : others) other.join();
 }
 }
