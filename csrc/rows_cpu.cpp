@@ -358,6 +358,8 @@ struct Pair {
     float centre_gap;        // d = (y_S - y_T) - shift_gap - centre_gap
     double log_sum_s, log_sum_t;
     double direction_sum;  // of g, where it is known in advance
+    const float* next_student;  // the rows that this thread comes to next, to be fetched meanwhile
+    const float* next_teacher;
 };
 
 struct Vectors {
@@ -418,6 +420,8 @@ static Totals measure(const Pair& row, const Measure& how, float* out, float* pr
     sweep(
         row.vocab,
         [&](int64_t i, auto count) {
+            __builtin_prefetch(row.next_student + i, 0, 2);  // memory rests while this sweep computes
+            __builtin_prefetch(row.next_teacher + i, 0, 2);
             const Vectors v = vectors(row, i, count);
             const Vec d = v.u - row.centre_gap;
             const auto student_larger = d > 0.0f;
@@ -493,7 +497,7 @@ public:
           how{{float(r.beta), float(1 - r.beta)}, float(r.entry_clip)},
           measure_row(choose(beta, clip, r.statistics != 0, r.dz != nullptr)) {}
 
-    void operator()(int64_t index, Scratch& scratch) const {
+    void operator()(int64_t index, int64_t next, Scratch& scratch) const {
         const float* student = r.student + index * r.student_stride;
         const float* teacher = r.teacher + index * r.teacher_stride;
         float factor = float(r.student_transform.scale / r.temperature);
@@ -539,6 +543,7 @@ public:
         row.student = student, row.teacher = teacher, row.difference = difference;
         row.vocab = r.vocab, row.factor = factor;
         row.shift_s = shift_of(max_s), row.shift_t = shift_of(max_t), row.shift_gap = row.shift_s - row.shift_t;
+        row.next_student = r.student + next * r.student_stride, row.next_teacher = r.teacher + next * r.teacher_stride;
         const bool direct = beta != MIXTURE && !clip;
         if (direct && beta == REVERSE && r.dz) normalise<true>(row);
         else normalise<false>(row);
@@ -689,13 +694,18 @@ static void top_k_row(const TopKRequest& r, int64_t index, Scratch& scratch) {
 
 // ------------------------------------------------------------------------------------------------------------ threads
 
-// Calls row(index, scratch) for each row, which thread by which comes first; a row's result does not depend on that.
+// Calls row(index, next, scratch) for each row, which thread by which comes first; a row's result does not depend on
+// that. `next` is the row that the same thread comes to next, or this one again where there is none.
 template <class Row>
 static void for_each_row(int64_t n, int64_t vocab, int threads, const Row& row) {
     std::atomic<int64_t> next{0};
     const auto work = [&] {
         Scratch scratch(vocab);
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) row(i, scratch);
+        const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
+        for (int64_t i = take(), then; i < n; i = then) {
+            then = take();
+            row(i, then < n ? then : i, scratch);
+        }
     };
     std::vector<std::thread> others;
     for (int64_t i = 1; i < threads && i < n; ++i) {
@@ -721,13 +731,13 @@ void opsd_divergence_rows(const opsd::DivergenceRequest* request) {
 }
 
 void opsd_logprob_rows(const opsd::LogprobRequest* request) {
-    opsd::for_each_row(request->n, request->vocab, request->threads, [&](int64_t i, opsd::Scratch& scratch) {
+    opsd::for_each_row(request->n, request->vocab, request->threads, [&](int64_t i, int64_t, opsd::Scratch& scratch) {
         opsd::logprob_row(*request, i, scratch);
     });
 }
 
 void opsd_top_k_rows(const opsd::TopKRequest* request) {
-    opsd::for_each_row(request->n, request->vocab, request->threads, [&](int64_t i, opsd::Scratch& scratch) {
+    opsd::for_each_row(request->n, request->vocab, request->threads, [&](int64_t i, int64_t, opsd::Scratch& scratch) {
         opsd::top_k_row(*request, i, scratch);
     });
 }
