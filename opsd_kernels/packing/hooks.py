@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .attention import BACKENDS, KEYWORD, NAME, Pass, choose_backend, register
-from .layout import DualContextBatch, Joint, Layout
+from .layout import Context, DualContextBatch, Joint
 
 
 class DualHidden(NamedTuple):
@@ -89,9 +89,8 @@ def dual_hidden_states(
         _no_weight_cache(other),
     ):
         side = batch.teacher.to(other.device)
-        teacher_hidden = _run(other, side.layout, backend).index_select(0, side.rows)
-    side = batch.student.to(student.device)
-    return DualHidden(_run(student, side.layout, backend).index_select(0, side.rows), teacher_hidden)
+        teacher_hidden = _run(other, side, backend)
+    return DualHidden(_run(student, batch.student.to(student.device), backend), teacher_hidden)
 
 
 def plan_passes(
@@ -372,23 +371,49 @@ def _call(body: _Body, packed: Pass, **inputs: Any) -> Tensor:
     return out[0]
 
 
-def _run(body: _Body, layout: Layout, backend: str) -> Tensor:
-    """(T, H) hidden states of one context, with a graph where gradients are on."""
+@contextmanager
+def _last_mlp(body: _Body, side: Context) -> Iterator[None]:
+    """The last layer's MLP on the rows that predict something: no one reads what it gives the prompts' others, which in
+    a teacher's context are most. Left alone where it draws dropout, whose masks are the rows' in order."""
+    mlp = getattr(body.layers[-1], "mlp", None) if body.layers else None
+    if not isinstance(mlp, nn.Module) or "forward" in mlp.__dict__ or _active_dropouts(mlp):
+        yield
+        return
+    forward: Callable[..., Any] = mlp.forward
+
+    def on_used_rows(x: Tensor) -> Any:
+        out = forward(x.index_select(1, side.used))
+        return out.new_zeros(*x.shape[:2], out.shape[-1]).index_copy(1, side.used, out)
+
+    mlp.forward = on_used_rows
+    try:
+        yield
+    finally:
+        del mlp.forward
+
+
+def _run(body: _Body, side: Context, backend: str) -> Tensor:
+    """(R, H) hidden states of one context, with a graph where gradients are on."""
 
     def make(former: Callable[..., Any] | None) -> Callable[..., Any]:
         assert former is not None  # transformers sets it together with the flag
 
         def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
             def again(*inputs: Any) -> Any:  # also in backward, long after the model's own attention is back
-                with _packed_attention(body.inner):
+                with _packed_attention(body.inner), _last_mlp(body, side):
                     return function(*inputs)
 
             return former(again, *args)
 
         return checkpoint
 
-    with _packed_attention(body.inner), _checkpoint_function(body.layers, make, always=False):
-        return _call(body, Pass(layout, backend), input_ids=layout.ids[None])
+    with (
+        _packed_attention(body.inner),
+        _last_mlp(body, side),
+        _checkpoint_function(body.layers, make, always=False),
+    ):
+        hidden = _call(body, Pass(side.layout, backend), input_ids=side.layout.ids[None])
+    return hidden.index_select(0, side.rows)
 
 
 # The joint pass.

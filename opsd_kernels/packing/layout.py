@@ -126,10 +126,11 @@ class Context:
 
     layout: Layout
     rows: Tensor  #: (R,) int64: the row of `layout` whose hidden state predicts target r
+    used: Tensor  #: the same rows, each once: rollouts of a shared prompt begin at one row
 
     def to(self, device: torch.device | str) -> Context:
         """The same with its tensors on `device`."""
-        return Context(self.layout.to(device), self.rows.to(device))
+        return Context(self.layout.to(device), self.rows.to(device), self.used.to(device))
 
 
 @dataclass(frozen=True)
@@ -370,7 +371,7 @@ def _groups(
 def _context(prompts: list[list[int]], rollouts: list[list[list[int]]], share: bool) -> Context:
     builder = _Builder(0)
     rows = builder.add(prompts, rollouts, share)
-    return Context(builder.layout("cpu"), _index(rows, "cpu"))
+    return Context(builder.layout("cpu"), _index(rows, "cpu"), _index(sorted(set(rows)), "cpu"))
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

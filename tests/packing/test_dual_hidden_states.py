@@ -498,6 +498,26 @@ def test_gradients_accumulate_and_graphs_can_be_used_twice():
     assert all(torch.allclose(p.grad, 2 * once[n], rtol=1e-12) for n, p in model.named_parameters() if n in once)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("generations", [1, 4])
+def test_the_last_mlp_sees_only_the_rows_that_predict_something(generations, checkpointing):
+    model = make_model("qwen3")
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    students, teachers, rollouts = make_data(generations)
+    batch = pack_dual_context(students, teachers, rollouts)
+    seen: list[list[int]] = [[], [], []]
+    for layer, calls in zip(model.model.layers, seen, strict=True):
+        layer.mlp.gate_proj.register_forward_hook(lambda _, args, out, calls=calls: calls.append(args[0].shape[1]))
+    student, teacher = dual_hidden_states(model, batch, passes="two")
+    loss_of(student, teacher).backward()
+    used = [len(set(side.rows.tolist())) for side in (batch.teacher, batch.student)]
+    rows = [side.layout.rows for side in (batch.teacher, batch.student)]
+    again = 1 if checkpointing else 0  # the student's layers, recomputed
+    assert seen == [[*rows, *rows[1:] * again]] * 2 + [[*used, *used[1:] * again]]
+    assert "forward" not in model.model.layers[-1].mlp.__dict__
+
+
 def test_nothing_to_predict():
     model = make_model("qwen3")
     got = dual_hidden_states(model, pack_dual_context([[3, 4]], [[5]], [[]]))
