@@ -34,6 +34,7 @@ FLAGS = (
 )
 TARGETS: tuple[tuple[str, ...], ...] = (("-march=native",), ("-mcpu=native",), ())  # the first that compiles
 BUILD_SECONDS = 300
+ZEN_5 = 26  # the CPU family
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as the library numbers them
 GEMM_SCRATCH_BYTES = 6 << 20  # at least what a product of any shape takes
 
@@ -108,20 +109,20 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
 def outruns_torch() -> tuple[bool, str]:
     """Whether these products are the faster ones on this CPU, and why (not).
 
-    MKL, which torch has for x86, uses vectors of 512 bits on Intel's CPUs only: on others that have them, its products
-    run at half the speed there is. Decided by what the CPU is and not by a clock, so that results can be repeated.
+    MKL, which torch has for x86, uses vectors of 512 bits on Intel's CPUs only. AMD's compute with all of them at once
+    since Zen 5: there, MKL's products run at half the speed that there is. Decided by what the CPU is and not by a
+    clock, so that results can be repeated.
     """
     there, reason = available()
     if not there:
         return False, reason
-    vendor = _processor().get("vendor_id", "unknown")
     if not torch.backends.mkl.is_available():
         return False, "torch's products are not MKL's"
-    if library().opsd_vector_lanes() != 16:
-        return False, "this CPU has no vectors of 512 bits"
-    if vendor == "GenuineIntel":
-        return False, "MKL uses this CPU's vectors of 512 bits itself"
-    return True, f"MKL uses vectors of 256 bits on a CPU of {vendor}, these products 512"
+    processor = _processor()
+    vendor, family = processor.get("vendor_id", "unknown"), processor.get("cpu family", "unknown")
+    if library().opsd_vector_lanes() != 16 or vendor != "AuthenticAMD" or int(family) < ZEN_5:
+        return False, f"not known to be faster on a CPU of {vendor}, family {family}"
+    return True, f"on a CPU of {vendor}, family {family}, MKL uses vectors of 256 bits, these products of 512"
 
 
 def _dense(matrix: Tensor) -> bool:
@@ -222,7 +223,7 @@ def _processor() -> dict[str, str]:
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             name, _, value = (part.strip() for part in line.partition(":"))
-            if name in ("vendor_id", "model name", "flags", "Features", "CPU part", "CPU implementer"):
+            if name in ("vendor_id", "cpu family", "model name", "flags", "Features", "CPU part", "CPU implementer"):
                 lines.setdefault(name, value)
     except OSError:
         lines["processor"] = platform.processor()

@@ -154,17 +154,19 @@ def test_who_multiplies_is_decided_by_what_the_cpu_is(monkeypatch):
         def opsd_vector_lanes(self):
             return self.lanes
 
-    def verdict(vendor: str, lanes: int, mkl: bool = True) -> bool:
+    def verdict(vendor: str, family: str, lanes: int, mkl: bool = True) -> bool:
         native.outruns_torch.cache_clear()
         monkeypatch.setattr(native, "_loaded", (Library(lanes), ""))
-        monkeypatch.setattr(native, "_processor", lambda: {"vendor_id": vendor})
+        monkeypatch.setattr(native, "_processor", lambda: {"vendor_id": vendor, "cpu family": family})
         monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
         return native.outruns_torch()[0]
 
-    assert verdict("AuthenticAMD", 16)
-    assert not verdict("GenuineIntel", 16)
-    assert not verdict("AuthenticAMD", 8)
-    assert not verdict("AuthenticAMD", 16, mkl=False)
+    assert verdict("AuthenticAMD", "26", 16)
+    assert not verdict("AuthenticAMD", "25", 16)
+    assert not verdict("GenuineIntel", "6", 16)
+    assert not verdict("AuthenticAMD", "26", 8)
+    assert not verdict("AuthenticAMD", "26", 16, mkl=False)
+    assert not verdict("unknown", "unknown", 4)
     monkeypatch.undo()
     native.outruns_torch.cache_clear()
 
