@@ -40,6 +40,7 @@ from opsd_kernels.packing import dual_hidden_states, pack_dual_context
 
 DATA = Path(__file__).parent / "results" / "packing.json"
 THREADS, SCALE, PROMPTS = 2, 8, 8
+FLEX_ROWS = 2400  # of a teacher's context, about those of the cases with one rollout
 
 
 @dataclass(frozen=True)
@@ -364,6 +365,14 @@ def rows_of(data: Draw) -> dict[str, int]:
     }
 
 
+def beside_flex_attention(rounds: int) -> list[dict[str, Any]]:
+    """The attention of a teacher's context by itself, beside FlexAttention with the layout as its mask."""
+    from benchmarks.attention import Heads, compare
+
+    cpu, names = torch.device("cpu"), ["sdpa", "flex"]
+    return [compare(generations, FLEX_ROWS, Heads(4, 2, 64), cpu, rounds, names, math.inf) for generations in (1, 8)]
+
+
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether results of both may stand beside each other."""
     return all(one.get(key) == value for key, value in other.items() if key != "date")
@@ -393,7 +402,24 @@ def table(results: dict[str, Any]) -> str:
             model = f"{sizes['layers']} layers, V {sizes['vocab']:,}{', checkpointed' if case['checkpointing'] else ''}"
             cells = [model, str(case["case"]["generations"]), *map(relative, NAMES), " / ".join(saved) + " MiB"]
             lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_flex_claim(results.get("attention", []))])
+
+
+def _flex_claim(compared: list[dict[str, Any]]) -> list[str]:
+    parts = []
+    for found in compared:
+        mine, flex = (found["contenders"].get(name, {}) for name in ("sdpa", "flex"))
+        if not mine or not flex:
+            continue
+        times = [a / b for a, b in zip(flex["teacher forward"], mine["teacher forward"], strict=True)]
+        layers = [a / b for a, b in zip(flex["teacher prepare"], mine["teacher forward"], strict=True)]
+        parts.append(
+            f"{median(times):.2f} times as long with {found['generations']} rollout(s) per prompt, and once a batch as "
+            f"long as {median(layers):.1f} layers of ours for its mask"
+        )
+    if not parts:
+        return []
+    return ["", f"FlexAttention, compiled, on the teacher's rows (forward, one layer): {'; '.join(parts)}."]
 
 
 def main() -> None:
@@ -406,6 +432,7 @@ def main() -> None:
     parser.add_argument(
         "--only", choices=[*CONTENDERS, *FULL_CONTENDERS], action="append", help="contenders; default: all"
     )
+    parser.add_argument("--attention", action="store_true", help="only the attention by itself, beside FlexAttention")
     parser.add_argument("--data", type=Path, help="default: results/packing.json, or packing-gpu.json")
     parser.add_argument("--table", action="store_true", help="run nothing: make the README's table")
     options = parser.parse_args()
@@ -423,7 +450,17 @@ def main() -> None:
     if options.data.exists():  # what is not measured now stays, if it is from the same place
         stored = json.loads(options.data.read_text(encoding="utf-8"))
         if all(stored[k] == v for k, v in here.items() if k != "machine") and same(stored["machine"], here["machine"]):
-            results["shapes"] = stored["shapes"]
+            results |= {key: stored[key] for key in ("shapes", "attention") if key in stored}
+
+    def write() -> None:
+        options.data.parent.mkdir(exist_ok=True)
+        options.data.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+    if not full and (options.attention or not (options.shape or options.only or options.generations)):
+        results["attention"] = beside_flex_attention(options.rounds)
+        write()
+    if options.attention:
+        return
     for shape_name in options.shape or shapes:
         shape = shapes[shape_name]
         sizes = json.loads(json.dumps(asdict(shape)))
@@ -440,8 +477,7 @@ def main() -> None:
                 found["cases"][key] = measure(shape, case, options.rounds, names, checkpointing, device)
                 for name, value in found["cases"][key]["ratios"].items():
                     print(f"  {name}: {value['median']:.2f} ({value['least']:.2f} to {value['most']:.2f})", flush=True)
-                options.data.parent.mkdir(exist_ok=True)
-                options.data.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+                write()
 
 
 if __name__ == "__main__":
