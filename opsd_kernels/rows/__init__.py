@@ -4,6 +4,15 @@
     logprob_rows(logits, targets, transform, temperature, *, table, dz, row_scale)
     top_k_rows(logits, k, transform, temperature) -> logprobs (n, k), likeliest first, ids (n, k), logsumexps (n,)
 
+    top_k_ids(logits, k) -> ids (n, k) of the largest
+    outside_rows(student, teacher, ids, objective) -> (n,) each: the logsumexp of both models' tempered logits but those
+        at `ids` (n, k), and their difference, as accurate as the gap between the models; teacher None: the student twice
+    tail_gradient_rows(logits, transform, temperature, *, shift, weight, dz): dz = weight·exp(y − shift)·dy/dlogits, y
+        the tempered logits, with `shift` and `weight` (n,); 0 for a row whose weight is 0
+
+The last three are what `support.py`, the divergence on a top-k support, needs of a backend: `divergence_rows` itself is
+of the whole vocabulary, and `objective.top_k` None.
+
 student, teacher, logits: (n, V) float32 or float64, the head's output before scale, cap and temperature; not modified
     unless dz is that very tensor.
 targets: (n,) int64; may be None for the divergence, whose columns of log-probabilities are then not filled.
