@@ -342,7 +342,7 @@ def token_loss(pair: Pair, objective: Objective, want_grad: bool, across: Across
             loss = loss + tau * across.add(infinite.sum(-1, dtype=loss.dtype))
     if infinite is not None:
         unbounded = across.any(infinite.any(-1))
-        divergence = torch.where(unbounded, math.inf, divergence)
+        divergence = torch.where(unbounded, divergence + math.inf, divergence)  # NaN stays visible
         if tau is None:
             loss = divergence
         else:
