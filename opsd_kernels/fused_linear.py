@@ -412,7 +412,7 @@ class _Sweep:
             transform, temperature = spec.objective.student, spec.objective.temperature
             backend.logprob_rows(logits, targets, transform, temperature, **self._group(), **out)
 
-        def cached(student: Tensor, _: None, *, chunk: slice, **out: Tensor | None) -> None:
+        def cached(student: Tensor, _: None, *, chunk: slice, **out: Any) -> None:
             support, logprobs = self._counted(inputs.support, chunk), self._counted(inputs.teacher, chunk)
             assert support is not None
             assert logprobs is not None

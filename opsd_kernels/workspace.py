@@ -20,7 +20,7 @@ from .objective import integer
 
 ENVIRONMENT_VARIABLE = "OPSD_WORKSPACE_BYTES"
 DEFAULT_BYTES = {"cuda": 1536 << 20, "cpu": 384 << 20}
-# What is computed in torch takes a few rows at a time, so that its temporaries stay small (and, on a CPU, in the cache).
+# What is computed in torch takes a few rows at a time: its temporaries stay small (and, on a CPU, in the cache).
 BLOCK_ELEMENTS = {"cuda": 1 << 22, "cpu": 1 << 18}
 BLOCK_TEMPORARIES = 20  # at most this many (rows, width) tensors of a block are alive at once
 GATHERED_SHARE = 16  # one part in so many of the budget is for the head's rows that a gradient filter gathers at a time

@@ -5,13 +5,15 @@
     top_k_rows(logits, k, transform, temperature) -> logprobs (n, k), likeliest first, ids (n, k), logsumexps (n,)
 
     top_k_ids(logits, k) -> ids (n, k) of the largest
-    outside_rows(student, teacher, ids, objective) -> (n,) each: the logsumexp of both models' tempered logits but those
-        at `ids` (n, k), and their difference, as accurate as the gap between the models; teacher None: the student twice
-    tail_gradient_rows(logits, transform, temperature, *, shift, weight, dz): dz = weight·exp(y − shift)·dy/dlogits, y
-        the tempered logits, with `shift` and `weight` (n,); 0 for a row whose weight is 0
+    outside_rows(student, teacher, ids, objective) -> log Z_S, log Z_T, log Z_S − log Z_T, (n,) each
+        of the tempered logits but those at `ids` (n, k); the difference is as accurate as the models' gap is small.
+        −inf where nothing is left. No teacher: the student twice.
+    tail_gradient_rows(logits, transform, temperature, *, shift, weight, dz)
+        dz = weight·exp(y − shift)·dy/dlogits, with y the tempered logits, weight and shift (n,); 0 for a weight of 0.
+        What it leaves where exp(y − shift) overflows is not to be relied on.
 
-The last three are what `support.py`, the divergence on a top-k support, needs of a backend: `divergence_rows` itself is
-of the whole vocabulary, and `objective.top_k` None.
+The last three are what `support.py`, the divergence on a top-k support, needs of a backend; `divergence_rows` itself is
+that of the whole vocabulary, with `objective.top_k` None.
 
 student, teacher, logits: (n, V) float32 or float64, the head's output before scale, cap and temperature; not modified
     unless dz is that very tensor.

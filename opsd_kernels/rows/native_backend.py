@@ -147,12 +147,11 @@ def logprob_rows(
 def top_k_rows(logits: Tensor, k: int, transform: LogitTransform, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """See the package's docstring."""
     library = _library()
-    n, vocab = logits.shape
-    log_z = logits.new_empty(n)
+    log_z = logits.new_empty(logits.shape[0])
     if not supports(logits.dtype, logits.device) or not _rows_are_dense(logits, logits, log_z[None], None):
         return torch_backend.top_k_rows(logits, k, transform, temperature)
     request, ids = _top_k_request(logits, k)
-    logprobs = logits.new_empty(n, k)
+    logprobs = torch.empty_like(ids, dtype=logits.dtype)
     request.logprobs, request.log_sums = logprobs.data_ptr(), log_z.data_ptr()
     request.temperature, request.transform = temperature, _Transform.of(transform)
     library.opsd_top_k_rows(ctypes.byref(request))

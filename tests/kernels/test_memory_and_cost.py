@@ -36,7 +36,9 @@ def run(
     "options",
     [
         {"beta": 0.0}, {"beta": 1.0, "entry_clip": 0.05}, {"reduction": "none"}, {"return_stats": True, "softcap": 9.0},
-        {"top_k": 8, "tail_bucket": True, "return_stats": True}, {"dtype": torch.bfloat16, "entry_clip": 0.05},
+        {"top_k": 8, "tail_bucket": True, "return_stats": True},
+        {"top_k": 600, "tail_bucket": True, "backend": "torch"}, {"top_k": 600, "entry_clip": 0.05},
+        {"dtype": torch.bfloat16, "entry_clip": 0.05}, {"dtype": torch.bfloat16, "top_k": 8, "tail_bucket": True},
         {"gradient_filter": 1e-30, "return_stats": True}, {"gradient_filter": 1e-5, "dtype": torch.bfloat16},
     ],
     ids=str,
@@ -47,6 +49,24 @@ def test_nothing_of_the_size_of_the_logits_ever_exists(options, trainable):
     assert max(sizes) >= N * H * 4  # the recorder sees what there is: dX at least
     weight_gradient = 2 * V * H * 4 if trainable else 0
     assert peak(sizes) <= BUDGET + weight_gradient + 2 * N * H * 4 + 64 * N  # 64: the table and per-token vectors
+
+
+@pytest.mark.parametrize("k", [8, 600])
+def test_nor_with_a_cached_teacher(k):
+    student, teacher, weight = problem(N, H, V, dtype=torch.float32)
+    logprobs, ids, _ = opsd_kernels.top_k_logprobs(teacher, weight, k)
+    x = leaf(student)
+
+    def step():
+        loss, _ = opsd_kernels.jsd_loss_from_top_k(
+            x, weight, ids, logprobs, workspace_bytes=BUDGET, return_stats=True, target_ids=ids[:, 0]
+        )
+        loss.backward()
+        x.grad = None
+
+    sizes = allocations(step)
+    assert max(sizes) < N * V * 2
+    assert peak(sizes) <= BUDGET + 2 * N * H * 4 + 64 * N
 
 
 def test_the_recorder_sees_dense_logits():

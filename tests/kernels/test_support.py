@@ -280,9 +280,7 @@ def test_a_cached_teacher(beta, tail, name):
     student[3] *= 30  # nearly certain
     bias = torch.linspace(-1, 1, 301, dtype=torch.float64)
     bias[::7] = -INF
-    objective = Objective.checked(
-        beta=beta, temperature=1.2, entry_clip=0.1, softcap=25.0, top_k=7, tail_bucket=tail
-    )
+    objective = Objective.checked(beta=beta, temperature=1.2, entry_clip=0.1, softcap=25.0, top_k=7, tail_bucket=tail)
 
     def tempered(hidden: Tensor) -> Tensor:
         return reference.transformed(hidden @ weight.T + bias, objective.student, objective.temperature)
