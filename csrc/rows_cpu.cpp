@@ -71,6 +71,13 @@ static inline float max_lane(Vec x) {
     return y;
 }
 
+static inline bool all_set(VecI mask) {
+    int64_t halves[BYTES / 8], all = -1;
+    memcpy(halves, &mask, sizeof(mask));
+    for (const int64_t half : halves) all &= half;
+    return all == -1;
+}
+
 // Sums of COUNT quantities over a row.
 template <int COUNT>
 struct Sums {
@@ -731,12 +738,12 @@ static std::vector<Candidate> largest(const float* x, int64_t vocab, int64_t k) 
     };
     int64_t i = 0;
     for (; i + 4 * LANES <= vocab; i += 4 * LANES) {
-        VecI below = load(x + i) <= least;
-        for (int j = 1; j < 4; ++j) below &= load(x + i + j * LANES) <= least;
-        bool all_below = true;
-        for (int lane = 0; lane < LANES; ++lane) all_below &= below[lane] != 0;
-        if (!all_below)
-            for (int64_t j = i; j < i + 4 * LANES; ++j) offer(j);
+        VecI below[4];
+        for (int j = 0; j < 4; ++j) below[j] = load(x + i + j * LANES) <= least;
+        if (all_set(below[0] & below[1] & below[2] & below[3])) continue;
+        for (int j = 0; j < 4; ++j)
+            if (!all_set(below[j]))
+                for (int64_t lane = 0; lane < LANES; ++lane) offer(i + j * LANES + lane);
     }
     for (; i < vocab; ++i) offer(i);
     for (i = 0; i < vocab && found.size() < keep; ++i)  // too few above -inf
