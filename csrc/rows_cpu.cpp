@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdlib>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <system_error>
@@ -718,6 +719,16 @@ struct Candidate {
     bool operator<(const Candidate& other) const { return x > other.x || (x == other.x && id < other.id); }
 };
 
+// A number that at least k of x exceed: just below the k-th largest of the maxima of disjoint parts.
+static float exceeded(const float* x, int64_t vocab, int64_t k) {
+    const int64_t group = 4 * LANES, part = std::max(vocab / (8 * k) / group, int64_t(1)) * group;
+    std::vector<float> maxima;
+    for (int64_t i = 0; i + part <= vocab; i += part) maxima.push_back(maximum(x + i, part));
+    if (int64_t(maxima.size()) < k) return -INF;
+    std::nth_element(maxima.begin(), maxima.begin() + (k - 1), maxima.end(), std::greater<float>());
+    return std::nextafter(maxima[size_t(k - 1)], -INF);
+}
+
 // The k largest of x, largest first, of equal ones those with the smaller ids; -inf if there are not k. NaN counts as
 // infinity: what comes of it must stay visible. What exceeds the k-th largest so far is collected, and the collection
 // cut to k whenever it is twice that.
@@ -725,7 +736,7 @@ static std::vector<Candidate> largest(const float* x, int64_t vocab, int64_t k) 
     std::vector<Candidate> found;
     const size_t keep = size_t(k), room = 2 * keep + 64;
     found.reserve(room);
-    float least = -INF;
+    float least = exceeded(x, vocab, k);
     const auto offer = [&](int64_t i) {
         if (x[i] <= least) return;
         if (found.size() == room) {
