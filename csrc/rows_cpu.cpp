@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdlib>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <system_error>
@@ -41,6 +42,13 @@ static inline float max_lane(Vec x) {
     float y = x[0];
     for (int i = 1; i < LANES; ++i) y = x[i] > y ? x[i] : y;
     return y;
+}
+
+static inline bool all_set(VecI mask) {
+    int64_t halves[BYTES / 8], all = -1;
+    memcpy(halves, &mask, sizeof(mask));
+    for (const int64_t half : halves) all &= half;
+    return all == -1;
 }
 
 // Sums of COUNT quantities over a row.
@@ -125,13 +133,41 @@ struct LogprobRequest {
 
 struct TopKRequest {
     const float* logits;
-    float* logprobs;  // (n, k), dense
+    float* logprobs;  // (n, k), dense; or null: the ids alone are wanted
     int64_t* ids;     // (n, k), dense
     float* log_sums;  // (n,)
     int64_t n, vocab, k, logits_stride;
     double temperature;
     Transform transform;
     int32_t threads;
+};
+
+// The rest of both models' mass, where the entries at `ids` are taken away.
+struct OutsideRequest {
+    const float* student;
+    const float* teacher;  // or null: the student's alone
+    const int64_t* ids;    // (n, k), dense
+    double* log_sums_s;    // (n,)
+    double* log_sums_t;    // (n,), or null with the teacher
+    double* differences;   // (n,), log_sums_s - log_sums_t; or null with the teacher
+    int64_t n, vocab, k;
+    int64_t student_stride, teacher_stride;
+    double temperature;
+    Transform student_transform, teacher_transform;
+    int32_t threads;
+};
+
+// dz = weight exp(y - shift) dy / dx, where y is x through the transform.
+struct TailGradientRequest {
+    const float* logits;
+    const float* shift;   // (n,)
+    const float* weight;  // (n,)
+    void* dz;
+    int64_t n, vocab;
+    int64_t logits_stride, dz_stride;
+    double temperature;
+    Transform transform;
+    int32_t dz_type, threads;
 };
 
 enum Column {
@@ -314,6 +350,8 @@ static inline Vec countable(Vec x) { return x < -FAR ? splat<Vec>(-FAR) : x; }
 struct Distribution {
     double shift = 0, log_sum = 0, entropy = 0;
     bool empty = false;  // -inf everywhere: probabilities 0, log-normaliser 0
+    bool broken() const { return empty && log_sum != 0; }  // of NaN, and nothing else above -inf
+    double log_normaliser() const { return empty && !broken() ? -DOUBLE_INF : shift + log_sum; }
     double log_prob(const float* x, float factor, int64_t target) const {
         return double(x[target]) * factor - shift - log_sum;
     }
@@ -481,51 +519,71 @@ static MeasureRow choose(int beta, bool clip, bool statistics, bool grad) {
     return (clip ? choose_flags<MIXTURE, true> : choose_flags<MIXTURE, false>)(statistics, grad);
 }
 
+// What brings both models' rows to one factor: a cap, or two different scales, and they are transformed, in scratch.
+struct Curves {
+    Curve s, t;
+    bool needed;
+    float factor;
+    Curves(Transform student, Transform teacher, double temperature)
+        : s(student, temperature),
+          t(teacher, temperature),
+          needed(s.capped || t.capped || student.scale != teacher.scale),
+          factor(needed ? 1.0f : float(student.scale / temperature)) {}
+
+    // The derivative of the student's cap goes to `slope`, unless that is null.
+    Pair rows(const float* student, const float* teacher, int64_t vocab, Scratch& scratch, float* slope) const {
+        Pair row{};
+        row.student = student, row.teacher = teacher;
+        row.vocab = vocab, row.factor = factor;
+        if (!needed) return row;
+        float* y_s = scratch.row(Scratch::STUDENT);
+        float* y_t = scratch.row(Scratch::TEACHER);
+        float* apart = scratch.row(Scratch::DIFFERENCE);
+        transform_row(student, y_s, slope, vocab, s);
+        transform_row(teacher, y_t, nullptr, vocab, t);
+        transformed_difference(student, teacher, y_s, y_t, apart, vocab, s, t);
+        row.student = y_s, row.teacher = y_t, row.difference = apart;
+        return row;
+    }
+};
+
+// Whether both rows give a distribution; if so, how far their entries are shifted.
+static bool shifted(Pair& row) {
+    const float max_s = maximum(row.student, row.vocab) * row.factor;
+    const float max_t = maximum(row.teacher, row.vocab) * row.factor;
+    if (max_s == -INF || max_t == -INF) return false;
+    row.shift_s = shift_of(max_s), row.shift_t = shift_of(max_t), row.shift_gap = row.shift_s - row.shift_t;
+    return true;
+}
+
 class DivergenceRows {
 public:
     explicit DivergenceRows(const DivergenceRequest& request)
         : r(request),
           beta(r.beta == 0 ? FORWARD : r.beta == 1 ? REVERSE : MIXTURE),
           clip(r.entry_clip < DOUBLE_INF),
-          // a cap, or two different scales, and the rows are transformed once, in scratch
-          transformed(
-              r.student_transform.softcap > 0 || r.teacher_transform.softcap > 0 ||
-              r.student_transform.scale != r.teacher_transform.scale
-          ),
-          curve_s(r.student_transform, r.temperature),
-          curve_t(r.teacher_transform, r.temperature),
+          curves(r.student_transform, r.teacher_transform, r.temperature),
           how{{float(r.beta), float(1 - r.beta)}, float(r.entry_clip)},
           measure_row(choose(beta, clip, r.statistics != 0, r.dz != nullptr)) {}
 
     void operator()(int64_t index, int64_t next, Scratch& scratch) const {
-        const float* student = r.student + index * r.student_stride;
-        const float* teacher = r.teacher + index * r.teacher_stride;
-        float factor = float(r.student_transform.scale / r.temperature);
-        const float* difference = nullptr;
-        const float* derivative = nullptr;
-        if (transformed) {
-            float* y_s = scratch.row(Scratch::STUDENT);
-            float* y_t = scratch.row(Scratch::TEACHER);
-            float* apart = scratch.row(Scratch::DIFFERENCE);
-            float* slope = curve_s.capped && r.dz ? scratch.row(Scratch::DERIVATIVE) : nullptr;
-            transform_row(student, y_s, slope, r.vocab, curve_s);
-            transform_row(teacher, y_t, nullptr, r.vocab, curve_t);
-            transformed_difference(student, teacher, y_s, y_t, apart, r.vocab, curve_s, curve_t);
-            student = y_s, teacher = y_t, difference = apart, derivative = slope, factor = 1.0f;
-        }
+        float* derivative = curves.s.capped && r.dz ? scratch.row(Scratch::DERIVATIVE) : nullptr;
+        Pair row = curves.rows(
+            r.student + index * r.student_stride, r.teacher + index * r.teacher_stride, r.vocab, scratch, derivative
+        );
+        const float* student = row.student;
+        const float* teacher = row.teacher;
+        const float factor = row.factor;
         float* column = r.table + index;
         const auto set = [&](Column which, double value) { column[which * r.table_stride] = float(value); };
         const Output dz = r.dz ? output_row(r.dz, r.dz_type, index * r.dz_stride) : Output{nullptr, FLOAT32};
 
-        const float max_s = maximum(student, r.vocab) * factor, max_t = maximum(teacher, r.vocab) * factor;
-        if (max_s == -INF || max_t == -INF) {  // one of them gives no distribution: nothing to compare
-            const bool broken =
-                (max_s == -INF && has_nan(student, r.vocab)) || (max_t == -INF && has_nan(teacher, r.vocab));
-            const double nothing = broken ? DOUBLE_NAN : 0.0;
+        if (!shifted(row)) {  // one of them gives no distribution: nothing to compare
+            const Distribution p_s = distribution(student, factor, r.vocab);
+            const Distribution p_t = distribution(teacher, factor, r.vocab);
+            const double nothing = p_s.broken() || p_t.broken() ? DOUBLE_NAN : 0.0;
             set(LOSS, nothing);
             if (r.statistics) {
-                const Distribution p_s = distribution(student, factor, r.vocab);
-                const Distribution p_t = distribution(teacher, factor, r.vocab);
                 for (Column which : {DIVERGENCE, CLIPPED_AMOUNT}) set(which, nothing);
                 for (Column which : {ENTRY_CLIPPED, TOKEN_CLIPPED}) set(which, 0);
                 set(STUDENT_ENTROPY, p_s.entropy);
@@ -539,10 +597,6 @@ public:
             return;
         }
 
-        Pair row{};
-        row.student = student, row.teacher = teacher, row.difference = difference;
-        row.vocab = r.vocab, row.factor = factor;
-        row.shift_s = shift_of(max_s), row.shift_t = shift_of(max_t), row.shift_gap = row.shift_s - row.shift_t;
         row.next_student = r.student + next * r.student_stride, row.next_teacher = r.teacher + next * r.teacher_stride;
         const bool direct = beta != MIXTURE && !clip;
         if (direct && beta == REVERSE && r.dz) normalise<true>(row);
@@ -593,8 +647,8 @@ public:
 private:
     const DivergenceRequest& r;
     int beta;
-    bool clip, transformed;
-    Curve curve_s, curve_t;
+    bool clip;
+    Curves curves;
     Measure how;
     MeasureRow measure_row;
 };
@@ -640,36 +694,46 @@ struct Candidate {
     bool operator<(const Candidate& other) const { return x > other.x || (x == other.x && id < other.id); }
 };
 
-// The k largest of x, largest first, of equal ones those with the smaller ids; vocab if there are not k. What exceeds
-// the k-th largest so far is collected, and the collection cut to k whenever it is twice that.
+// A number that at least k of x exceed: just below the k-th largest of the maxima of disjoint parts.
+static float exceeded(const float* x, int64_t vocab, int64_t k) {
+    const int64_t group = 4 * LANES, part = std::max(vocab / (8 * k) / group, int64_t(1)) * group;
+    std::vector<float> maxima;
+    for (int64_t i = 0; i + part <= vocab; i += part) maxima.push_back(maximum(x + i, part));
+    if (int64_t(maxima.size()) < k) return -INF;
+    std::nth_element(maxima.begin(), maxima.begin() + (k - 1), maxima.end(), std::greater<float>());
+    return std::nextafter(maxima[size_t(k - 1)], -INF);
+}
+
+// The k largest of x, largest first, of equal ones those with the smaller ids; -inf if there are not k. NaN counts as
+// infinity: what comes of it must stay visible. What exceeds the k-th largest so far is collected, and the collection
+// cut to k whenever it is twice that.
 static std::vector<Candidate> largest(const float* x, int64_t vocab, int64_t k) {
     std::vector<Candidate> found;
     const size_t keep = size_t(k), room = 2 * keep + 64;
     found.reserve(room);
-    float least = -INF;
+    float least = exceeded(x, vocab, k);
     const auto offer = [&](int64_t i) {
-        if (!(x[i] > least)) return;
+        if (x[i] <= least) return;
         if (found.size() == room) {
             std::nth_element(found.begin(), found.begin() + (k - 1), found.end());
             found.resize(keep);
             least = found.back().x;
-            if (!(x[i] > least)) return;
+            if (x[i] <= least) return;
         }
-        found.push_back({x[i], i});
+        found.push_back({x[i] == x[i] ? x[i] : INF, i});
     };
     int64_t i = 0;
     for (; i + 4 * LANES <= vocab; i += 4 * LANES) {
-        Vec best = load(x + i);
-        for (int j = 1; j < 4; ++j) {
-            const Vec y = load(x + i + j * LANES);
-            best = y > best ? y : best;
-        }
-        if (max_lane(best) > least)
-            for (int64_t j = i; j < i + 4 * LANES; ++j) offer(j);
+        VecI below[4];
+        for (int j = 0; j < 4; ++j) below[j] = load(x + i + j * LANES) <= least;
+        if (all_set(below[0] & below[1] & below[2] & below[3])) continue;
+        for (int j = 0; j < 4; ++j)
+            if (!all_set(below[j]))
+                for (int64_t lane = 0; lane < LANES; ++lane) offer(i + j * LANES + lane);
     }
     for (; i < vocab; ++i) offer(i);
     for (i = 0; i < vocab && found.size() < keep; ++i)  // too few above -inf
-        if (!(x[i] > -INF)) found.push_back({-INF, i});
+        if (x[i] == -INF) found.push_back({-INF, i});
     std::partial_sort(found.begin(), found.begin() + k, found.end());
     found.resize(keep);
     return found;
@@ -679,17 +743,77 @@ static void top_k_row(const TopKRequest& r, int64_t index, Scratch& scratch) {
     const float* x = r.logits + index * r.logits_stride;
     float factor = float(r.transform.scale / r.temperature);
     const std::vector<Candidate> best = largest(x, r.vocab, r.k);
+    for (int64_t i = 0; i < r.k; ++i) r.ids[index * r.k + i] = best[size_t(i)].id;
+    if (!r.logprobs) return;
     if (r.transform.softcap > 0) {
         float* y = scratch.row(Scratch::STUDENT);
         transform_row(x, y, nullptr, r.vocab, Curve(r.transform, r.temperature));
         x = y, factor = 1.0f;
     }
     const Distribution p = distribution(x, factor, r.vocab);
-    r.log_sums[index] = p.empty && p.log_sum == 0 ? -INF : float(p.shift + p.log_sum);
-    for (int64_t i = 0; i < r.k; ++i) {
+    r.log_sums[index] = float(p.log_normaliser());
+    for (int64_t i = 0; i < r.k; ++i)
         r.logprobs[index * r.k + i] = float(p.log_prob(x, factor, best[size_t(i)].id));
-        r.ids[index * r.k + i] = best[size_t(i)].id;
+}
+
+// ------------------------------------------------------------------------------------------------ outside of a support
+
+// A copy of a row without the entries at `ids`.
+static const float* without(const float* x, const int64_t* ids, int64_t k, float* copy, int64_t vocab) {
+    memcpy(copy, x, size_t(vocab) * sizeof(float));
+    for (int64_t i = 0; i < k; ++i) copy[ids[i]] = -INF;
+    return copy;
+}
+
+static void outside_row(const OutsideRequest& r, const Curves& curves, int64_t index, Scratch& scratch) {
+    const int64_t* ids = r.ids + index * r.k;
+    const float* student =
+        without(r.student + index * r.student_stride, ids, r.k, scratch.row(Scratch::GRADIENT), r.vocab);
+    if (!r.teacher) {
+        const Curve& curve = curves.s;
+        if (curve.capped) {
+            transform_row(student, scratch.row(Scratch::STUDENT), nullptr, r.vocab, curve);
+            student = scratch.row(Scratch::STUDENT);
+        }
+        const float factor = curve.capped ? 1.0f : curve.outer;
+        r.log_sums_s[index] = distribution(student, factor, r.vocab).log_normaliser();
+        return;
     }
+    const float* teacher =
+        without(r.teacher + index * r.teacher_stride, ids, r.k, scratch.row(Scratch::PROBABILITY), r.vocab);
+    Pair row = curves.rows(student, teacher, r.vocab, scratch, nullptr);
+    if (shifted(row)) {
+        normalise<false>(row);
+        r.log_sums_s[index] = row.shift_s + row.log_sum_s;
+        r.log_sums_t[index] = row.shift_t + row.log_sum_t;
+        r.differences[index] = double(row.shift_gap) + row.centre_gap;
+    } else {  // one of them has nothing left
+        r.log_sums_s[index] = distribution(row.student, row.factor, r.vocab).log_normaliser();
+        r.log_sums_t[index] = distribution(row.teacher, row.factor, r.vocab).log_normaliser();
+        r.differences[index] = r.log_sums_s[index] - r.log_sums_t[index];
+    }
+}
+
+static void tail_gradient_row(const TailGradientRequest& r, int64_t index, Scratch& scratch) {
+    const Output dz = output_row(r.dz, r.dz_type, index * r.dz_stride);
+    if (r.weight[index] == 0) return fill(dz, r.vocab, 0.0f);
+    const float* y = r.logits + index * r.logits_stride;
+    const float* derivative = nullptr;
+    float factor = float(r.transform.scale / r.temperature);
+    const float scale = r.weight[index] * factor, shift = r.shift[index];
+    if (r.transform.softcap > 0) {
+        float* slope = scratch.row(Scratch::DERIVATIVE);
+        transform_row(y, scratch.row(Scratch::STUDENT), slope, r.vocab, Curve(r.transform, r.temperature));
+        y = scratch.row(Scratch::STUDENT), derivative = slope, factor = 1.0f;
+    }
+    sweep(
+        r.vocab,
+        [&](int64_t i, auto count) {
+            Vec x = exp_below<Vec>(take(y + i, count, -INF) * factor - shift) * scale;
+            if (derivative) x *= take(derivative + i, count, 0.0f);
+            put(dz, i, x, count);
+        },
+        [] {});
 }
 
 // ------------------------------------------------------------------------------------------------------------ threads
@@ -739,6 +863,19 @@ void opsd_logprob_rows(const opsd::LogprobRequest* request) {
 void opsd_top_k_rows(const opsd::TopKRequest* request) {
     opsd::for_each_row(request->n, request->vocab, request->threads, [&](int64_t i, int64_t, opsd::Scratch& scratch) {
         opsd::top_k_row(*request, i, scratch);
+    });
+}
+
+void opsd_outside_rows(const opsd::OutsideRequest* request) {
+    const opsd::Curves curves(request->student_transform, request->teacher_transform, request->temperature);
+    opsd::for_each_row(request->n, request->vocab, request->threads, [&](int64_t i, int64_t, opsd::Scratch& scratch) {
+        opsd::outside_row(*request, curves, i, scratch);
+    });
+}
+
+void opsd_tail_gradient_rows(const opsd::TailGradientRequest* request) {
+    opsd::for_each_row(request->n, request->vocab, request->threads, [&](int64_t i, int64_t, opsd::Scratch& scratch) {
+        opsd::tail_gradient_row(*request, i, scratch);
     });
 }
 }

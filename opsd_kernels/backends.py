@@ -10,10 +10,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import native
 from .objective import LogitTransform, Objective
-from .rows import Column, LogprobColumn
+from .rows import Column, LogprobColumn, support
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +24,16 @@ TOLERANCE = 1e-4  # of the self-check, relative; the backends' own errors are un
 
 
 def module(name: str) -> ModuleType:
-    """The backend's module, with `divergence_rows` and `logprob_rows`."""
+    """The backend's module, with the functions that the docstring of `rows` describes."""
     return importlib.import_module(f".rows.{name}_backend", __package__)
+
+
+def divergence_rows(backend: ModuleType, student: Tensor, teacher: Tensor, objective: Objective, **out: Any) -> None:
+    """The backend's row pass over the whole vocabulary or, where the objective asks for one, a support."""
+    if objective.top_k is None:
+        backend.divergence_rows(student, teacher, objective, **out)
+    else:
+        support.divergence_rows(backend, student, teacher, objective, **out)
 
 
 def known(name: Any) -> str:
@@ -96,6 +105,7 @@ def self_check(name: str, device: torch.device) -> float:
         Objective(beta=0.0),
         Objective(beta=0.0, entry_clip=0.05),
         Objective(beta=1.0, entry_clip=0.05, temperature=1.3, student=through, teacher=through),
+        Objective(beta=0.5, top_k=16, tail_bucket=True),
     ):
         expected = _row_pass("torch", torch.device("cpu"), student.double(), teacher.double(), targets, objective)
         try:
@@ -123,11 +133,11 @@ def self_check(name: str, device: torch.device) -> float:
 def _row_pass(
     name: str,
     device: torch.device,
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    targets: torch.Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    targets: Tensor,
     objective: Objective,
-) -> list[torch.Tensor]:
+) -> list[Tensor]:
     student, teacher, targets = student.to(device, copy=True), teacher.to(device), targets.to(device)
     scale = torch.linspace(0.5, 1.0, len(student), device=device, dtype=student.dtype)
     backend = module(name)
@@ -137,5 +147,5 @@ def _row_pass(
     backend.logprob_rows(student, targets, transform, temperature, table=logprobs, dz=dz, row_scale=scale)
     table = student.new_full((len(Column), len(student)), math.nan)
     # dz in the student's place, as the chunk loop has it
-    backend.divergence_rows(student, teacher, objective, targets=targets, table=table, dz=student, row_scale=scale)
+    divergence_rows(backend, student, teacher, objective, targets=targets, table=table, dz=student, row_scale=scale)
     return [value.double().cpu() for value in (*logprobs, dz, *table, student)]

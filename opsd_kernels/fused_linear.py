@@ -25,6 +25,7 @@ from .across import Across, across_group
 from .gemm import Products, accumulation_dtype
 from .objective import Objective
 from .rows import DROPPED, Column
+from .rows.support import cached_rows, support_width
 from .workspace import GATHERED_SHARE, ChunkPlan, block_rows, filter_bytes, plan_chunks, workspace
 
 
@@ -289,13 +290,15 @@ class _Sweep:
         if self.filter is not None:
             row_bytes += self.filter.step * spec.compute.itemsize
             budget = max(budget - self.filter.bytes, budget // 2)
-        in_torch = self.backend == "torch" or spec.kind == "cached"
-        in_torch |= spec.kind == "divergence" and spec.objective.top_k is not None
+        in_torch, k = self.backend == "torch", spec.objective.top_k
+        width = self.across.widest
+        if k is not None and spec.kind != "top_k":  # the support's entries are computed in torch by every backend
+            width = max(support_width(k, element), width if in_torch else 0)
+            row_bytes += math.ceil(self.across.widest / 8)  # Triton marks the support by a bit for each column
+            in_torch = True
         # a collective for each block of a few rows would cost more than it saves
         temporaries = ("chunk" if spec.group else "block") if in_torch else "none"
-        return plan_chunks(
-            self.tokens, self.across.widest, self.inputs.x.device, element, row_bytes, budget, temporaries
-        )
+        return plan_chunks(self.tokens, width, self.inputs.x.device, element, row_bytes, budget, temporaries)
 
     def _own_dz(self) -> bool:
         """Whether dz has a buffer of its own; in the logits' dtype it takes the student logits' place."""
@@ -401,21 +404,19 @@ class _Sweep:
 
         def divergence(student: Tensor, teacher: Tensor, *, chunk: slice, **out: Tensor | None) -> None:
             targets = self._counted(inputs.targets, chunk)
-            backend.divergence_rows(student, teacher, spec.objective, targets=targets, **self._group(), **out)
+            backends.divergence_rows(backend, student, teacher, spec.objective, targets=targets, **self._group(), **out)
 
         def logprob(logits: Tensor, _: None, *, chunk: slice, **out: Tensor | None) -> None:
             targets = self._counted(inputs.targets, chunk)
             transform, temperature = spec.objective.student, spec.objective.temperature
             backend.logprob_rows(logits, targets, transform, temperature, **self._group(), **out)
 
-        def cached(student: Tensor, _: None, *, chunk: slice, **out: Tensor | None) -> None:
+        def cached(student: Tensor, _: None, *, chunk: slice, **out: Any) -> None:
             support, logprobs = self._counted(inputs.support, chunk), self._counted(inputs.teacher, chunk)
+            assert support is not None
             assert logprobs is not None
             targets = self._counted(inputs.targets, chunk)
-            eps = torch.finfo(logprobs.dtype).eps
-            backends.module("torch").cached_rows(
-                student, logprobs.to(student.dtype), support, spec.objective, stored_eps=eps, targets=targets, **out
-            )
+            cached_rows(backend, student, logprobs, support, spec.objective, targets=targets, **out)
 
         passes: dict[str, Callable] = {"divergence": divergence, "logprob": logprob, "cached": cached}
         return passes[spec.kind]

@@ -10,6 +10,7 @@ from torch import Tensor, library
 
 from . import backends
 from .fused_linear import Spec, check_ids, scaled
+from .rows.support import support_width
 from .workspace import plan_chunks
 
 
@@ -43,14 +44,17 @@ def _logits_loss(
     tokens = student.shape[0] if rows is None else rows.shape[0]
     # a chunk is copied where the softmax needs another dtype, and its gradient is written apart
     element = accumulate.itemsize
-    plan = plan_chunks(tokens, vocab, student.device, element, vocab * 3 * element, spec.budget)
+    k = spec.objective.top_k
+    width = vocab if k is None else max(vocab, support_width(k, element))
+    plan = plan_chunks(tokens, width, student.device, element, vocab * 3 * element, spec.budget)
     table = student.new_zeros((spec.columns, student.shape[0]), dtype=accumulate)
     grad = student.new_zeros(student.shape if wanted else (0,))
     for chunk in plan:
         at = chunk if rows is None else rows[chunk]
         part = table.new_zeros((spec.columns, chunk.stop - chunk.start))
         dz = grad.new_empty(chunk.stop - chunk.start, vocab) if wanted else None
-        backend.divergence_rows(
+        backends.divergence_rows(
+            backend,
             student[at, :vocab].to(accumulate),
             teacher[at, :vocab].to(accumulate),
             spec.objective,

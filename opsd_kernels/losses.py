@@ -382,6 +382,7 @@ def jsd_loss_from_top_k(
     reduction: str = "mean",
     denominator: float | Tensor | None = None,
     return_stats: bool = False,
+    backend: str = "auto",
     workspace_bytes: int | None = None,
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """`jsd_loss` against a teacher of which only the likeliest tokens are known: a cached or a served one.
@@ -415,7 +416,7 @@ def jsd_loss_from_top_k(
         beta=beta, temperature=temperature, entry_clip=entry_clip, token_clip=token_clip, top_k=k,
         tail_bucket=tail_bucket, logit_scale=logit_scale, softcap=softcap,
     )  # fmt: skip
-    spec = _spec("cached", objective, student_hidden, vocab, "torch", workspace_bytes, None,
+    spec = _spec("cached", objective, student_hidden, vocab, backend, workspace_bytes, None,
                  columns=len(Column) if return_stats else 1)  # fmt: skip
     tokens = Tokens.checked(
         student_hidden, spec.accumulate, mask=mask, token_weight=token_weight, sequence_ids=sequence_ids,

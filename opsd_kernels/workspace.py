@@ -20,9 +20,9 @@ from .objective import integer
 
 ENVIRONMENT_VARIABLE = "OPSD_WORKSPACE_BYTES"
 DEFAULT_BYTES = {"cuda": 1536 << 20, "cpu": 384 << 20}
-# The torch row pass works on a few rows at a time, so that its temporaries stay small (and, on a CPU, in the cache).
+# What is computed in torch takes a few rows at a time: its temporaries stay small (and, on a CPU, in the cache).
 BLOCK_ELEMENTS = {"cuda": 1 << 22, "cpu": 1 << 18}
-BLOCK_TEMPORARIES = 20  # at most this many (rows, V) tensors of a block are alive at once
+BLOCK_TEMPORARIES = 20  # at most this many (rows, width) tensors of a block are alive at once
 GATHERED_SHARE = 16  # one part in so many of the budget is for the head's rows that a gradient filter gathers at a time
 
 
@@ -41,17 +41,18 @@ def budget_bytes(device: torch.device, workspace_bytes: Any) -> int:
 
 def block_rows(logits: Tensor) -> int:
     """Rows of an (n, V) tensor that the torch row pass takes at a time."""
-    return _block_rows(logits.device, logits.shape[1])
+    return block_rows_of(logits.device, logits.shape[1])
 
 
 def filter_bytes(weight: Tensor) -> int:
     """What the gradient filter needs to look at a block of dz: its size, in dz's dtype, and a bool."""
     vocab = weight.shape[0]
-    return _block_rows(weight.device, vocab) * vocab * (weight.itemsize + 1)
+    return block_rows_of(weight.device, vocab) * vocab * (weight.itemsize + 1)
 
 
-def _block_rows(device: torch.device, vocab: int) -> int:
-    return max(1, BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cuda"]) // max(1, vocab))
+def block_rows_of(device: torch.device, width: int) -> int:
+    """Rows of `width` elements in a block."""
+    return max(1, BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cuda"]) // max(1, width))
 
 
 @dataclass(frozen=True)
@@ -72,23 +73,21 @@ class ChunkPlan:
 
 
 def plan_chunks(
-    tokens: int, vocab: int, device: torch.device, element: int, row_bytes: int, budget: int, temporaries: str = "block"
+    tokens: int, width: int, device: torch.device, element: int, row_bytes: int, budget: int, temporaries: str = "block"
 ) -> ChunkPlan:
     """The plan for `tokens` rows of `row_bytes` each within `budget`.
 
-    `temporaries`: what the row pass needs besides, in (rows, vocab) tensors of `element` bytes: "none", those of a
+    `temporaries`: what the row pass needs besides, in (rows, width) tensors of `element` bytes: "none", those of a
     "block" of a few rows, or those of a whole "chunk".
     Raises ValueError, naming `workspace_bytes`, where not even one row fits.
     """
-    scratch = 0 if temporaries == "none" else BLOCK_TEMPORARIES * vocab * element
-    block = 0 if temporaries == "chunk" else _block_rows(device, vocab)
+    scratch = 0 if temporaries == "none" else BLOCK_TEMPORARIES * width * element
+    block = 0 if temporaries == "chunk" else block_rows_of(device, width)
     fit = (budget - block * scratch) // max(1, row_bytes)
     if fit < block or not block:  # a block never outgrows a chunk: charge each row for its own temporaries
         fit = budget // max(1, row_bytes + scratch)
     if fit < 1 and tokens:
-        raise ValueError(
-            f"workspace_bytes must be at least {row_bytes + scratch} for one token of {vocab} columns, got {budget}"
-        )
+        raise ValueError(f"workspace_bytes must be at least {row_bytes + scratch} for one token, got {budget}")
     return ChunkPlan(tokens, math.ceil(tokens / max(fit, 1)))
 
 

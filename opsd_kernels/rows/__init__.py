@@ -4,6 +4,17 @@
     logprob_rows(logits, targets, transform, temperature, *, table, dz, row_scale)
     top_k_rows(logits, k, transform, temperature) -> logprobs (n, k), likeliest first, ids (n, k), logsumexps (n,)
 
+    top_k_ids(logits, k) -> ids (n, k) of the largest
+    outside_rows(student, teacher, ids, objective) -> log Z_S, log Z_T, log Z_S − log Z_T, (n,) each
+        of the tempered logits but those at `ids` (n, k); the difference is as accurate as the models' gap is small.
+        −inf where nothing is left. No teacher: the student twice.
+    tail_gradient_rows(logits, transform, temperature, *, shift, weight, dz)
+        dz = weight·exp(y − shift)·dy/dlogits, with y the tempered logits, weight and shift (n,); 0 for a weight of 0.
+        What it leaves where exp(y − shift) overflows is not to be relied on.
+
+The last three are what `support.py`, the divergence on a top-k support, needs of a backend; `divergence_rows` itself is
+that of the whole vocabulary, with `objective.top_k` None.
+
 student, teacher, logits: (n, V) float32 or float64, the head's output before scale, cap and temperature; not modified
     unless dz is that very tensor.
 targets: (n,) int64; may be None for the divergence, whose columns of log-probabilities are then not filled.

@@ -38,70 +38,22 @@ def divergence_rows(
     across: Across = HERE,
 ) -> None:
     """See the package's docstring. `across`: the reductions of a vocabulary that is split over ranks."""
+    assert objective.top_k is None
     for block in _blocks(student, across):
         y_s = transformed(student[block], objective.student, objective.temperature)
         y_t = transformed(teacher[block], objective.teacher, objective.temperature)
-        gap = _gap(student[block], teacher[block], y_s, y_t, objective)
         out = _Out(table, dz, row_scale, block)
-        whole: _Pair | None = None
-        if objective.top_k is None or out.stats:
-            whole = _pair(y_s, y_t, gap, across)
+        pair = paired(y_s, y_t, _gap(student[block], teacher[block], y_s, y_t, objective), across)
         if out.stats:
-            assert whole is not None
             target = None if targets is None else targets[block].unsqueeze(-1)
-            _fill_distribution_stats(out.table, whole, y_s, y_t, target, across)
-        if objective.top_k is None:
-            assert whole is not None
-            token = _token_loss(whole, objective, dz is not None, across)
-            divergence = token.divergence.masked_fill(whole.dead, 0.0)
-            _finish(out, token, whole.dead, divergence, token.grad, y_s, objective)
-        else:
-            support = _support(y_s, y_t, gap, objective)
-            _finish_support(out, support, whole, y_s, objective)
-
-
-def cached_rows(
-    student: Tensor,
-    teacher_logprobs: Tensor,
-    support: Tensor,
-    objective: Objective,
-    *,
-    stored_eps: float,
-    targets: Tensor | None,
-    table: Tensor,
-    dz: Tensor | None,
-    row_scale: Tensor | None,
-) -> None:
-    """The divergence from a teacher of which only log-probabilities (n, k) at the ids `support` (n, k) are known.
-
-    They have been rounded to `stored_eps`, so that 1 − Σp is known to k·stored_eps: less than that is no evidence of
-    mass, and where the student has a tail the teacher's is taken to be at least that, for none would be infinitely far.
-    With `objective.tail_bucket` the rest of both models' mass is one more entry, else both are renormalised. The
-    statistics that need the teacher's whole distribution speak of that support.
-    """
-    for block in _blocks(student, HERE):
-        y_s = transformed(student[block], objective.student, objective.temperature)
-        out = _Out(table, dz, row_scale, block)
-        chosen, logprobs = support[block], teacher_logprobs[block]
-        known = y_s.gather(-1, chosen)
-        if objective.tail_bucket:
-            tail_s = torch.logsumexp(y_s.scatter(-1, chosen, -math.inf), -1, keepdim=True)
-            tail_t, least = _log_complement(logprobs), math.log(chosen.shape[1] * stored_eps)
-            nothing = (tail_s == -math.inf) & (tail_t <= least)
-            tail_t = tail_t.clamp(min=least).masked_fill_(nothing, -math.inf)
-            known, logprobs = torch.cat([known, tail_s], -1), torch.cat([logprobs, tail_t], -1)
-        small = _Support(known, logprobs, known - logprobs, chosen, objective.tail_bucket)
-        pair = _finish_support(out, small, None, y_s, objective)
+            _fill_distribution_stats(out.table, pair, y_s, y_t, target, across)
+        token = token_loss(pair, objective, dz is not None, across)
+        kept = settle(out.table, token, pair.dead, objective)
         if out.stats:
-            log_z = _log_normaliser(y_s, HERE)
-            out.table[Column.STUDENT_ENTROPY] = _entropy(y_s, log_z, HERE)
-            out.table[Column.TEACHER_ENTROPY] = _entropy(logprobs, pair.log_z_t, HERE)
-            if targets is not None:
-                target = targets[block].unsqueeze(-1)
-                out.table[Column.STUDENT_LOGPROB] = _log_prob(y_s, log_z, target, HERE)
-                hit = chosen == target
-                stored = teacher_logprobs[block].masked_fill(~hit, -math.inf).amax(-1)
-                out.table[Column.TEACHER_LOGPROB] = stored.masked_fill(~hit.any(-1), math.nan)
+            out.table[Column.DIVERGENCE] = token.divergence.masked_fill(pair.dead, 0.0)
+        if token.grad is not None:
+            token.grad.masked_fill_(~kept.unsqueeze(-1), 0.0)
+            _write_gradient(out, token.grad, y_s, objective.student, objective.temperature)
 
 
 def logprob_rows(
@@ -124,7 +76,7 @@ def logprob_rows(
         logprob = _log_prob(y, log_z, target, across)
         out.table[LogprobColumn.LOGPROB] = logprob
         if table.shape[0] > LogprobColumn.ENTROPY:
-            out.table[LogprobColumn.ENTROPY] = _entropy(y, log_z, across)
+            out.table[LogprobColumn.ENTROPY] = entropy_of(y, log_z, across)
         if out.dz is not None:
             grad = (y - log_z).exp_().neg_()
             here = ((target >= across.offset) & (target < across.offset + y.shape[1])).to(y.dtype)
@@ -146,6 +98,43 @@ def top_k_rows(logits: Tensor, k: int, transform: LogitTransform, temperature: f
     return logprobs, ids, log_z
 
 
+def top_k_ids(logits: Tensor, k: int) -> Tensor:
+    """See the package's docstring."""
+    return logits.topk(k, dim=-1).indices
+
+
+def outside_rows(
+    student: Tensor, teacher: Tensor | None, ids: Tensor, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See the package's docstring."""
+    found = []
+    for block in _blocks(student, HERE):
+        y_s = transformed(student[block], objective.student, objective.temperature)
+        rest_s = y_s.scatter(-1, ids[block], -math.inf)
+        if teacher is None:
+            log_z = _log_normaliser(rest_s, HERE)
+            found.append((log_z, log_z, torch.zeros_like(log_z)))
+            continue
+        y_t = transformed(teacher[block], objective.teacher, objective.temperature)
+        gap = _gap(student[block], teacher[block], y_s, y_t, objective).scatter_(-1, ids[block], 0.0)
+        pair = paired(rest_s, y_t.scatter(-1, ids[block], -math.inf), gap, HERE)
+        # two log-sum-exps that differ by less than their rounding: the difference is measured entry by entry
+        apart = pair.log_z_s - pair.log_z_t
+        found.append((pair.log_z_s, pair.log_z_t, torch.where(apart.isfinite(), apart + pair.normaliser_error, apart)))
+    log_s, log_t, apart = (torch.cat(parts).squeeze(-1) for parts in zip(*found, strict=True))
+    return log_s, log_t, apart
+
+
+def tail_gradient_rows(
+    logits: Tensor, transform: LogitTransform, temperature: float, *, shift: Tensor, weight: Tensor, dz: Tensor
+) -> None:
+    """See the package's docstring."""
+    for block in _blocks(logits, HERE):
+        y, scale = transformed(logits[block], transform, temperature), weight[block].unsqueeze(-1)
+        grad = (y - shift[block].unsqueeze(-1)).exp_().mul_(scale).masked_fill_(scale == 0.0, 0.0)
+        dz[block] = through_transform(grad, y, transform, temperature)
+
+
 def _blocks(logits: Tensor, across: Across) -> list[slice]:
     """A few rows at a time; all of them where each block would cost a round of collectives."""
     step = block_rows(logits) if across is HERE else max(1, logits.shape[0])
@@ -162,16 +151,11 @@ class _Out:
         self.stats = table.shape[0] > 1
 
 
-def _finish(
-    out: _Out,
-    token: _TokenLoss,
-    dead: Tensor,
-    divergence: Tensor,
-    grad: Tensor | None,
-    y_s: Tensor,
-    objective: Objective,
-) -> None:
-    """Token clip, infinities and dead rows; fills the table and dz."""
+def settle(table: Tensor, token: TokenLoss, dead: Tensor, objective: Objective) -> Tensor:
+    """Token clip, infinities and dead rows: fills the columns of the loss and of the clips; which rows keep a gradient.
+
+    A row whose loss is NaN is kept: it must stay visible.
+    """
     loss = torch.where(dead, 0.0, token.loss)
     kept = ~dead & (token.loss != math.inf)
     amount = token.clipped_amount
@@ -181,28 +165,12 @@ def _finish(
         kept &= ~over
         amount = amount + torch.where(over, token.loss - objective.token_clip, 0.0)
         loss = torch.where(over, objective.token_clip, loss)
-    out.table[Column.LOSS] = loss
-    if out.stats:
-        out.table[Column.DIVERGENCE] = divergence
-        out.table[Column.ENTRY_CLIPPED] = token.entry_clipped & ~dead
-        out.table[Column.CLIPPED_AMOUNT] = torch.where(dead, 0.0, amount)
-        out.table[Column.TOKEN_CLIPPED] = over
-    if out.dz is not None:
-        assert grad is not None
-        grad.masked_fill_(~kept.unsqueeze(-1), 0.0)  # a row whose loss is NaN is kept: it must stay visible
-        _write_gradient(out, grad, y_s, objective.student, objective.temperature)
-
-
-def _finish_support(out: _Out, support: _Support, whole: _Pair | None, y_s: Tensor, objective: Objective) -> _Pair:
-    """The loss on a support; its divergence statistic is that of the `whole` vocabulary where that is known."""
-    pair = _pair(support.student, support.teacher, support.gap)
-    token = _token_loss(pair, objective, out.dz is not None, HERE)
-    divergence = token.divergence.masked_fill(pair.dead, 0.0)
-    if whole is not None:
-        divergence = _token_loss(whole, objective, False, HERE).divergence.masked_fill_(whole.dead, 0.0)
-    grad = None if token.grad is None else support.spread(token.grad, y_s)
-    _finish(out, token, pair.dead, divergence, grad, y_s, objective)
-    return pair
+    table[Column.LOSS] = loss
+    if table.shape[0] > 1:
+        table[Column.ENTRY_CLIPPED] = token.entry_clipped & ~dead
+        table[Column.CLIPPED_AMOUNT] = torch.where(dead, 0.0, amount)
+        table[Column.TOKEN_CLIPPED] = over
+    return kept
 
 
 def transformed(raw: Tensor, transform: LogitTransform, temperature: float) -> Tensor:
@@ -215,15 +183,21 @@ def transformed(raw: Tensor, transform: LogitTransform, temperature: float) -> T
 
 
 def _write_gradient(out: _Out, grad: Tensor, y: Tensor, transform: LogitTransform, temperature: float) -> None:
-    """dz = grad (with respect to y, consumed) through temperature, cap and scale, times the row's weight."""
+    """dz = grad (with respect to y, consumed) through the transform, times the row's weight."""
     assert out.dz is not None
+    through_transform(grad, y, transform, temperature)
+    if out.row_scale is not None:
+        grad *= out.row_scale
+    out.dz.copy_(grad)
+
+
+def through_transform(grad: Tensor, y: Tensor, transform: LogitTransform, temperature: float) -> Tensor:
+    """The gradient with respect to the raw logits from that to y, in its place."""
     grad *= transform.logit_scale / temperature
     if transform.softcap is not None:
         tanh_squared = (y * (temperature / transform.softcap)).square_()
         grad *= tanh_squared.neg_().add_(1.0).masked_fill_(y == -math.inf, 0.0)
-    if out.row_scale is not None:
-        grad *= out.row_scale
-    out.dz.copy_(grad)
+    return grad
 
 
 def _log_normaliser(y: Tensor, across: Across) -> Tensor:
@@ -231,13 +205,7 @@ def _log_normaliser(y: Tensor, across: Across) -> Tensor:
     return across.log_sum_exp(torch.logsumexp(y, -1, keepdim=True))
 
 
-def _log_complement(logprobs: Tensor) -> Tensor:
-    """log(1 − Σ p), (n, k) → (n, 1), −inf where nothing is left; in float64, for 1 − Σ p has few digits."""
-    log_sum = torch.logsumexp(logprobs.double(), -1, keepdim=True).clamp_(max=0.0)
-    return torch.log(-torch.expm1(log_sum)).to(logprobs.dtype)
-
-
-def _entropy(y: Tensor, log_z: Tensor, across: Across) -> Tensor:
+def entropy_of(y: Tensor, log_z: Tensor, across: Across) -> Tensor:
     log_p = (y - log_z).masked_fill_((y == -math.inf) | (log_z == -math.inf), -math.inf)
     return -across.add(log_p.exp().mul_(log_p.masked_fill_(log_p == -math.inf, 0.0)).sum(-1))
 
@@ -254,19 +222,19 @@ def _log_prob(y: Tensor, log_z: Tensor, target: Tensor, across: Across) -> Tenso
 
 
 def _fill_distribution_stats(
-    table: Tensor, pair: _Pair, y_s: Tensor, y_t: Tensor, target: Tensor | None, across: Across
+    table: Tensor, pair: Pair, y_s: Tensor, y_t: Tensor, target: Tensor | None, across: Across
 ) -> None:
     for y, log_z, entropy, logprob in (
         (y_s, pair.log_z_s, Column.STUDENT_ENTROPY, Column.STUDENT_LOGPROB),
         (y_t, pair.log_z_t, Column.TEACHER_ENTROPY, Column.TEACHER_LOGPROB),
     ):
-        table[entropy] = _entropy(y, log_z, across)
+        table[entropy] = entropy_of(y, log_z, across)
         if target is not None:
             table[logprob] = _log_prob(y, log_z, target, across)
 
 
 @dataclass
-class _Pair:
+class Pair:
     """Two distributions over the same entries; all (n, entries)."""
 
     p_s: Tensor
@@ -307,7 +275,7 @@ def _gap(raw_s: Tensor, raw_t: Tensor, y_s: Tensor, y_t: Tensor, objective: Obje
     return torch.where(gap.isfinite(), gap, y_s - y_t)  # where a logit is infinite, so is the difference
 
 
-def _pair(y_s: Tensor, y_t: Tensor, gap: Tensor, across: Across = HERE) -> _Pair:
+def paired(y_s: Tensor, y_t: Tensor, gap: Tensor, across: Across = HERE) -> Pair:
     """`gap`: y_S − y_T, as accurately as the caller knows it."""
     log_z_s, log_z_t = _log_normaliser(y_s, across), _log_normaliser(y_t, across)
     # 0 in place of −inf makes every probability of a dead row exp(−inf) = 0
@@ -316,7 +284,7 @@ def _pair(y_s: Tensor, y_t: Tensor, gap: Tensor, across: Across = HERE) -> _Pair
     d = (gap - (base_s - base_t)).masked_fill_(no_s & no_t, 0.0)
     p_s, p_t = (y_s - base_s).exp_(), (y_t - base_t).exp_()
     r = torch.where(d <= 0, p_t, -p_s).mul_(d.abs().neg_().expm1_())
-    return _Pair(p_s, p_t, d, r, no_s, no_t, log_z_s, log_z_t)
+    return Pair(p_s, p_t, d, r, no_s, no_t, log_z_s, log_z_t)
 
 
 def _phi(x: Tensor) -> Tensor:
@@ -329,7 +297,7 @@ def _phi(x: Tensor) -> Tensor:
 
 
 @dataclass
-class _TokenLoss:
+class TokenLoss:
     divergence: Tensor  # (n,) before clips
     loss: Tensor  # (n,) after the entry clip
     clipped_amount: Tensor  # (n,)
@@ -337,7 +305,7 @@ class _TokenLoss:
     grad: Tensor | None  # (n, entries), with respect to the student's tempered logits
 
 
-def _token_loss(pair: _Pair, objective: Objective, want_grad: bool, across: Across) -> _TokenLoss:
+def token_loss(pair: Pair, objective: Objective, want_grad: bool, across: Across) -> TokenLoss:
     """Divergence, entry clip and gradient of each row; the caller zeroes the gradient of infinite losses."""
     beta, tau = objective.beta, objective.entry_clip
     near = pair.d.abs() < SERIES_BELOW
@@ -374,14 +342,14 @@ def _token_loss(pair: _Pair, objective: Objective, want_grad: bool, across: Acro
             loss = loss + tau * across.add(infinite.sum(-1, dtype=loss.dtype))
     if infinite is not None:
         unbounded = across.any(infinite.any(-1))
-        divergence = torch.where(unbounded, math.inf, divergence)
+        divergence = torch.where(unbounded, divergence + math.inf, divergence)  # NaN stays visible
         if tau is None:
             loss = divergence
         else:
             amount = torch.where(unbounded, math.inf, amount)
     entry_clipped = torch.zeros_like(loss, dtype=torch.bool) if over is None else across.any(over.any(-1))
     if not want_grad:
-        return _TokenLoss(divergence, loss, amount, entry_clipped, None)
+        return TokenLoss(divergence, loss, amount, entry_clipped, None)
 
     if beta == 0.0:  # g = p_S − M·p_T
         grad = pair.r if over is None else torch.where(over, pair.p_s, pair.r)
@@ -391,7 +359,7 @@ def _token_loss(pair: _Pair, objective: Objective, want_grad: bool, across: Acro
         if over is not None:  # the constant of the reverse KL's gradient, 1, cancels but for the clipped entries
             direction.masked_fill_(over, -1.0 if beta == 1.0 else 0.0)
         grad = direction.mul_(pair.p_s)
-    return _TokenLoss(divergence, loss, amount, entry_clipped, grad - pair.p_s * across.add(grad.sum(-1, keepdim=True)))
+    return TokenLoss(divergence, loss, amount, entry_clipped, grad - pair.p_s * across.add(grad.sum(-1, keepdim=True)))
 
 
 def _log_mixture(d: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -404,42 +372,3 @@ def _log_mixture(d: Tensor, beta: float) -> tuple[Tensor, Tensor]:
         ((1 - beta) * down).log1p_().clamp_(min=math.log(beta)),
     )
     return torch.where(d > 0, towards, towards - d), torch.where(d > 0, towards + d, towards)
-
-
-@dataclass
-class _Support:
-    """Tempered logits on the top-k support, (n, k) or with the tail (n, k + 1)."""
-
-    student: Tensor
-    teacher: Tensor
-    gap: Tensor
-    chosen: Tensor  # (n, k) int64
-    tail: bool
-
-    def spread(self, grad: Tensor, y_s: Tensor) -> Tensor:
-        """The gradient over the vocabulary (n, V): the tail's is shared among its tokens by their probability in it."""
-        if not self.tail:
-            return torch.zeros_like(y_s).scatter_(-1, self.chosen, grad)
-        tail = self.student[:, -1:]
-        full = (y_s - tail.masked_fill(tail == -math.inf, 0.0)).exp_().mul_(grad[:, -1:])
-        return full.scatter_(-1, self.chosen, grad[:, :-1])
-
-
-def _support(y_s: Tensor, y_t: Tensor, gap: Tensor, objective: Objective) -> _Support:
-    assert objective.top_k is not None
-    chosen = (y_t if objective.top_k_from == "teacher" else y_s).topk(objective.top_k, dim=-1).indices
-    student, teacher, known_gap = (values.gather(-1, chosen) for values in (y_s, y_t, gap))
-    if not objective.tail_bucket:
-        return _Support(student, teacher, known_gap, chosen, False)
-    rest_s, rest_t = y_s.scatter(-1, chosen, -math.inf), y_t.scatter(-1, chosen, -math.inf)
-    tail_s, tail_t = torch.logsumexp(rest_s, -1, keepdim=True), torch.logsumexp(rest_t, -1, keepdim=True)
-    # two log-sum-exps that differ by less than their rounding: measure the difference entry by entry
-    correction = _pair(rest_s, rest_t, gap.scatter(-1, chosen, 0.0)).normaliser_error
-    correction = correction.masked_fill(~(tail_s.isfinite() & tail_t.isfinite()), 0.0)
-    return _Support(
-        torch.cat([student, tail_s], -1),
-        torch.cat([teacher, tail_t], -1),
-        torch.cat([known_gap, tail_s - tail_t + correction], -1),
-        chosen,
-        True,
-    )

@@ -20,6 +20,7 @@ Lanes: sweeps accumulate in vectors of one tile and reduce once at the end, whic
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -116,6 +117,18 @@ def _load(pointer, start, end, BLOCK: tl.constexpr, MASKED: tl.constexpr):
 
 
 @_jit()
+def _load_both(student, teacher, absent, start, end, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """A tile of both rows. `absent`: None, or a row of bits; a column whose bit is set counts as −inf, too."""
+    x_s, x_t = _load(student, start, end, BLOCK, MASKED), _load(teacher, start, end, BLOCK, MASKED)
+    if absent is not None:
+        columns = start + tl.arange(0, BLOCK)
+        word = tl.load(absent + columns // 32, mask=columns < end, other=0)
+        out = ((word >> (columns % 32)) & 1) != 0
+        x_s, x_t = tl.where(out, NEG_INF, x_s), tl.where(out, NEG_INF, x_t)
+    return x_s, x_t
+
+
+@_jit()
 def _store(pointer, start, end, value, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     columns = start + tl.arange(0, BLOCK)
     if MASKED:
@@ -162,11 +175,11 @@ def _pair(x_s, x_t, offset, transform, LINK: tl.constexpr, CAP_S: tl.constexpr, 
 
 @_jit()
 def _row_offset(
-    student, teacher, columns, transform,
+    student, teacher, absent, columns, transform,
     LINK: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The mean gap over the row's first tile, by the teacher's weights, in u. Any finite value is correct."""
-    x_s, x_t = _load(student, 0, columns, BLOCK, True), _load(teacher, 0, columns, BLOCK, True)
+    x_s, x_t = _load_both(student, teacher, absent, 0, columns, BLOCK, True)
     u_s, u_t, gap, _ = _pair(x_s, x_t, 0.0, transform, LINK, CAP_S, CAP_T)
     both = (u_s != NEG_INF) & (u_t != NEG_INF)
     top = tl.max(tl.where(both, u_t, LOWEST), 0)
@@ -184,12 +197,12 @@ def _grown(u, m, bits):
 
 @_jit()
 def _normaliser_tile(
-    m, s_s, s_t, df, drift, student, teacher, start, end, offset, transform,
+    m, s_s, s_t, df, drift, student, teacher, absent, start, end, offset, transform,
     KIND: tl.constexpr, LINK: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr,
     BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile to Σw_S, Σw_T, Σ(w_S − w_T) and (reverse KL) Σw_S·gap; w = e^(u − m), m the larger maximum."""
-    x_s, x_t = _load(student, start, end, BLOCK, MASKED), _load(teacher, start, end, BLOCK, MASKED)
+    x_s, x_t = _load_both(student, teacher, absent, start, end, BLOCK, MASKED)
     u_s, u_t, gap, _ = _pair(x_s, x_t, offset, transform, LINK, CAP_S, CAP_T)
     likelier = gap > 0.0
     high = tl.where(likelier, u_s, u_t)
@@ -209,11 +222,11 @@ def _normaliser_tile(
 
 @_jit()
 def _apart_tile(
-    m_s, s_s, m_t, s_t, drift, student, teacher, start, end, offset, transform,
+    m_s, s_s, m_t, s_t, drift, student, teacher, absent, start, end, offset, transform,
     LINK: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The same with a maximum for each model, for rows whose two levels are too far apart to share one."""
-    x_s, x_t = _load(student, start, end, BLOCK, True), _load(teacher, start, end, BLOCK, True)
+    x_s, x_t = _load_both(student, teacher, absent, start, end, BLOCK, True)
     u_s, u_t, gap, _ = _pair(x_s, x_t, offset, transform, LINK, CAP_S, CAP_T)
     above_s, ratio_s = _grown(u_s, m_s, transform[5])
     above_t, ratio_t = _grown(u_t, m_t, transform[5])
@@ -226,7 +239,7 @@ def _apart_tile(
 
 @_jit()
 def _normalisers(
-    student, teacher, begin, end, offset, transform,
+    student, teacher, absent, begin, end, offset, transform,
     KIND: tl.constexpr, LINK: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sweep 1 over columns [begin, end): m_S, Σw_S, m_T, Σw_T, m, Σ(w_S − w_T) at m, Σw_S·gap at m_S; all scalars."""
@@ -236,13 +249,13 @@ def _normalisers(
     start = begin
     while start + BLOCK <= end:
         m, s_s, s_t, df, drift = _normaliser_tile(
-            m, s_s, s_t, df, drift, student, teacher, start, end, offset, transform,
+            m, s_s, s_t, df, drift, student, teacher, absent, start, end, offset, transform,
             KIND, LINK, CAP_S, CAP_T, BLOCK, False,
         )  # fmt: skip
         start += BLOCK
     if start < end:
         m, s_s, s_t, df, drift = _normaliser_tile(
-            m, s_s, s_t, df, drift, student, teacher, start, end, offset, transform,
+            m, s_s, s_t, df, drift, student, teacher, absent, start, end, offset, transform,
             KIND, LINK, CAP_S, CAP_T, BLOCK, True,
         )  # fmt: skip
     top = tl.max(m, 0)
@@ -255,8 +268,9 @@ def _normalisers(
         start = begin
         while start < end:
             m_s, s_s, m_t, s_t, drift = _apart_tile(
-                m_s, s_s, m_t, s_t, drift, student, teacher, start, end, offset, transform, LINK, CAP_S, CAP_T, BLOCK
-            )
+                m_s, s_s, m_t, s_t, drift, student, teacher, absent, start, end, offset, transform,
+                LINK, CAP_S, CAP_T, BLOCK,
+            )  # fmt: skip
             start += BLOCK
         top_s, top_t = tl.max(m_s, 0), tl.max(m_t, 0)
         keep = tl.exp2((m_s - top_s) * bits)
@@ -451,9 +465,9 @@ def divergence_kernel(
     student += row * student_stride
     teacher += row * teacher_stride
     table += row * token_stride
-    offset = _row_offset(student, teacher, columns, transform, LINK, CAP_S, CAP_T, BLOCK)
+    offset = _row_offset(student, teacher, None, columns, transform, LINK, CAP_S, CAP_T, BLOCK)
     top_s, sum_s, top_t, sum_t, top, sum_df, drift = _normalisers(
-        student, teacher, 0, columns, offset, transform, KIND, LINK, CAP_S, CAP_T, BLOCK
+        student, teacher, None, 0, columns, offset, transform, KIND, LINK, CAP_S, CAP_T, BLOCK
     )
     norms, live = _settled(top_s, sum_s, top_t, sum_t, top, sum_df, transform)
     if targets is not None:  # before dz may take the student's place
@@ -526,17 +540,22 @@ def _joined(scratch, row, splits, transform, ITEMS: tl.constexpr, MAX: tl.conste
 
 @_jit("columns", "tiles", "splits")
 def split_normalisers_kernel(
-    student, teacher, sweep, columns, tiles, splits, student_stride, teacher_stride, transform,
+    student, teacher, absent, sweep, columns, tiles, splits, student_stride, teacher_stride, transform,
     LINK: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, ITEMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sweep 1 of columns [i·tiles·BLOCK, (i + 1)·tiles·BLOCK) of a row into `sweep`, (n, splits, ITEMS)."""
+    """Sweep 1 of columns [i·tiles·BLOCK, (i + 1)·tiles·BLOCK) of a row into `sweep`, (n, splits, ITEMS).
+
+    `absent`: None, or a bit for each column, dense, set where it takes no part.
+    """
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     student += row * student_stride
     teacher += row * teacher_stride
-    offset = _row_offset(student, teacher, columns, transform, LINK, CAP_S, CAP_T, BLOCK)
+    if absent is not None:
+        absent += row * tl.cdiv(columns, 32)
+    offset = _row_offset(student, teacher, absent, columns, transform, LINK, CAP_S, CAP_T, BLOCK)
     begin = part * tiles * BLOCK
     top_s, sum_s, top_t, sum_t, top, sum_df, _ = _normalisers(
-        student, teacher, begin, tl.minimum(begin + tiles * BLOCK, columns), offset, transform,
+        student, teacher, absent, begin, tl.minimum(begin + tiles * BLOCK, columns), offset, transform,
         JSD, LINK, CAP_S, CAP_T, BLOCK,
     )  # fmt: skip
     sweep += (row * splits + part) * ITEMS
@@ -614,6 +633,56 @@ def split_gradient_kernel(
             student, teacher, dz, begin, tl.minimum(begin + tiles * BLOCK, columns), offset, transform, norms, clips,
             sum_g, weight, kept, KIND, CLIP, STATS, False, False, LINK, CAP_S, CAP_T, BLOCK,
         )  # fmt: skip
+
+
+# Outside of a support: sweep 1 above, and these.
+
+
+@_jit("splits")
+def outside_kernel(sweep, log_sums, splits, transform, ITEMS: tl.constexpr, MAX: tl.constexpr):
+    """log Z_S, log Z_T and their difference, in two parts, from `sweep` into `log_sums`, (n, 4); −inf: no mass."""
+    row = tl.program_id(0).to(tl.int64)
+    norms, _, offset = _joined(sweep, row, splits, transform, ITEMS, MAX)
+    m_s, l_s, m_t, l_t, drift = norms
+    nats = transform[4]
+    no_s = tl.sum(_partial(sweep, row, splits, 1, ITEMS, MAX), 0) == 0.0
+    no_t = tl.sum(_partial(sweep, row, splits, 3, ITEMS, MAX), 0) == 0.0
+    log_s = tl.where(no_s, NEG_INF, (m_s + offset) * nats + l_s * LN2)
+    log_t = tl.where(no_t, NEG_INF, m_t * nats + l_t * LN2)
+    log_sums += row * 4
+    tl.store(log_sums, log_s)
+    tl.store(log_sums + 1, log_t)
+    tl.store(log_sums + 2, tl.where(no_s | no_t, log_s - log_t, drift))
+    tl.store(log_sums + 3, offset * nats)
+
+
+@_jit()
+def _tail_gradient_tile(
+    logits, dz, start, end, shift, weight, inner, outer, CAP: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr
+):
+    y, _, slope = _own(_load(logits, start, end, BLOCK, MASKED), inner, outer, CAP)
+    value = tl.exp2((y - shift) * LOG2E) * slope * weight
+    _store(dz, start, end, tl.where(weight == 0.0, 0.0, value), BLOCK, MASKED)
+
+
+@_jit("columns", "tiles")
+def tail_gradient_kernel(
+    logits, dz, shifts, weights, columns, tiles, stride, dz_stride, transform, grad_factor,
+    CAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dz = weight·exp(y − shift)·dy/dlogits over columns [i·tiles·BLOCK, (i + 1)·tiles·BLOCK) of a row."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    logits += row * stride
+    dz += row * dz_stride
+    shift, weight = tl.load(shifts + row), tl.load(weights + row) * grad_factor
+    inner, outer = transform
+    start = part * tiles * BLOCK
+    end = tl.minimum(start + tiles * BLOCK, columns)
+    while start + BLOCK <= end:
+        _tail_gradient_tile(logits, dz, start, end, shift, weight, inner, outer, CAP, BLOCK, False)
+        start += BLOCK
+    if start < end:
+        _tail_gradient_tile(logits, dz, start, end, shift, weight, inner, outer, CAP, BLOCK, True)
 
 
 # One model alone.
@@ -708,6 +777,11 @@ class Configuration:
     warps: int
     splits: int = 1
 
+    def parts(self, columns: int) -> tuple[int, int]:
+        """Tiles of each program of a row, and how many programs have any."""
+        tiles = math.ceil(math.ceil(columns / self.block) / self.splits)
+        return tiles, math.ceil(columns / (tiles * self.block))
+
 
 # A tile gives every thread at least 4 float32: no element is loaded by two threads, which dz in the student's place
 # relies on, and 4 is what one load instruction carries.
@@ -758,18 +832,21 @@ class Compilation:
     options: dict[str, int]  # num_warps and the like
 
 
-_POINTERS = dict.fromkeys(("student", "teacher", "logits", "table", "row_scale", "sweep", "sums"), "*fp32")
+_POINTERS = dict.fromkeys(
+    ("student", "teacher", "logits", "table", "row_scale", "sweep", "sums", "log_sums", "shifts", "weights"), "*fp32"
+)
 _TYPES: dict[str, Any] = {
     **_POINTERS,
     "dz": "*bf16",
     "targets": "*i64",
+    "absent": "*i32",
     **dict.fromkeys(("columns", "tiles", "splits", "stride"), "i32"),
     **{f"{name}_stride": "i32" for name in ("student", "teacher", "dz", "table", "token")},
     "transform": ("fp32",) * 6,
     "clips": ("fp32",) * 5,
     "grad_factor": "fp32",
 }
-_ALIGNED = (*_POINTERS, "dz", "targets", "stride", "student_stride", "teacher_stride", "dz_stride")
+_ALIGNED = (*_POINTERS, "dz", "targets", "absent", "stride", "student_stride", "teacher_stride", "dz_stride")
 
 
 def _compilation(name: str, kernel: Any, plan: Configuration, constants: dict[str, Any], **types: Any) -> Compilation:
@@ -811,9 +888,13 @@ def compilations() -> list[Compilation]:
         _compilation("jsd, no gradient", divergence_kernel, WIDE, constants(plain), dz=None, row_scale=None),
         _compilation("jsd, one cap, clipped", divergence_kernel, WIDE, constants(same_cap)),
         _compilation("jsd, two caps, clipped", divergence_kernel, WIDE, constants(capped)),
-        _compilation("split: normalisers", split_normalisers_kernel, WIDE, constants(plain)),
+        _compilation("split: normalisers", split_normalisers_kernel, WIDE, {**constants(plain), "absent": None}),
         _compilation("split: sums", split_sums_kernel, WIDE, constants(same_cap)),
         _compilation("split: gradient", split_gradient_kernel, WIDE, constants(same_cap)),
+        _compilation("outside of a support", split_normalisers_kernel, WIDE, constants(capped)),
+        _compilation("outside of a support, joined", outside_kernel, Configuration(0, 1), {}),
+        _compilation("a tail's gradient", tail_gradient_kernel, WIDE, {"CAP": False}, transform=("fp32",) * 2),
+        _compilation("a tail's gradient, capped", tail_gradient_kernel, WIDE, {"CAP": True}, transform=("fp32",) * 2),
         _compilation("log-probability", logprob_kernel, WIDE, {"ENTROPY": True, "CAP": True}, transform=("fp32",) * 3),
     ]
 
@@ -826,6 +907,11 @@ class _Meaning:
     clips: tuple[float, float, float, float, float]
     grad_factor: float
     constants: dict[str, int]
+
+    @property
+    def links(self) -> dict[str, int]:
+        """Those of the constants that tell how a pair of logits is read."""
+        return {name: self.constants[name] for name in ("LINK", "CAP_S", "CAP_T")}
 
     @classmethod
     def of(cls, objective: Objective, *, stats: bool) -> _Meaning:
@@ -879,13 +965,9 @@ def divergence_rows(
 ) -> None:
     """See the package's docstring; float32 or bfloat16 logits, a float32 table.
 
-    A top-k support goes to the torch backend. dz may be `student` itself only in the logits' own dtype.
+    dz may be `student` itself only in the logits' own dtype.
     """
-    if objective.top_k is not None:
-        torch_backend.divergence_rows(
-            student, teacher, objective, targets=targets, table=table, dz=dz, row_scale=row_scale
-        )
-        return
+    assert objective.top_k is None
     tokens, vocab = student.shape
     _check_logits("student", student)
     _check_logits("teacher", teacher)
@@ -909,15 +991,14 @@ def divergence_rows(
                 **meaning.constants, BLOCK=plan.block, num_warps=plan.warps, **_limits(plan, meaning.constants),
             )  # fmt: skip
             return
-        tiles = math.ceil(math.ceil(vocab / plan.block) / plan.splits)
-        splits = math.ceil(vocab / (tiles * plan.block))
+        tiles, splits = plan.parts(vocab)
         sweep = student.new_empty(tokens, splits, SWEEP_PARTIALS, dtype=torch.float32)
         sums = student.new_empty(tokens, splits, SUM_PARTIALS, dtype=torch.float32)
-        links = {name: meaning.constants[name] for name in ("LINK", "CAP_S", "CAP_T")}
+        links = meaning.links
         last = {"SUM_ITEMS": SUM_PARTIALS, "MAX": MAX_SPLITS}
         layout = {"ITEMS": SWEEP_PARTIALS, "BLOCK": plan.block, "num_warps": plan.warps}
         split_normalisers_kernel[(tokens, splits)](
-            student, teacher, sweep, vocab, tiles, splits, *strides, meaning.transform, **links, **layout
+            student, teacher, None, sweep, vocab, tiles, splits, *strides, meaning.transform, **links, **layout
         )
         split_sums_kernel[(tokens, splits)](
             student, teacher, table, targets, sweep, sums, vocab, tiles, splits, *strides, *table_strides,
@@ -974,6 +1055,64 @@ def top_k_rows(logits: Tensor, k: int, transform: LogitTransform, temperature: f
     dead = likeliest == -math.inf
     logprobs = torch.where(dead, -math.inf, y - likeliest + logprob)
     return logprobs, ids, torch.where(dead, -math.inf, likeliest - logprob).squeeze(-1)
+
+
+def top_k_ids(logits: Tensor, k: int) -> Tensor:
+    """See the package's docstring."""
+    return logits.topk(k, dim=-1).indices
+
+
+def outside_rows(
+    student: Tensor, teacher: Tensor | None, ids: Tensor, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See the package's docstring."""
+    if teacher is None:  # its second read of each tile comes from the cache
+        teacher, objective = student, dataclasses.replace(objective, teacher=objective.student)
+    _check_logits("student", student)
+    _check_logits("teacher", teacher)
+    tokens, vocab = student.shape
+    log_sums = student.new_empty(tokens, 4, dtype=torch.float32)
+    if tokens:
+        student, teacher = _row_major(student), _row_major(teacher)
+        meaning, plan = _Meaning.of(objective, stats=False), configuration(tokens, vocab, student.device)
+        tiles, splits = plan.parts(vocab)
+        sweep = student.new_empty(tokens, splits, SWEEP_PARTIALS, dtype=torch.float32)
+        with _on(student.device):
+            split_normalisers_kernel[(tokens, splits)](
+                student, teacher, _bits(ids, vocab), sweep, vocab, tiles, splits, student.stride(0), teacher.stride(0),
+                meaning.transform, **meaning.links, ITEMS=SWEEP_PARTIALS, BLOCK=plan.block, num_warps=plan.warps,
+            )  # fmt: skip
+            outside_kernel[(tokens,)](
+                sweep, log_sums, splits, meaning.transform, ITEMS=SWEEP_PARTIALS, MAX=MAX_SPLITS, num_warps=1
+            )
+    log_s, log_t, drift, offset = log_sums.unbind(1)
+    return log_s, log_t, drift.double() + offset.double()
+
+
+def tail_gradient_rows(
+    logits: Tensor, transform: LogitTransform, temperature: float, *, shift: Tensor, weight: Tensor, dz: Tensor
+) -> None:
+    """See the package's docstring."""
+    _check_logits("logits", logits)
+    _check_dz(dz, logits, may_alias=logits)
+    tokens, vocab = logits.shape
+    if tokens == 0:
+        return
+    logits = _row_major(logits)
+    plan = configuration(tokens, vocab, logits.device)
+    tiles, splits = plan.parts(vocab)
+    with _on(logits.device):
+        tail_gradient_kernel[(tokens, splits)](
+            logits, dz, _vector(shift), _vector(weight), vocab, tiles, logits.stride(0), dz.stride(0),
+            _inner_outer(transform, temperature), transform.logit_scale / temperature,
+            CAP=transform.softcap is not None, BLOCK=plan.block, num_warps=plan.warps,
+        )  # fmt: skip
+
+
+def _bits(ids: Tensor, vocab: int) -> Tensor:
+    """(n, ⌈V / 32⌉) int32 with the bits set of the columns `ids` (n, k), no id twice in a row."""
+    bits = torch.ones_like(ids, dtype=torch.int32) << (ids % 32).int()
+    return bits.new_zeros(ids.shape[0], math.ceil(vocab / 32)).scatter_add_(-1, ids // 32, bits)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

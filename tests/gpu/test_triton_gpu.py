@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
+from opsd_kernels import backends
 from opsd_kernels.objective import LogitTransform, Objective
 from opsd_kernels.rows import Column, torch_backend, triton_backend
 
@@ -25,6 +27,9 @@ OPTIONS = [
     {"token_clip": 0.5},
     {"softcap": 30.0, "entry_clip": 0.002},
     {"logit_scale": 1.2, "teacher_logit_scale": 0.9},
+    {"top_k": 64},
+    {"top_k": 64, "tail_bucket": True, "entry_clip": 0.01},
+    {"top_k": 64, "tail_bucket": True, "top_k_from": "student", "softcap": 30.0},
 ]
 
 
@@ -39,16 +44,17 @@ def expected(student: Tensor, teacher: Tensor, objective: Objective, targets: Te
     """All columns of the table and dz, float64."""
     table = torch.zeros(len(Column), student.shape[0], dtype=torch.float64, device="cuda")
     dz = torch.empty_like(student, dtype=torch.float64)
-    torch_backend.divergence_rows(
-        student.double(), teacher.double(), objective, targets=targets, table=table, dz=dz, row_scale=None
-    )
+    z_s, z_t = student.double(), teacher.double()
+    backends.divergence_rows(torch_backend, z_s, z_t, objective, targets=targets, table=table, dz=dz, row_scale=None)
     return table, dz
 
 
 def run(student: Tensor, teacher: Tensor, objective: Objective, targets: Tensor, dz: Tensor | None = None):
     table = torch.full((len(Column), student.shape[0]), math.nan, device="cuda")
     dz = torch.full_like(student, math.nan) if dz is None else dz
-    triton_backend.divergence_rows(student, teacher, objective, targets=targets, table=table, dz=dz, row_scale=None)
+    backends.divergence_rows(
+        triton_backend, student, teacher, objective, targets=targets, table=table, dz=dz, row_scale=None
+    )
     return table, dz
 
 
@@ -60,10 +66,11 @@ def rms(errors: Tensor) -> float:
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("vocab", VOCABULARIES)
 def test_accuracy(vocab: int, beta: float, gap: float) -> None:
-    for tokens in (32, 300):  # split rows, and a program per row
+    # split rows, and a program per row
+    for tokens, support in itertools.product((32, 300), ({}, {"top_k": 64}, {"top_k": 64, "tail_bucket": True})):
         student, teacher = logits(tokens, vocab, gap)
         targets = torch.arange(tokens, device="cuda") * 97
-        objective = Objective.checked(beta=beta)
+        objective = Objective.checked(beta=beta, **support)
         want, want_dz = expected(student, teacher, objective, targets)
         table, dz = run(student, teacher, objective, targets)
         assert rms((dz - want_dz).norm(dim=-1) / want_dz.norm(dim=-1)) <= 1e-5
@@ -97,7 +104,7 @@ def test_dz_buffers(beta: float, vocab: int, tokens: int) -> None:
     """The same bits in the student's place, run after run, and rounded alike in narrower types."""
     student, teacher = logits(tokens, vocab, 0.5)
     targets = torch.zeros(tokens, dtype=torch.int64, device="cuda")
-    for options in ({}, {"token_clip": 0.05}):
+    for options in ({}, {"token_clip": 0.05}, {"top_k": 64, "tail_bucket": True}):
         objective = Objective.checked(beta=beta, **options)
         want, want_dz = run(student, teacher, objective, targets)
         for _ in range(5):

@@ -36,7 +36,9 @@ def run(
     "options",
     [
         {"beta": 0.0}, {"beta": 1.0, "entry_clip": 0.05}, {"reduction": "none"}, {"return_stats": True, "softcap": 9.0},
-        {"top_k": 8, "tail_bucket": True, "return_stats": True}, {"dtype": torch.bfloat16, "entry_clip": 0.05},
+        {"top_k": 8, "tail_bucket": True, "return_stats": True},
+        {"top_k": 600, "tail_bucket": True, "backend": "torch"}, {"top_k": 600, "entry_clip": 0.05},
+        {"dtype": torch.bfloat16, "entry_clip": 0.05}, {"dtype": torch.bfloat16, "top_k": 8, "tail_bucket": True},
         {"gradient_filter": 1e-30, "return_stats": True}, {"gradient_filter": 1e-5, "dtype": torch.bfloat16},
     ],
     ids=str,
@@ -65,6 +67,24 @@ def test_the_memory_of_native_products_is_within_the_budget(monkeypatch, trainab
     scratch = [size for size in allocations(step) if 1 << 19 < size <= native.GEMM_SCRATCH_BYTES]
     assert scratch, "no product took memory of its own: these were torch's"
     assert peak(allocations(step)) <= budget + (2 * v * h * 4 if trainable else 0) + 2 * n * h * 4 + 64 * n
+
+
+@pytest.mark.parametrize("k", [8, 600])
+def test_nor_with_a_cached_teacher(k):
+    student, teacher, weight = problem(N, H, V, dtype=torch.float32)
+    logprobs, ids, _ = opsd_kernels.top_k_logprobs(teacher, weight, k)
+    x = leaf(student)
+
+    def step():
+        loss, _ = opsd_kernels.jsd_loss_from_top_k(
+            x, weight, ids, logprobs, workspace_bytes=BUDGET, return_stats=True, target_ids=ids[:, 0]
+        )
+        loss.backward()
+        x.grad = None
+
+    sizes = allocations(step)
+    assert max(sizes) < N * V * 2
+    assert peak(sizes) <= BUDGET + 2 * N * H * 4 + 64 * N
 
 
 def test_the_recorder_sees_dense_logits():

@@ -12,8 +12,8 @@ import torch
 from _helpers import check_product, close_divergence, close_pair, operands, relative, row_rms
 from torch import Tensor
 
+from opsd_kernels import backends, reference
 from opsd_kernels import native as library
-from opsd_kernels import reference
 from opsd_kernels.objective import LogitTransform, Objective
 from opsd_kernels.rows import Column, LogprobColumn, native_backend, torch_backend
 
@@ -392,26 +392,30 @@ def test_equally_likely_tokens_come_by_their_ids():
 def test_what_it_does_not_serve_goes_to_the_torch_backend():
     student, teacher = logits(4, 64)
     cpu = torch.device("cpu")
-    top_k = Objective.checked(top_k=5, tail_bucket=True)
-    assert native_backend.supports(torch.float32, cpu, Objective.checked())
     assert native_backend.supports(torch.float32, cpu)
-    assert not native_backend.supports(torch.float32, cpu, top_k)
     assert not native_backend.supports(torch.float64, cpu)
     assert not native_backend.supports(torch.float32, torch.device("cuda"))
-    for objective, pair in ((top_k, (student, teacher)), (Objective.checked(), (student.double(), teacher.double()))):
-        dtype = pair[0].dtype
-        tables = [poisoned(1, 4, dtype=dtype) for _ in range(2)]
-        dzs = [poisoned(4, 64, dtype=dtype) for _ in range(2)]
+    transposed = student.t().contiguous().t()  # columns far apart
+    top_k = Objective.checked(top_k=5, tail_bucket=True, temperature=1.1)
+    for objective, x in itertools.product((Objective.checked(), top_k), (transposed, student.double())):
+        tables = [poisoned(1, 4, dtype=x.dtype) for _ in range(2)]
+        dzs = [poisoned(4, 64, dtype=x.dtype) for _ in range(2)]
         for backend, table, dz in zip((native_backend, torch_backend), tables, dzs, strict=True):
-            backend.divergence_rows(*pair, objective, targets=None, table=table, dz=dz, row_scale=None)
+            backends.divergence_rows(
+                backend, x, teacher.to(x.dtype), objective, targets=None, table=table, dz=dz, row_scale=None
+            )
         assert torch.equal(*tables)
         assert torch.equal(*dzs)
-    transposed = student.t().contiguous().t()  # columns far apart
     for x in (transposed, student.double()):
         results = [b.top_k_rows(x, 3, LogitTransform(), 1.0) for b in (native_backend, torch_backend)]
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    with pytest.raises(ValueError, match="k must be in"):
-        native_backend.top_k_rows(student, 65, LogitTransform(), 1.0)
+        assert torch.equal(native_backend.top_k_ids(x, 3), results[0][1])
+    for choose in (
+        lambda k: native_backend.top_k_rows(student, k, LogitTransform(), 1.0),
+        lambda k: native_backend.top_k_ids(student, k),
+    ):
+        with pytest.raises(ValueError, match="k must be in"):
+            choose(65)
     apart, dense = (native(s, teacher, Objective.checked(), columns=1)[0] for s in (transposed, student))
     torch.testing.assert_close(apart, dense, rtol=1e-5, atol=1e-8)
 
@@ -425,6 +429,13 @@ def test_nothing_out_of_bounds_reaches_the_library():
         native(student, teacher, Objective.checked(), targets=torch.tensor([0, -100, 1]))
     with pytest.raises(ValueError, match="row_scale"):
         native(student, teacher, Objective.checked(), row_scale=torch.ones(2))
+    for ids in (torch.tensor([[3], [20], [1]]), torch.tensor([[3], [-1], [1]]), torch.tensor([[3]])):
+        with pytest.raises(IndexError, match="support ids"):
+            native_backend.outside_rows(student, teacher, ids, Objective.checked())
+    with pytest.raises(ValueError, match="weight"):
+        native_backend.tail_gradient_rows(
+            student, LogitTransform(), 1.0, shift=torch.ones(3), weight=torch.ones(2), dz=teacher
+        )
     with pytest.raises(ValueError, match="shape"):
         native(student, teacher[:2], Objective.checked())
 
@@ -452,6 +463,16 @@ def test_other_instruction_sets_give_the_same(tmp_path, monkeypatch, target, lan
             check(student, teacher, Objective.checked(beta=beta, **options), tolerance=1e-5)
     for a, b in operands(70, 90, 530):
         check_product(a, b)
+    assert torch.equal(native_backend.top_k_ids(teacher, 40), teacher.topk(40).indices)
+    objective = Objective.checked(top_k=40, tail_bucket=True, softcap=8.0)
+    table, dz = poisoned(1, 3), poisoned(3, 501)
+    backends.divergence_rows(
+        native_backend, student, teacher, objective, targets=None, table=table, dz=dz, row_scale=None
+    )
+    wide = student.double().requires_grad_()
+    loss = reference.divergence(wide, teacher.double(), objective)
+    torch.testing.assert_close(table[0].double(), loss.detach(), rtol=1e-5, atol=1e-6)
+    assert relative(dz, torch.autograd.grad(loss.sum(), wide)[0]) < 1e-5
 
 
 SCALAR = """

@@ -17,7 +17,7 @@ import torch
 from _helpers import close_divergence, close_pair
 from torch import Tensor
 
-from opsd_kernels import reference
+from opsd_kernels import backends, reference
 from opsd_kernels.objective import LogitTransform, Objective
 from opsd_kernels.rows import Column, torch_backend, triton_backend
 
@@ -29,13 +29,14 @@ inner = pytest.mark.skipif(not INTERPRETED, reason="runs in the process with TRI
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 GROUPS = ("options", "accuracy", "not options and not accuracy")
+RUNS = [*((group, "test_triton.py") for group in GROUPS), ("triton", "test_support.py")]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
-@pytest.mark.parametrize("group", GROUPS)
-def test_under_the_interpreter(group: str) -> None:
-    root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", group, str(Path(__file__))]
+@pytest.mark.parametrize(("group", "file"), RUNS)
+def test_under_the_interpreter(group: str, file: str) -> None:
+    root, path = Path(__file__).resolve().parents[2], str(Path(__file__).with_name(file))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", group, path]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
     run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
@@ -79,7 +80,9 @@ def run(
     buffer = None if dz_dtype is None else torch.full((tokens + 1, vocab + 3), math.nan, dtype=dz_dtype)
     before = student.clone(), teacher.clone()
     table, dz = tables[:, 1:-1], None if buffer is None else buffer[:tokens, :vocab]
-    triton_backend.divergence_rows(student, teacher, objective, targets=targets, table=table, dz=dz, row_scale=scale)
+    backends.divergence_rows(
+        triton_backend, student, teacher, objective, targets=targets, table=table, dz=dz, row_scale=scale
+    )
     assert tables[:, [0, -1]].isnan().all()
     if buffer is not None:
         assert buffer[:, vocab:].isnan().all()
@@ -359,14 +362,27 @@ def test_refusals() -> None:
 
 
 @inner
-def test_top_k_is_the_torch_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    layout(monkeypatch, block=128)
-    student, teacher = logits(3, 501)
-    objective = Objective.checked(top_k=8, tail_bucket=True)
-    loss, want = expected(student, teacher, objective, None)
-    table, dz = run(student, teacher, objective)
-    torch.testing.assert_close(table[0].double(), loss, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(dz.double(), want, rtol=1e-3, atol=1e-6)
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("tail", [False, True])
+def test_supports(tail: bool, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where rows are split, too; the rest is in test_support.py."""
+    layout(monkeypatch, splits, block=128)
+    for pair in (logits(3, 501), masked(501), logits(3, 501, gap=1e-3)):
+        for options in ({}, {"softcap": 15.0}, {"logit_scale": 1.2, "teacher_logit_scale": 0.9}):
+            objective = Objective.checked(beta=0.4, top_k=140, tail_bucket=tail, **options)
+            loss, want = expected(*pair, objective, None)
+            table, dz = run(*pair, objective)
+            torch.testing.assert_close(table[0].double(), loss, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(dz.double(), want, rtol=1e-4, atol=3e-6 * want.abs().max().item())
+
+
+@inner
+def test_bits() -> None:
+    ids = torch.tensor([[0, 31, 32, 95, 99], [1, 2, 3, 63, 64]])
+    bits = triton_backend._bits(ids, 100)
+    assert bits.shape == (2, 4)
+    for row, chosen in zip(bits, ids.tolist(), strict=True):
+        assert [i for i in range(128) if int(row[i // 32]) >> (i % 32) & 1] == chosen
 
 
 @inner
