@@ -26,6 +26,7 @@ constexpr int MR = 4;
 #endif
 constexpr int NV = 3, NR = NV * LANES;
 constexpr int64_t KC = 512;         // of the sum, at a time
+constexpr int64_t RUN = 64;         // of them, one after the other
 constexpr int64_t NC = 32 * NR;     // columns of B that are packed at a time
 constexpr int64_t MC = 16 * MR;     // rows of A that one thread multiplies with a panel of B at a time
 constexpr int64_t MB = 8 * MC;      // rows of A that are packed at a time
@@ -96,20 +97,33 @@ static void pack(float* to, const Operand& from, int64_t first, int64_t count, i
     else pack<W, Float16>(to, from, first, count, k0, kc);
 }
 
-// One tile of C from a panel of A (kc, MR) and one of B (kc, NR).
+// One tile of C from a panel of A (kc, MR) and one of B (kc, NR). Sums are of RUN products at a time, then of those: an
+// error that grows with the length of a sum stays small.
 template <bool ADD>
 static void tile(const float* a, const float* b, int64_t kc, float* c, int64_t stride, int64_t rows, int64_t columns) {
+    float before[MR][NR];  // of the runs that are done
     Vec sum[MR][NV] = {};
-    for (int64_t k = 0; k < kc; ++k, a += MR, b += NR) {
-        Vec y[NV];
+    for (int64_t start = 0; start < kc; start += RUN) {
+        for (auto& row : sum)
+            for (Vec& x : row) x = Vec{};
+        for (int64_t k = start; k < std::min(start + RUN, kc); ++k, a += MR, b += NR) {
+            Vec y[NV];
 #pragma GCC unroll 4
-        for (int j = 0; j < NV; ++j) y[j] = load(b + j * LANES);
+            for (int j = 0; j < NV; ++j) y[j] = load(b + j * LANES);
 #pragma GCC unroll 16
-        for (int i = 0; i < MR; ++i) {
-            const Vec x = splat<Vec>(a[i]);
+            for (int i = 0; i < MR; ++i) {
+                const Vec x = splat<Vec>(a[i]);
 #pragma GCC unroll 4
-            for (int j = 0; j < NV; ++j) sum[i][j] += x * y[j];
+                for (int j = 0; j < NV; ++j) sum[i][j] += x * y[j];
+            }
         }
+#pragma GCC unroll 16
+        for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; ++j) {
+                if (start) sum[i][j] += load(before[i] + j * LANES);
+                store(before[i] + j * LANES, sum[i][j]);
+            }
     }
     if (rows == MR && columns == NR) {
 #pragma GCC unroll 16
@@ -121,13 +135,8 @@ static void tile(const float* a, const float* b, int64_t kc, float* c, int64_t s
             }
         return;
     }
-    float whole[MR][NR];
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 4
-        for (int j = 0; j < NV; ++j) store(whole[i] + j * LANES, sum[i][j]);
     for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < columns; ++j) c[i * stride + j] = (ADD ? c[i * stride + j] : 0.0f) + whole[i][j];
+        for (int64_t j = 0; j < columns; ++j) c[i * stride + j] = (ADD ? c[i * stride + j] : 0.0f) + before[i][j];
 }
 
 static int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from _helpers import check_product, operands
+from _helpers import check_product, operands, relative
 
 import opsd_kernels
 from opsd_kernels import gemm, native
@@ -30,6 +30,15 @@ def test_products_of_any_shape_layout_and_dtype(shape, dtype):
 def test_products_beyond_one_block_in_each_dimension(shape):
     for a, b in operands(*shape):
         check_product(a, b)
+
+
+@needs_library
+@pytest.mark.parametrize("k", [512, 4096, 30_000])
+def test_long_sums_lose_few_digits(k):
+    (a, b), *_ = operands(16, 96, k)
+    out, exact = torch.empty(16, 96), a.double() @ b.double()
+    native.multiply(out, a, b)
+    assert relative(out, exact) < 2.5e-7  # 4e-7 where 512 products are added one after the other
 
 
 @needs_library
