@@ -374,9 +374,12 @@ def _call(body: _Body, packed: Pass, **inputs: Any) -> Tensor:
 @contextmanager
 def _last_mlp(body: _Body, side: Context) -> Iterator[None]:
     """The last layer's MLP on the rows that predict something: no one reads what it gives the prompts' others, which in
-    a teacher's context are most. Left alone where it draws dropout, whose masks are the rows' in order."""
-    mlp = getattr(body.layers[-1], "mlp", None) if body.layers else None
-    if not isinstance(mlp, nn.Module) or "forward" in mlp.__dict__ or _active_dropouts(mlp):
+    a teacher's context are most. Left alone where it draws dropout, whose masks are the rows' in order, and where
+    someone else has replaced or compiled it."""
+    layer = body.layers[-1] if body.layers else None
+    mlp = getattr(layer, "mlp", None)
+    compiled = any(getattr(m, "_compiled_call_impl", None) is not None for m in (layer, mlp))
+    if not isinstance(mlp, nn.Module) or "forward" in mlp.__dict__ or compiled or _active_dropouts(mlp):
         yield
         return
     forward: Callable[..., Any] = mlp.forward
