@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -267,7 +268,7 @@ class _Sweep:
         plan = self._plan()
         while True:
             try:
-                with workspace(self.inputs.x.device, self._chunk_buffers(plan.rows), self.spec.budget) as buffers:
+                with self._workspace(plan.rows) as buffers:
                     return self._sweep(plan, *buffers)
             except torch.cuda.OutOfMemoryError:
                 # other ranks would wait for chunks that no longer match theirs
@@ -304,10 +305,16 @@ class _Sweep:
         """Whether dz has a buffer of its own; in the logits' dtype it takes the student logits' place."""
         return bool(self.wanted) and self.spec.compute != self.spec.accumulate
 
-    def _chunk_buffers(self, n: int) -> list[tuple[tuple[int, int], torch.dtype]]:
-        """Of n tokens: their logits, the student's above the teacher's, and dz where it has a buffer of its own."""
-        logits = (((2 if self.second else 1) * n, self.vocab), self.spec.accumulate)
-        return [logits, ((n, self.vocab), self.spec.compute)] if self._own_dz() else [logits]
+    @contextmanager
+    def _workspace(self, n: int) -> Iterator[list[Tensor]]:
+        """For n tokens: their logits, the student's above the teacher's, and dz where it has a buffer of its own."""
+        spec = self.spec
+        buffers = [(((2 if self.second else 1) * n, self.vocab), spec.accumulate)]
+        if self._own_dz():
+            buffers.append(((n, self.vocab), spec.compute))
+        buffers.append(((1, self.products.bytes if self.products.native else 0), torch.uint8))
+        with workspace(self.inputs.x.device, buffers, spec.budget) as (*of_tokens, self.products.scratch):
+            yield of_tokens
 
     def _sweep(self, plan: ChunkPlan, logits: Tensor, dz_buffer: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         inputs, spec, wanted, n = self.inputs, self.spec, self.wanted, plan.rows
@@ -355,7 +362,7 @@ class _Sweep:
         logprobs = x.new_zeros((x.shape[0], k), dtype=self.spec.accumulate)
         ids, log_z = torch.zeros_like(logprobs, dtype=torch.int64), torch.zeros_like(logprobs[:, 0])
         gathered = self._buffers(plan.rows)
-        with workspace(x.device, self._chunk_buffers(plan.rows), self.spec.budget) as (logits,):
+        with self._workspace(plan.rows) as (logits,):
             for chunk in plan:
                 self._project(chunk, logits, gathered)
                 at = chunk if self.rows is None else self.rows[chunk]

@@ -21,6 +21,8 @@ def accumulation_dtype(compute: torch.dtype) -> torch.dtype:
 class Products:
     """The three products of a call, by torch or, where that is faster and the budget in bytes allows it, by csrc/."""
 
+    scratch: Tensor | None = None  # of `bytes`, for native products; made for each of them where it is not given
+
     def __init__(self, backend: str, device: torch.device, compute: torch.dtype, budget: int):
         self.native = (
             backend == "native"
@@ -67,7 +69,7 @@ class Products:
     def _whole(self, out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> bool:
         """out (+)= a·b as one product; False where there is none for these dtypes here."""
         if self.native:
-            native.multiply(out, a, b, add=add)
+            native.multiply(out, a, b, add=add, scratch=self.scratch)
         elif a.dtype == out.dtype:
             torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
         elif out.is_cuda and add:

@@ -72,12 +72,12 @@ class _GemmRequest(ctypes.Structure):
     )
 
 
-def multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
+def multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False, scratch: Tensor | None = None) -> None:
     """out = a·b, or with `add` out += a·b: (m, n), (m, k) and (k, n), on the CPU.
 
     `out` is float32 and row by row without gaps; a and b are float32, bfloat16 or float16, without gaps along one of
-    their dimensions. Takes up to GEMM_SCRATCH_BYTES meanwhile. Raises RuntimeError where there is no library,
-    ValueError where a tensor is not like that.
+    their dimensions. `scratch` is memory to work in, GEMM_SCRATCH_BYTES or more; without, it is allocated. Raises
+    RuntimeError where there is no library, ValueError where a tensor is not like that.
     """
     (m, k), n = a.shape, b.shape[1]
     if b.shape[0] != k or out.shape != (m, n):
@@ -93,9 +93,11 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
         if not add:
             out.zero_()
         return
-    needed = library().opsd_gemm_scratch
-    needed.argtypes, needed.restype = (ctypes.c_int64,) * 3, ctypes.c_int64
-    scratch = torch.empty(needed(m, n, k), dtype=torch.uint8)
+    if scratch is None:
+        scratch = torch.empty(GEMM_SCRATCH_BYTES, dtype=torch.uint8)
+    if scratch.nbytes < GEMM_SCRATCH_BYTES or scratch.device.type != "cpu" or not scratch.is_contiguous():
+        found = f"{scratch.nbytes} bytes on {scratch.device}"
+        raise ValueError(f"scratch must be {GEMM_SCRATCH_BYTES} bytes of the CPU's memory, got {found}")
     request = _GemmRequest(
         *(t.data_ptr() for t in (a, b, out, scratch)),
         *(m, n, k),

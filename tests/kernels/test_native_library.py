@@ -109,6 +109,13 @@ def test_products_of_anything_else_are_refused(out, a, b, message):
 
 
 @needs_library
+@pytest.mark.parametrize("scratch", [torch.empty(10), torch.empty(native.GEMM_SCRATCH_BYTES, device="meta")])
+def test_memory_to_work_in_that_is_none_is_refused(scratch):
+    with pytest.raises(ValueError, match="scratch must be"):
+        native.multiply(torch.empty(2, 3), torch.empty(2, 4), torch.empty(4, 3), scratch=scratch)
+
+
+@needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("trainable", [False, True])
 def test_the_loss_takes_them_where_they_are_faster_and_is_the_same(monkeypatch, dtype, trainable):
