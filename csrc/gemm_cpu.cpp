@@ -60,14 +60,12 @@ template <int W, class Element>
 static void pack(float* to, const Operand& from, int64_t first, int64_t count, int64_t k0, int64_t kc) {
     if (count < W) std::fill_n(to, W * kc, 0.0f);
     if (from.line == 1) {
-        for (int64_t k = 0; k < kc; ++k) {
+        for (int64_t k = 0; k < kc; ++k, to += W) {
             const Element* x = at<Element>(from, first, k0 + k);
-            if (count < W || W % LANES) {
-                for (int64_t i = 0; i < std::min<int64_t>(count, W); ++i) to[k * W + i] = widened(x[i]);
-            } else {
-#pragma GCC unroll 4
-                for (int i = 0; i < W; i += LANES) store(to + k * W + i, widened_load(x + i));
-            }
+            if (count < W)
+                for (int64_t i = 0; i < count; ++i) to[i] = widened(x[i]);
+            else
+                for (int i = 0; i < W; ++i) to[i] = widened(x[i]);
         }
         return;
     }
