@@ -119,7 +119,8 @@ def table(stored: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     above = (
         f"Forward and backward over the bare GEMMs of the same run (torch's), median of {_counts(cells)} alternating "
-        f"rounds (seconds in brackets). {where['processor']}, {where['threads']} threads, float32, {where['date']}; "
+        f"rounds (seconds in brackets); the project's own run once untimed before each time, to find the workspace "
+        f"that their last call kept. {where['processor']}, {where['threads']} threads, float32, {where['date']}; "
         f"{versions}."
     )
     below = (

@@ -1,8 +1,8 @@
 // Matrix products on a CPU: C (+)= A·B, float32 out of float32, bfloat16 or float16, accumulated in float32.
 //
 // For CPUs whose vectors are wider than those that their BLAS uses. The blocking is that of GotoBLAS and BLIS: panels
-// of A and B are packed so that the innermost loop reads them in order, a block of A stays in the second-level cache
-// while a panel of B is reused from the first. Threads pack one block together, meet, multiply it tile by tile, and
+// of A and B are packed so that the innermost loop reads them in order; a panel of B and the rows of A that it is
+// multiplied with stay in the second-level cache, a tile of C in registers. Threads pack one block together, meet, multiply it tile by tile, and
 // meet again. An element's sum has one order, whatever the number of threads.
 
 #include <algorithm>
@@ -263,6 +263,7 @@ void opsd_gemm(const opsd::GemmRequest* request) {
     const int64_t wanted = std::max<int64_t>(1, std::min<int64_t>(request->threads, worth));
     opsd::Gemm gemm(*request, wanted);
     std::vector<std::thread> others;
+    others.reserve(size_t(wanted));
     for (int64_t i = 1; i < wanted; ++i) {
         try {
             others.emplace_back([&] { gemm.work(); });

@@ -819,19 +819,23 @@ static void tail_gradient_row(const TailGradientRequest& r, int64_t index, Scrat
 // ------------------------------------------------------------------------------------------------------------ threads
 
 // Calls row(index, next, scratch) for each row, which thread by which comes first; a row's result does not depend on
-// that. `next` is the row that the same thread comes to next, or this one again where there is none.
+// that. `next` is the row that the same thread comes to next, or this one again where that is not known: the last rows
+// go to whoever is free.
 template <class Row>
 static void for_each_row(int64_t n, int64_t vocab, int threads, const Row& row) {
     std::atomic<int64_t> next{0};
+    const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
     const auto work = [&] {
         Scratch scratch(vocab);
-        const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
-        for (int64_t i = take(), then; i < n; i = then) {
-            then = take();
-            row(i, then < n ? then : i, scratch);
+        for (int64_t i = take(); i < n;) {
+            const bool many = n - i > 4 * int64_t(threads);
+            const int64_t then = many ? take() : i;
+            row(i, then, scratch);
+            i = many ? then : take();
         }
     };
     std::vector<std::thread> others;
+    others.reserve(size_t(std::max(threads, 1)));
     for (int64_t i = 1; i < threads && i < n; ++i) {
         try {
             others.emplace_back(work);

@@ -29,6 +29,7 @@ class Products:
             and device.type == "cpu"
             and compute in native.TYPES
             and budget // NATIVE_SHARE >= native.GEMM_SCRATCH_BYTES
+            and torch.get_num_threads() <= native.MOST_THREADS
             and native.outruns_torch()[0]
         )
         self.compute, self.on_cpu = compute, device.type == "cpu"

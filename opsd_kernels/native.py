@@ -34,7 +34,9 @@ FLAGS = (
 )
 TARGETS: tuple[tuple[str, ...], ...] = (("-march=native",), ("-mcpu=native",), ())  # the first that compiles
 BUILD_SECONDS = 300
-ZEN_5 = 26  # the CPU family
+# AMD's models of family 26 (Zen 5) that compute with 512 bits at once: servers and desktops, not the mobile ones.
+WIDE_ZEN_5 = (*range(0x00, 0x20), *range(0x40, 0x50))
+MOST_THREADS = 16  # that meet often enough without waiting long; beyond, torch multiplies
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as the library numbers them
 GEMM_SCRATCH_BYTES = 6 << 20  # at least what a product of any shape takes
 
@@ -75,9 +77,10 @@ class _GemmRequest(ctypes.Structure):
 def multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False, scratch: Tensor | None = None) -> None:
     """out = a·b, or with `add` out += a·b: (m, n), (m, k) and (k, n), on the CPU.
 
-    `out` is float32 and row by row without gaps; a and b are float32, bfloat16 or float16, without gaps along one of
-    their dimensions. `scratch` is memory to work in, GEMM_SCRATCH_BYTES or more; without, it is allocated. Raises
-    RuntimeError where there is no library, ValueError where a tensor is not like that.
+    `out` is float32, row by row without gaps, and shares no memory with a or b. These are float32, bfloat16 or float16;
+    what has gaps along both of its dimensions is copied first. `scratch` is memory to work in, GEMM_SCRATCH_BYTES or
+    more; without, it is allocated. Raises RuntimeError where there is no library, ValueError where a tensor is not like
+    that.
     """
     (m, k), n = a.shape, b.shape[1]
     if b.shape[0] != k or out.shape != (m, n):
@@ -111,20 +114,22 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False, scratch: T
 def outruns_torch() -> tuple[bool, str]:
     """Whether these products are the faster ones on this CPU, and why (not).
 
-    MKL, which torch has for x86, uses vectors of 512 bits on Intel's CPUs only. AMD's compute with all of them at once
-    since Zen 5: there, MKL's products run at half the speed that there is. Decided by what the CPU is and not by a
-    clock, so that results can be repeated.
+    MKL, which torch has for x86, uses vectors of 512 bits on Intel's CPUs only. AMD's server and desktop CPUs compute
+    with all of them at once since Zen 5: there, MKL's products run at half the speed that there is. Decided by what the
+    CPU is and not by a clock, so that results can be repeated.
     """
     there, reason = available()
     if not there:
         return False, reason
     if not torch.backends.mkl.is_available():
         return False, "torch's products are not MKL's"
-    processor = _processor()
-    vendor, family = processor.get("vendor_id", "unknown"), processor.get("cpu family", "unknown")
-    if library().opsd_vector_lanes() != 16 or vendor != "AuthenticAMD" or int(family) < ZEN_5:
-        return False, f"not known to be faster on a CPU of {vendor}, family {family}"
-    return True, f"on a CPU of {vendor}, family {family}, MKL uses vectors of 256 bits, these products of 512"
+    names = ("vendor_id", "cpu family", "model")
+    vendor, family, model = (_processor().get(name, "unknown") for name in names)
+    which = f"a CPU of {vendor}, family {family}, model {model}"
+    wide = (vendor, family) == ("AuthenticAMD", "26") and model in map(str, WIDE_ZEN_5)
+    if library().opsd_vector_lanes() != 16 or not wide:
+        return False, f"not known to be faster on {which}"
+    return True, f"on {which}, MKL uses vectors of 256 bits, these products of 512"
 
 
 def _dense(matrix: Tensor) -> bool:
@@ -225,7 +230,16 @@ def _processor() -> dict[str, str]:
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             name, _, value = (part.strip() for part in line.partition(":"))
-            if name in ("vendor_id", "cpu family", "model name", "flags", "Features", "CPU part", "CPU implementer"):
+            if name in (
+                "vendor_id",
+                "cpu family",
+                "model",
+                "model name",
+                "flags",
+                "Features",
+                "CPU part",
+                "CPU implementer",
+            ):
                 lines.setdefault(name, value)
     except OSError:
         lines["processor"] = platform.processor()

@@ -23,6 +23,7 @@ DEFAULT_BYTES = {"cuda": 1536 << 20, "cpu": 384 << 20}
 # What is computed in torch takes a few rows at a time: its temporaries stay small (and, on a CPU, in the cache).
 BLOCK_ELEMENTS = {"cuda": 1 << 22, "cpu": 1 << 18}
 BLOCK_TEMPORARIES = 20  # at most this many (rows, width) tensors of a block are alive at once
+HUGE_FROM = 32 << 20  # bytes from which memory is mapped for itself, so that its advice is no one else's
 GATHERED_SHARE = 16  # one part in so many of the budget is for the head's rows that a gradient filter gathers at a time
 
 
@@ -113,7 +114,7 @@ def workspace(
         memory = None  # the old one goes before the new one comes
         with torch.inference_mode(False):
             memory = torch.empty(ends[-1], dtype=torch.uint8)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+        if hasattr(mmap, "MADV_HUGEPAGE") and memory.nbytes >= HUGE_FROM:
             _advise(memory, mmap.MADV_HUGEPAGE)  # fewer faults, and rows lie far apart: fewer pages to look up
     yield [
         memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)

@@ -376,16 +376,20 @@ def _last_mlp(body: _Body, side: Context) -> Iterator[None]:
     """The last layer's MLP on the rows that predict something: no one reads what it gives the prompts' others, which in
     a teacher's context are most. Left alone where it draws dropout, whose masks are the rows' in order, and where
     someone else has replaced or compiled it."""
-    layer = body.layers[-1] if body.layers else None
-    mlp = getattr(layer, "mlp", None)
-    compiled = any(getattr(m, "_compiled_call_impl", None) is not None for m in (layer, mlp))
+    mlp = getattr(body.layers[-1], "mlp", None) if body.layers else None
+    compiled = any(
+        m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule" for m in body.inner.modules()
+    )
     if not isinstance(mlp, nn.Module) or "forward" in mlp.__dict__ or compiled or _active_dropouts(mlp):
         yield
         return
     forward: Callable[..., Any] = mlp.forward
 
-    def on_used_rows(x: Tensor) -> Any:
-        out = forward(x.index_select(1, side.used))
+    def on_used_rows(*args: Any, **kwargs: Any) -> Any:
+        x = args[0] if len(args) == 1 and not kwargs else None
+        out = forward(x.index_select(1, side.used)) if isinstance(x, Tensor) and x.dim() == 3 else None
+        if x is None or not isinstance(out, Tensor):  # not the MLP that is meant here
+            return forward(*args, **kwargs)
         return out.new_zeros(*x.shape[:2], out.shape[-1]).index_copy(1, side.used, out)
 
     mlp.forward = on_used_rows

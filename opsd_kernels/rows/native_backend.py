@@ -1,6 +1,7 @@
 """The row pass compiled for this machine's CPU, float32: csrc/rows_cpu.cpp.
 
-What it does not serve goes to the torch backend: float64, columns that are not dense.
+What it does not serve goes to the torch backend: float64, columns that are not dense. Each thread has up to six rows of
+V floats of its own, besides the workspace.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -74,21 +75,30 @@ def test_products_leave_what_lies_between_rows_alone_and_keep_what_is_not_finite
 
 
 @needs_library
-def test_products_of_halves_at_the_ends_of_their_range():
-    for dtype in (torch.float16, torch.bfloat16):
-        info = torch.finfo(dtype)
-        row = torch.tensor([info.max, info.tiny, info.smallest_normal / 4, -info.eps, torch.inf, torch.nan, -0.0, 1.0])
-        row = row.to(dtype)
-        for a in (row.repeat(3, 5), row.repeat(5, 3).t().contiguous().t()):
-            out = torch.empty(a.shape)
-            native.multiply(out, a, torch.eye(a.shape[1]))
-            for mine, one in zip(out.flatten().tolist(), a.float().flatten().tolist(), strict=True):
-                # an infinity or NaN of the row meets the zeros of the unit matrix
-                assert mine == one or mine != mine
-            finite = a[:, :4].contiguous()
-            out = torch.empty(finite.shape)
-            native.multiply(out, finite, torch.eye(4))
-            assert torch.equal(out, finite.float())
+@pytest.mark.parametrize("k", [1, 64])  # element by element, and by vectors
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_products_of_halves_at_the_ends_of_their_range(dtype, k):
+    info = torch.finfo(dtype)
+    values = [
+        info.max,
+        info.min,
+        info.tiny,
+        info.smallest_normal / 4,
+        -info.eps,
+        torch.inf,
+        -torch.inf,
+        torch.nan,
+        -1.0,
+    ]
+    column = torch.tensor(values).to(dtype).unsqueeze(1)
+    for position in {0, k // 2, k - 1}:
+        a = torch.zeros(len(values), k, dtype=dtype)
+        a[:, position : position + 1] = column
+        for x in (a, a.t().contiguous().t()):
+            out = torch.empty(len(values), 50)
+            native.multiply(out, x, torch.ones(k, 50))
+            assert torch.equal(out.nan_to_num(7.0), column.float().expand(-1, 50).nan_to_num(7.0))
+            assert torch.equal(out.isinf(), column.float().expand(-1, 50).isinf())
 
 
 @needs_library
@@ -151,6 +161,8 @@ def test_a_small_budget_a_type_or_another_backend_leaves_the_products_to_torch(m
     assert not gemm.Products("native", cpu, torch.float32, enough - 1).native
     assert not gemm.Products("torch", cpu, torch.float32, enough).native
     assert not gemm.Products("native", cpu, torch.float64, enough).native
+    monkeypatch.setattr(torch, "get_num_threads", lambda: native.MOST_THREADS + 1)
+    assert not gemm.Products("native", cpu, torch.float32, enough).native
     assert not gemm.Products("triton", torch.device("cuda"), torch.float32, enough).native
 
 
@@ -162,29 +174,25 @@ def test_the_scratch_memory_of_a_product_is_within_what_the_plan_counts():
     assert native.GEMM_SCRATCH_BYTES // 4 < largest <= native.GEMM_SCRATCH_BYTES
 
 
-def test_who_multiplies_is_decided_by_what_the_cpu_is(monkeypatch):
-    class Library:
-        def __init__(self, lanes):
-            self.lanes = lanes
-
-        def opsd_vector_lanes(self):
-            return self.lanes
-
-    def verdict(vendor: str, family: str, lanes: int, mkl: bool = True) -> bool:
-        native.outruns_torch.cache_clear()
-        monkeypatch.setattr(native, "_loaded", (Library(lanes), ""))
-        monkeypatch.setattr(native, "_processor", lambda: {"vendor_id": vendor, "cpu family": family})
-        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
-        return native.outruns_torch()[0]
-
-    assert verdict("AuthenticAMD", "26", 16)
-    assert not verdict("AuthenticAMD", "25", 16)
-    assert not verdict("GenuineIntel", "6", 16)
-    assert not verdict("AuthenticAMD", "26", 8)
-    assert not verdict("AuthenticAMD", "26", 16, mkl=False)
-    assert not verdict("unknown", "unknown", 4)
-    monkeypatch.undo()
-    native.outruns_torch.cache_clear()
+@pytest.mark.parametrize(
+    ("vendor", "family", "model", "lanes", "mkl", "faster"),
+    [
+        ("AuthenticAMD", "26", "2", 16, True, True),
+        ("AuthenticAMD", "26", "68", 16, True, True),
+        ("AuthenticAMD", "26", "36", 16, True, False),
+        ("AuthenticAMD", "25", "17", 16, True, False),
+        ("GenuineIntel", "6", "143", 16, True, False),
+        ("AuthenticAMD", "26", "2", 8, True, False),
+        ("AuthenticAMD", "26", "2", 16, False, False),
+        ("AuthenticAMD", "unknown", "unknown", 16, True, False),
+    ],
+)
+def test_who_multiplies_is_decided_by_what_the_cpu_is(monkeypatch, vendor, family, model, lanes, mkl, faster):
+    library = mock.Mock(**{"opsd_vector_lanes.return_value": lanes})
+    monkeypatch.setattr(native, "_loaded", (library, ""))
+    monkeypatch.setattr(native, "_processor", lambda: {"vendor_id": vendor, "cpu family": family, "model": model})
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    assert native.outruns_torch.__wrapped__()[0] is faster  # not the cached one
 
 
 REPORT = """

@@ -518,6 +518,16 @@ def test_the_last_mlp_sees_only_the_rows_that_predict_something(generations, che
     assert "forward" not in model.model.layers[-1].mlp.__dict__
 
 
+def test_a_compiled_model_keeps_its_last_mlp():
+    model = make_model("qwen3")
+    batch = pack_dual_context(*make_data(1))
+    seen: list[int] = []
+    model.model.layers[-1].mlp.gate_proj.register_forward_hook(lambda _, args, out: seen.append(args[0].shape[1]))
+    model.model._compiled_call_impl = model.model._call_impl  # as if compiled, for nothing
+    dual_hidden_states(model, batch, passes="two")
+    assert seen == [batch.teacher.layout.rows, batch.student.layout.rows]
+
+
 def test_nothing_to_predict():
     model = make_model("qwen3")
     got = dual_hidden_states(model, pack_dual_context([[3, 4]], [[5]], [[]]))
