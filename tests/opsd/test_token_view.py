@@ -127,12 +127,12 @@ def test_few_rows_of_logits_exist_at_a_time(monkeypatch):
     run, example, rollout = different_run(), examples()[1], Rollout(ids(150), True)
     seen = []
 
-    def recorded(out, *rest):
+    def recorded(self, out, *rest):
         seen.append(out.shape[0])
-        return plain(out, *rest)
+        return plain(self, out, *rest)
 
-    plain = opsd.token_view.project
-    monkeypatch.setattr(opsd.token_view, "project", recorded)
+    plain = opsd.token_view.Products.project
+    monkeypatch.setattr(opsd.token_view.Products, "project", recorded)
     whole = token_view(run, example, rollout)
     assert max(seen) <= 64
     seen.clear()
