@@ -47,17 +47,17 @@ def available() -> tuple[bool, str]:
     return library is not None, reason
 
 
-def library() -> ctypes.CDLL:
+def loaded() -> ctypes.CDLL:
     """Raises RuntimeError where there is none."""
-    loaded, reason = _load()
-    if loaded is None:
+    found, reason = _load()
+    if found is None:
         raise RuntimeError(f"the native library is not available: {reason}")
-    return loaded
+    return found
 
 
 def call(name: str, request: ctypes.Structure) -> None:
     """A function of the library that takes a pointer to its request."""
-    function = getattr(library(), name)
+    function = getattr(loaded(), name)
     function.argtypes, function.restype = (ctypes.POINTER(type(request)),), None
     function(ctypes.byref(request))
 
@@ -127,7 +127,7 @@ def outruns_torch() -> tuple[bool, str]:
     vendor, family, model = (_processor().get(name, "unknown") for name in names)
     which = f"a CPU of {vendor}, family {family}, model {model}"
     wide = (vendor, family) == ("AuthenticAMD", "26") and model in map(str, WIDE_ZEN_5)
-    if library().opsd_vector_lanes() != 16 or not wide:
+    if loaded().opsd_vector_lanes() != 16 or not wide:
         return False, f"not known to be faster on {which}"
     return True, f"on {which}, MKL uses vectors of 256 bits, these products of 512"
 

@@ -455,7 +455,7 @@ def test_other_instruction_sets_give_the_same(tmp_path, monkeypatch, target, lan
     if not {flag[2:] for flag in target} <= _cpu_flags():
         pytest.skip("compiles, but does not run here")
     monkeypatch.setattr(library, "_loaded", (ctypes.CDLL(str(path)), ""))
-    assert library.library().opsd_vector_lanes() == lanes
+    assert library.loaded().opsd_vector_lanes() == lanes
     student, teacher = logits(3, 501)
     student[1, 4:8] = -INF
     for beta in (0.0, 0.5, 1.0):

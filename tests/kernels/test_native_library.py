@@ -168,7 +168,7 @@ def test_a_small_budget_a_type_or_another_backend_leaves_the_products_to_torch(m
 
 @needs_library
 def test_the_scratch_memory_of_a_product_is_within_what_the_plan_counts():
-    needed = native.library().opsd_gemm_scratch
+    needed = native.loaded().opsd_gemm_scratch
     sizes = (1, 8, 500, 513, 1000, 1025, 1537, 5000, 262_144)
     largest = max(needed(m, n, k) for m in sizes for n in sizes for k in sizes)
     assert native.GEMM_SCRATCH_BYTES // 4 < largest <= native.GEMM_SCRATCH_BYTES
