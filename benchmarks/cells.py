@@ -186,9 +186,8 @@ class _Floor:
         rows = max(self.sizes)
         self.logits = torch.empty(2 * rows, cell.vocab, device=device)
         self.dz = self.logits
-        if (
-            dtype != torch.float32
-        ):  # not zeros: the power that a product takes, and so its clock, depends on the numbers
+        if dtype != torch.float32:
+            # not zeros: the power that a product takes, and so its clock, depends on the numbers
             self.dz = torch.empty(rows, cell.vocab, device=device, dtype=dtype).normal_(std=1e-3)
         self.dx = torch.empty(cell.tokens, cell.hidden, device=device)
         self.dw = torch.empty(cell.vocab, cell.hidden, device=device) if cell.trainable else None

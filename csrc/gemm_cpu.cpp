@@ -2,8 +2,8 @@
 //
 // For CPUs whose vectors are wider than those that their BLAS uses. The blocking is that of GotoBLAS and BLIS: panels
 // of A and B are packed so that the innermost loop reads them in order; a panel of B and the rows of A that it is
-// multiplied with stay in the second-level cache, a tile of C in registers. Threads pack one block together, meet, multiply it tile by tile, and
-// meet again. An element's sum has one order, whatever the number of threads.
+// multiplied with stay in the second-level cache, a tile of C in registers. Threads pack one block together, meet,
+// multiply it tile by tile, and meet again. An element's sum has one order, whatever the number of threads.
 
 #include <algorithm>
 #include <atomic>
@@ -11,10 +11,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
-#include <system_error>
-#include <thread>
-#include <vector>
 
+#include "threads.h"
 #include "vectors.h"
 
 namespace opsd {
@@ -262,16 +260,6 @@ void opsd_gemm(const opsd::GemmRequest* request) {
     const int64_t worth = request->m * request->n * request->k / opsd::THREAD_WORK;
     const int64_t wanted = std::max<int64_t>(1, std::min<int64_t>(request->threads, worth));
     opsd::Gemm gemm(*request, wanted);
-    std::vector<std::thread> others;
-    others.reserve(size_t(wanted));
-    for (int64_t i = 1; i < wanted; ++i) {
-        try {
-            others.emplace_back([&] { gemm.work(); });
-        } catch (const std::system_error&) {
-            gemm.meeting.leave();  // fewer threads do it too
-        }
-    }
-    gemm.work();
-    for (std::thread& other : others) other.join();
+    opsd::on_threads(wanted, [&] { gemm.work(); }, [&] { gemm.meeting.leave(); });
 }
 }

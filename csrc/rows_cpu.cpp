@@ -17,11 +17,10 @@
 #include <functional>
 #include <limits>
 #include <memory>
-#include <system_error>
-#include <thread>
 #include <type_traits>
 #include <vector>
 
+#include "threads.h"
 #include "vectors.h"
 
 namespace opsd {
@@ -834,17 +833,7 @@ static void for_each_row(int64_t n, int64_t vocab, int threads, const Row& row) 
             i = many ? then : take();
         }
     };
-    std::vector<std::thread> others;
-    others.reserve(size_t(std::max(threads, 1)));
-    for (int64_t i = 1; i < threads && i < n; ++i) {
-        try {
-            others.emplace_back(work);
-        } catch (const std::system_error&) {
-            break;  // fewer threads do it too
-        }
-    }
-    work();
-    for (std::thread& other : others) other.join();
+    on_threads(std::min<int64_t>(threads, n), work, [] {});
 }
 
 }  // namespace opsd

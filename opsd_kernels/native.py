@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 COMPILERS = ("c++", "g++", "clang++")  # after $CXX
 UNITS = ("rows_cpu.cpp", "gemm_cpu.cpp")  # what is compiled
-SOURCES = (*UNITS, "row_math.h", "vectors.h")
+SOURCES = (*UNITS, "row_math.h", "threads.h", "vectors.h")
 # Not -ffast-math: infinities and NaN mean something here.
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread"),
@@ -123,8 +123,8 @@ def outruns_torch() -> tuple[bool, str]:
         return False, reason
     if not torch.backends.mkl.is_available():
         return False, "torch's products are not MKL's"
-    names = ("vendor_id", "cpu family", "model")
-    vendor, family, model = (_processor().get(name, "unknown") for name in names)
+    processor = _processor()
+    vendor, family, model = (processor.get(name, "unknown") for name in ("vendor_id", "cpu family", "model"))
     which = f"a CPU of {vendor}, family {family}, model {model}"
     wide = (vendor, family) == ("AuthenticAMD", "26") and model in map(str, WIDE_ZEN_5)
     if loaded().opsd_vector_lanes() != 16 or not wide:

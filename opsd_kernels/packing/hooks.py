@@ -371,16 +371,23 @@ def _call(body: _Body, packed: Pass, **inputs: Any) -> Tensor:
     return out[0]
 
 
-@contextmanager
-def _last_mlp(body: _Body, side: Context) -> Iterator[None]:
-    """The last layer's MLP on the rows that predict something: no one reads what it gives the prompts' others, which in
-    a teacher's context are most. Left alone where it draws dropout, whose masks are the rows' in order, and where
-    someone else has replaced or compiled it."""
+def _last_mlp(body: _Body) -> nn.Module | None:
+    """The last layer's MLP. None where it draws dropout, whose masks are the rows' in order, and where someone else has
+    replaced or compiled it: then it is left alone."""
     mlp = getattr(body.layers[-1], "mlp", None) if body.layers else None
+    if not isinstance(mlp, nn.Module) or "forward" in mlp.__dict__ or _active_dropouts(mlp):
+        return None
     compiled = any(
         m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule" for m in body.inner.modules()
     )
-    if not isinstance(mlp, nn.Module) or "forward" in mlp.__dict__ or compiled or _active_dropouts(mlp):
+    return None if compiled else mlp
+
+
+@contextmanager
+def _on_used_rows(mlp: nn.Module | None, side: Context) -> Iterator[None]:
+    """The MLP on the rows that predict something alone: no one reads what the last one gives the prompts' others, which
+    in a teacher's context are most. Nothing for None, or within itself."""
+    if mlp is None or "forward" in mlp.__dict__:
         yield
         return
     forward: Callable[..., Any] = mlp.forward
@@ -401,13 +408,14 @@ def _last_mlp(body: _Body, side: Context) -> Iterator[None]:
 
 def _run(body: _Body, side: Context, backend: str) -> Tensor:
     """(R, H) hidden states of one context, with a graph where gradients are on."""
+    mlp = _last_mlp(body)  # once: what backward recomputes takes the same rows
 
     def make(former: Callable[..., Any] | None) -> Callable[..., Any]:
         assert former is not None  # transformers sets it together with the flag
 
         def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
             def again(*inputs: Any) -> Any:  # also in backward, long after the model's own attention is back
-                with _packed_attention(body.inner), _last_mlp(body, side):
+                with _packed_attention(body.inner), _on_used_rows(mlp, side):
                     return function(*inputs)
 
             return former(again, *args)
@@ -416,7 +424,7 @@ def _run(body: _Body, side: Context, backend: str) -> Tensor:
 
     with (
         _packed_attention(body.inner),
-        _last_mlp(body, side),
+        _on_used_rows(mlp, side),
         _checkpoint_function(body.layers, make, always=False),
     ):
         hidden = _call(body, Pass(side.layout, backend), input_ids=side.layout.ids[None])
