@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 WHOLE = -1  # as a vocabulary: all the columns there are
 
@@ -33,6 +33,22 @@ class Across:
     def any(self, flags: Tensor) -> Tensor:
         return flags
 
+    def top_k(self, values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest of each row of `values` (n, columns), largest first, and their ids in the vocabulary."""
+        return values.topk(k, dim=-1)
+
+    def take(self, values: Tensor, ids: Tensor) -> Tensor:
+        """`values` (n, columns) at `ids` (n, k) of the vocabulary."""
+        return values.gather(-1, ids)
+
+    def put(self, out: Tensor, ids: Tensor, values: Tensor) -> None:
+        """The columns of `out` (n, columns) that are at `ids` (n, k) become `values` (n, k); no id twice in a row."""
+        out.scatter_(-1, ids, values)
+
+    def at(self, ids: Tensor, like: Tensor) -> Tensor:
+        """Which columns of `like` (n, columns) are at `ids` (n, k); bool."""
+        return torch.zeros_like(like, dtype=torch.bool).scatter_(-1, ids, True)
+
 
 class AcrossGroup(Across):
     """Each rank holds consecutive columns, in the order of the ranks. Ranks call each reduction in the same order."""
@@ -50,7 +66,7 @@ class AcrossGroup(Across):
         taking_part = [max(0, min(vocab - start, size)) for start, size in zip(starts, sizes, strict=True)]
         self.offset = starts[dist.get_rank(group)]
         super().__init__(taking_part[dist.get_rank(group)], min(budgets))
-        self.vocab, self.widest = vocab, max(taking_part)
+        self.vocab, self.widest, self.taking_part = vocab, max(taking_part), taking_part
 
     def add(self, values: Tensor) -> Tensor:
         dist.all_reduce(values, group=self.group)
@@ -64,6 +80,43 @@ class AcrossGroup(Across):
 
     def any(self, flags: Tensor) -> Tensor:
         return self.add(flags.to(torch.int32)) > 0
+
+    def top_k(self, values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        own, own_ids = values.topk(min(k, self.columns), dim=-1)
+        missing = (0, min(k, self.widest) - own.shape[1])  # ranks send the same shape; the rest is cut off again
+        everyone = []
+        for mine in (nn.functional.pad(own, missing), nn.functional.pad(own_ids + self.offset, missing)):
+            parts = [torch.empty_like(mine) for _ in self.taking_part]
+            dist.all_gather(parts, mine.contiguous(), group=self.group)
+            everyone.append(torch.cat([p[:, :columns] for p, columns in zip(parts, self.taking_part, strict=True)], -1))
+        candidates, ids = everyone
+        # stable, so that every rank has the same order among equals
+        best, order = candidates.sort(dim=-1, descending=True, stable=True)
+        return best[:, :k], ids.gather(-1, order[:, :k])
+
+    def take(self, values: Tensor, ids: Tensor) -> Tensor:
+        local, mine = self._local(ids)
+        found = values.gather(-1, local) if self.columns else torch.zeros_like(ids, dtype=values.dtype)
+        return self.add(found.masked_fill_(~mine, 0.0))
+
+    def put(self, out: Tensor, ids: Tensor, values: Tensor) -> None:
+        if self.columns:
+            local, mine = self._local(ids)
+            # what another rank has is added as 0: where it would go, something else may stand
+            out.masked_fill_(self.at(ids, out), 0.0).scatter_add_(-1, local, values.masked_fill(~mine, 0.0))
+
+    def at(self, ids: Tensor, like: Tensor) -> Tensor:
+        count = torch.zeros_like(like, dtype=torch.uint8)
+        if self.columns:
+            local, mine = self._local(ids)
+            count.scatter_add_(-1, local, mine.to(count.dtype))
+        return count > 0
+
+    def _local(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's columns for ids of the vocabulary, and whether they are here; 0 for those that are not."""
+        local = ids - self.offset
+        mine = (local >= 0) & (local < self.columns)
+        return local.masked_fill_(~mine, 0), mine
 
 
 def across_group(name: str, rows: int, vocab: int, budget: int) -> Across:

@@ -251,7 +251,11 @@ class _Sweep:
             self.teacher_weight, self.teacher_bias = self._head(inputs.teacher_weight, inputs.teacher_bias)
         self.filter = None
         if spec.gradient_filter is not None and wanted:
-            self.filter = _Filter(spec.gradient_filter, self.weight, spec.accumulate, self.across.budget)
+            self.filter = _Filter(spec.gradient_filter, self.weight, spec.accumulate, self.across)
+        k = spec.objective.top_k
+        if k is not None and k > self.across.vocab:  # where the vocabulary is split, only now it is known
+            name = {"top_k": "k", "cached": "teacher_ids' last dimension"}.get(spec.kind, "top_k")
+            raise ValueError(f"{name} must be at most the {self.across.vocab} tokens of all ranks, got {k}")
         for name, ids in (("target_ids", inputs.targets), ("teacher_ids", inputs.support)):
             check_ids(name, ids, self.rows, self.across.vocab)
 
@@ -367,7 +371,8 @@ class _Sweep:
                 self._project(chunk, logits, gathered)
                 at = chunk if self.rows is None else self.rows[chunk]
                 part = logits[: chunk.stop - chunk.start]
-                logprobs[at], ids[at], log_z[at] = top_k_rows(part, k, objective.student, objective.temperature)
+                found = top_k_rows(part, k, objective.student, objective.temperature, **self._group())
+                logprobs[at], ids[at], log_z[at] = found
         return logprobs, ids, log_z
 
     def _gradients(
@@ -386,7 +391,7 @@ class _Sweep:
         else:
             columns, dropped = self.filter.columns(dz, self._counted(self.inputs.row_weight, chunk))
             if table.shape[0] > DROPPED:
-                table[DROPPED] = dropped
+                table[DROPPED] = self.across.add(dropped)
             if first and wanted.weight:
                 dw.zero_()
             if not len(columns):
@@ -423,12 +428,12 @@ class _Sweep:
             assert support is not None
             assert logprobs is not None
             targets = self._counted(inputs.targets, chunk)
-            cached_rows(backend, student, logprobs, support, spec.objective, targets=targets, **out)
+            cached_rows(backend, student, logprobs, support, spec.objective, targets=targets, **self._group(), **out)
 
         passes: dict[str, Callable] = {"divergence": divergence, "logprob": logprob, "cached": cached}
         return passes[spec.kind]
 
-    def _group(self) -> dict[str, Across]:
+    def _group(self) -> dict[str, Any]:
         """The torch row pass alone knows how to reduce over ranks."""
         return {"across": self.across} if self.spec.group else {}
 
@@ -473,8 +478,8 @@ class _Filter:
     Apple's Cut Cross-Entropy drops blocks of the cross-entropy's gradient in the same spirit.
     """
 
-    def __init__(self, eps: float, weight: Tensor, accumulate: torch.dtype, budget: int):
-        vocab, width = weight.shape
+    def __init__(self, eps: float, weight: Tensor, accumulate: torch.dtype, across: Across):
+        vocab, width, budget = across.widest, weight.shape[1], across.budget
         self.eps = eps
         gathered = weight.itemsize + accumulate.itemsize  # a row of the head, and one of its gradient
         self.step = min(max(1, vocab), max(1, budget // GATHERED_SHARE // (max(1, width) * gathered)))
@@ -482,7 +487,7 @@ class _Filter:
             [torch.linalg.vector_norm(rows, dim=1, dtype=accumulate) for rows in weight.split(self.step)]
         )  # ‖W_v‖
         of_columns = 4 * accumulate.itemsize + 8  # lengths and what is made of them, and the columns' ids
-        self.bytes = self.step * width * gathered + vocab * of_columns + filter_bytes(weight)
+        self.bytes = self.step * width * gathered + vocab * of_columns + filter_bytes(vocab, weight)
 
     def columns(self, dz: Tensor, row_weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """The columns of dz (n, V) where some |dz| exceeds eps, (kept,) int64, and a bound on what is lost, (n,).
@@ -496,7 +501,7 @@ class _Filter:
         for block, weight in zip(blocks, weights.split(block_rows(dz)), strict=True):
             kept |= (block.abs() > self.eps * weight.unsqueeze(-1)).any(0)
         dropped = torch.cat([block.abs().masked_fill_(kept, 0.0).sum(-1, dtype=accumulate) for block in blocks])
-        longest = self.lengths.masked_fill(kept, 0.0).amax()
+        longest = self.lengths.masked_fill(kept, 0.0).amax() if len(kept) else dz.new_zeros((), dtype=accumulate)
         return kept.nonzero().squeeze(-1), torch.where(weights > 0, dropped / weights, 0.0) * longest
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks
+from .across import WHOLE
 from .fused_linear import Inputs, Spec, fused_linear_loss, top_k_of
 from .logits import logits_loss
 from .objective import Objective, integer, positive
@@ -147,7 +149,7 @@ def jsd_loss(
         process_group: the vocabulary is split over its ranks in order, `weight` (and `teacher_weight`, `bias`, …)
             being this rank's rows. `target_ids` and `valid_vocab` count in the whole vocabulary. Every rank gets the
             whole loss and student_hidden's whole gradient. Ranks first agree on their slices, for which each call
-            waits. Not with `top_k` or `gradient_filter`.
+            waits.
         backend: "auto" (the fastest that works here, see `python -m opsd_kernels`), "torch", "triton" or "native".
         workspace_bytes: upper bound for the chunk workspace; default OPSD_WORKSPACE_BYTES or by device.
 
@@ -196,8 +198,6 @@ def jsd_loss(
     checks.support(objective, vocab)
     if gradient_filter is not None:
         gradient_filter = positive("gradient_filter", gradient_filter)
-    if process_group is not None:
-        checks.unsupported("with a process_group", top_k=top_k, gradient_filter=gradient_filter)
     spec = _spec(
         "divergence", objective, student_hidden, vocab, backend, workspace_bytes, process_group,
         columns=len(Column) + (gradient_filter is not None) if return_stats else 1,
@@ -328,6 +328,7 @@ def top_k_logprobs(
     softcap: float | None = None,
     valid_vocab: int | None = None,
     mask: Tensor | None = None,
+    process_group: Any = None,
     backend: str = "auto",
     workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -349,10 +350,10 @@ def top_k_logprobs(
     """
     weight, bias = _whole(weight), _whole(bias)
     checks.projection("hidden", hidden, weight, bias)
-    vocab = checks.vocabulary(valid_vocab, weight.shape[0])
-    top_k = integer("k", k, high=vocab)
+    vocab = checks.vocabulary(valid_vocab, weight.shape[0], split=process_group is not None)
+    top_k = integer("k", k, high=math.inf if vocab == WHOLE else vocab)
     objective = Objective.checked(temperature=temperature, logit_scale=logit_scale, softcap=softcap, top_k=top_k)
-    spec = _spec("top_k", objective, hidden, vocab, backend, workspace_bytes, None, columns=1)
+    spec = _spec("top_k", objective, hidden, vocab, backend, workspace_bytes, process_group, columns=1)
     tokens = Tokens.checked(hidden, spec.accumulate, mask=mask, reduction="none")
     inputs = Inputs(hidden.detach().reshape(-1, hidden.shape[-1]), weight.detach(), _constant(bias), mask=tokens.mask)
     logprobs, ids, log_z = top_k_of(inputs, spec)
@@ -382,6 +383,7 @@ def jsd_loss_from_top_k(
     reduction: str = "mean",
     denominator: float | Tensor | None = None,
     return_stats: bool = False,
+    process_group: Any = None,
     backend: str = "auto",
     workspace_bytes: int | None = None,
 ) -> Tensor | tuple[Tensor, TokenStats]:
@@ -409,14 +411,14 @@ def jsd_loss_from_top_k(
     k = teacher_ids.shape[-1]
     checks.shape("teacher_logprobs", teacher_logprobs, (*lead, k), "that of teacher_ids")
     checks.same_device(student_hidden, teacher_ids=teacher_ids, teacher_logprobs=teacher_logprobs)
-    vocab = checks.vocabulary(valid_vocab, weight.shape[0])
-    if not 1 <= k <= vocab:
+    vocab = checks.vocabulary(valid_vocab, weight.shape[0], split=process_group is not None)
+    if k < 1 or k > vocab != WHOLE:
         raise ValueError(f"teacher_ids must hold 1 to {vocab} tokens a position, got {k}")
     objective = Objective.checked(
         beta=beta, temperature=temperature, entry_clip=entry_clip, token_clip=token_clip, top_k=k,
         tail_bucket=tail_bucket, logit_scale=logit_scale, softcap=softcap,
     )  # fmt: skip
-    spec = _spec("cached", objective, student_hidden, vocab, backend, workspace_bytes, None,
+    spec = _spec("cached", objective, student_hidden, vocab, backend, workspace_bytes, process_group,
                  columns=len(Column) if return_stats else 1)  # fmt: skip
     tokens = Tokens.checked(
         student_hidden, spec.accumulate, mask=mask, token_weight=token_weight, sequence_ids=sequence_ids,

@@ -45,9 +45,8 @@ def block_rows(logits: Tensor) -> int:
     return block_rows_of(logits.device, logits.shape[1])
 
 
-def filter_bytes(weight: Tensor) -> int:
-    """What the gradient filter needs to look at a block of dz: its size, in dz's dtype, and a bool."""
-    vocab = weight.shape[0]
+def filter_bytes(vocab: int, weight: Tensor) -> int:
+    """What the gradient filter needs to look at a block of dz, `vocab` wide: its size, in dz's dtype, and a bool."""
     return block_rows_of(weight.device, vocab) * vocab * (weight.itemsize + 1)
 
 

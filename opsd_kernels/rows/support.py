@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..across import Across
 from ..objective import Objective
 from ..workspace import block_rows_of
 from . import Column, LogprobColumn
@@ -29,6 +30,7 @@ def divergence_rows(
     table: Tensor,
     dz: Tensor | None,
     row_scale: Tensor | None,
+    across: Across = HERE,
 ) -> None:
     """The backend's `divergence_rows` on the support that the objective asks for; see the package's docstring.
 
@@ -38,17 +40,18 @@ def divergence_rows(
     assert k is not None
     if table.shape[0] > 1:  # before dz may take the student's place
         whole = dataclasses.replace(objective, entry_clip=None, token_clip=None, top_k=None, tail_bucket=False)
-        backend.divergence_rows(student, teacher, whole, targets=targets, table=table, dz=None, row_scale=None)
-    for block in _blocks(student, k):
+        alone = {"table": table, "dz": None, "row_scale": None}
+        backend.divergence_rows(student, teacher, whole, targets=targets, **alone, **_split(across))
+    for block in _blocks(student, k, across):
         z_s, z_t = student[block], teacher[block]
-        ids = backend.top_k_ids(z_t if objective.top_k_from == "teacher" else z_s, k)
-        y_s = transformed(_wide(z_s.gather(-1, ids)), objective.student, objective.temperature)
-        y_t = transformed(_wide(z_t.gather(-1, ids)), objective.teacher, objective.temperature)
+        ids = backend.top_k_ids(z_t if objective.top_k_from == "teacher" else z_s, k, **_split(across))
+        y_s = transformed(_wide(across.take(z_s, ids)), objective.student, objective.temperature)
+        y_t = transformed(_wide(across.take(z_t, ids)), objective.teacher, objective.temperature)
         if objective.tail_bucket:
-            log_s, log_t, apart = map(_wide, backend.outside_rows(z_s, z_t, ids, objective))
+            log_s, log_t, apart = map(_wide, backend.outside_rows(z_s, z_t, ids, objective, **_split(across)))
             log_s = torch.where(apart.isfinite(), log_t + apart, log_s)
             y_s, y_t = _with(y_s, log_s), _with(y_t, log_t)
-        rows = _Rows(backend, z_s, table[:, block], _part(dz, block), _part(row_scale, block))
+        rows = _Rows(backend, z_s, table[:, block], _part(dz, block), _part(row_scale, block), across)
         rows.fill(ids, y_s, y_t, objective)
 
 
@@ -63,6 +66,7 @@ def cached_rows(
     table: Tensor,
     dz: Tensor | None,
     row_scale: Tensor | None,
+    across: Across = HERE,
 ) -> None:
     """The divergence from a teacher of which only log-probabilities (n, k) at the ids `support` (n, k) are known.
 
@@ -74,19 +78,20 @@ def cached_rows(
     least = math.log(support.shape[1] * torch.finfo(teacher_logprobs.dtype).eps)
     stats = table.shape[0] > 1
     if stats:  # before dz may take the student's place
-        _fill_own_stats(backend, student, support, objective, targets, table)
-    for block in _blocks(student, support.shape[1]):
+        _fill_own_stats(backend, student, support, objective, targets, table, across)
+    for block in _blocks(student, support.shape[1], across):
         z_s, ids, y_t = student[block], support[block], _wide(teacher_logprobs[block])
-        y_s = transformed(_wide(z_s.gather(-1, ids)), objective.student, objective.temperature)
+        y_s = transformed(_wide(across.take(z_s, ids)), objective.student, objective.temperature)
         if stats and targets is not None:
             hit = ids == targets[block].unsqueeze(-1)
             stored = y_t.masked_fill(~hit, -math.inf).amax(-1)
             table[Column.TEACHER_LOGPROB, block] = stored.masked_fill(~hit.any(-1), math.nan)
         if objective.tail_bucket:
-            tail_s, tail_t = _wide(backend.outside_rows(z_s, None, ids, objective)[0]), _log_complement(y_t)
+            tail_s = _wide(backend.outside_rows(z_s, None, ids, objective, **_split(across))[0])
+            tail_t = _log_complement(y_t)
             nothing = (tail_s == -math.inf) & (tail_t <= least)
             y_s, y_t = _with(y_s, tail_s), _with(y_t, tail_t.clamp(min=least).masked_fill_(nothing, -math.inf))
-        rows = _Rows(backend, z_s, table[:, block], _part(dz, block), _part(row_scale, block))
+        rows = _Rows(backend, z_s, table[:, block], _part(dz, block), _part(row_scale, block), across)
         pair, divergence = rows.fill(ids, y_s, y_t, objective)
         if stats:
             rows.table[Column.DIVERGENCE] = divergence
@@ -107,6 +112,7 @@ class _Rows:
     table: Tensor  # (C, n)
     dz: Tensor | None  # (n, V)
     row_scale: Tensor | None  # (n,)
+    across: Across
 
     def fill(self, ids: Tensor, y_s: Tensor, y_t: Tensor, objective: Objective) -> tuple[Pair, Tensor]:
         """Loss, clips and dz from the tempered logits (n, k), or (n, k + 1) with the tail; the divergence (n,) too."""
@@ -134,7 +140,7 @@ class _Rows:
         else:
             self.dz.zero_()
         near = through_transform(grad[:, :k], y_s[:, :k], transform, temperature)
-        self.dz.scatter_(-1, ids, near.to(self.dz.dtype))
+        self.across.put(self.dz, ids, near.to(self.dz.dtype))
 
 
 def _fill_own_stats(
@@ -144,18 +150,27 @@ def _fill_own_stats(
     objective: Objective,
     targets: Tensor | None,
     table: Tensor,
+    across: Across,
 ) -> None:
     """The columns of the student's whole distribution."""
     own = table.new_empty(len(LogprobColumn), table.shape[1])
     at = support[:, 0].contiguous() if targets is None else targets
-    backend.logprob_rows(student, at, objective.student, objective.temperature, table=own, dz=None, row_scale=None)
+    alone = {"table": own, "dz": None, "row_scale": None}
+    backend.logprob_rows(student, at, objective.student, objective.temperature, **alone, **_split(across))
     table[Column.STUDENT_ENTROPY] = own[LogprobColumn.ENTROPY]
     if targets is not None:
         table[Column.STUDENT_LOGPROB] = own[LogprobColumn.LOGPROB]
 
 
-def _blocks(student: Tensor, k: int) -> list[slice]:
+def _split(across: Across) -> dict[str, Across]:
+    """For a backend: only torch's, which alone is used for a vocabulary that is split, knows the argument."""
+    return {} if across is HERE else {"across": across}
+
+
+def _blocks(student: Tensor, k: int, across: Across) -> list[slice]:
+    """A few rows at a time; all of them where each block would cost a round of collectives."""
     step = block_rows_of(student.device, support_width(k, student.itemsize))
+    step = step if across is HERE else max(1, student.shape[0])
     return [slice(start, start + step) for start in range(0, student.shape[0], step)]
 
 

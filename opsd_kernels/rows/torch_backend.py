@@ -86,41 +86,45 @@ def logprob_rows(
             _write_gradient(out, grad, y, transform, temperature)
 
 
-def top_k_rows(logits: Tensor, k: int, transform: LogitTransform, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def top_k_rows(
+    logits: Tensor, k: int, transform: LogitTransform, temperature: float, *, across: Across = HERE
+) -> tuple[Tensor, Tensor, Tensor]:
     """See the package's docstring."""
     found = []
-    for block in _blocks(logits, HERE):
+    for block in _blocks(logits, across):
         y = transformed(logits[block], transform, temperature)
-        log_z = _log_normaliser(y, HERE)
-        values, ids = y.topk(k, dim=-1)
+        log_z = _log_normaliser(y, across)
+        values, ids = across.top_k(y, k)
         found.append((values - log_z.masked_fill(log_z == -math.inf, 0.0), ids, log_z.squeeze(-1)))
     logprobs, ids, log_z = (torch.cat(parts) for parts in zip(*found, strict=True))
     return logprobs, ids, log_z
 
 
-def top_k_ids(logits: Tensor, k: int) -> Tensor:
+def top_k_ids(logits: Tensor, k: int, *, across: Across = HERE) -> Tensor:
     """See the package's docstring."""
-    return logits.topk(k, dim=-1).indices
+    return across.top_k(logits, k)[1]
 
 
 def outside_rows(
-    student: Tensor, teacher: Tensor | None, ids: Tensor, objective: Objective
+    student: Tensor, teacher: Tensor | None, ids: Tensor, objective: Objective, *, across: Across = HERE
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See the package's docstring."""
     found = []
-    for block in _blocks(student, HERE):
+    for block in _blocks(student, across):
         y_s = transformed(student[block], objective.student, objective.temperature)
-        rest_s = y_s.scatter(-1, ids[block], -math.inf)
+        inside = across.at(ids[block], y_s)
+        rest_s = y_s.masked_fill(inside, -math.inf)
         if teacher is None:
-            log_z = _log_normaliser(rest_s, HERE)
+            log_z = _log_normaliser(rest_s, across)
             found.append((log_z, log_z, torch.zeros_like(log_z)))
             continue
         y_t = transformed(teacher[block], objective.teacher, objective.temperature)
-        gap = _gap(student[block], teacher[block], y_s, y_t, objective).scatter_(-1, ids[block], 0.0)
-        pair = paired(rest_s, y_t.scatter(-1, ids[block], -math.inf), gap, HERE)
+        gap = _gap(student[block], teacher[block], y_s, y_t, objective).masked_fill_(inside, 0.0)
+        pair = paired(rest_s, y_t.masked_fill(inside, -math.inf), gap, across)
         # two log-sum-exps that differ by less than their rounding: the difference is measured entry by entry
         apart = pair.log_z_s - pair.log_z_t
-        found.append((pair.log_z_s, pair.log_z_t, torch.where(apart.isfinite(), apart + pair.normaliser_error, apart)))
+        apart = torch.where(apart.isfinite(), apart + pair.normaliser_error(across), apart)
+        found.append((pair.log_z_s, pair.log_z_t, apart))
     log_s, log_t, apart = (torch.cat(parts).squeeze(-1) for parts in zip(*found, strict=True))
     return log_s, log_t, apart
 
@@ -212,12 +216,9 @@ def entropy_of(y: Tensor, log_z: Tensor, across: Across) -> Tensor:
 
 def _log_prob(y: Tensor, log_z: Tensor, target: Tensor, across: Across) -> Tensor:
     """y[target] − log Z, (n,); `target` (n, 1) counts in the whole vocabulary."""
-    mine = target - across.offset
-    absent = (mine < 0) | (mine >= y.shape[1])
-    found = y.gather(-1, mine.masked_fill(absent, 0)) if y.shape[1] else torch.zeros_like(log_z)
-    found = across.add(found.masked_fill(absent, 0.0))
     # on a GPU nothing has looked at the ids: one that is no column must not pass for a probability
     strange = (target < 0) | (target >= (y.shape[1] if across is HERE else across.vocab))
+    found = across.take(y, target.masked_fill(strange, 0))
     return (found - log_z.masked_fill(log_z == -math.inf, 0.0)).masked_fill_(strange, math.nan).squeeze(-1)
 
 
@@ -251,10 +252,9 @@ class Pair:
         """(n,) bool: a model has no mass anywhere."""
         return ((self.log_z_s == -math.inf) | (self.log_z_t == -math.inf)).squeeze(-1)
 
-    @property
-    def normaliser_error(self) -> Tensor:
+    def normaliser_error(self, across: Across) -> Tensor:
         """What d is too large by, from the rounding of the two log-normalisers: Σ p_T·e^d should be 1. Shape (n, 1)."""
-        return torch.log1p(self.r.sum(-1, keepdim=True))
+        return torch.log1p(across.add(self.r.sum(-1, keepdim=True)))
 
 
 def _gap(raw_s: Tensor, raw_t: Tensor, y_s: Tensor, y_t: Tensor, objective: Objective) -> Tensor:

@@ -17,6 +17,11 @@ OPTIONS = [
     {"beta": 1.0, "softcap": 6.0, "temperature": 1.3, "reduction": "none"},
     {"beta": 0.3, "valid_vocab": 55, "reduction": "sequence_mean"},
     {"beta": 0.5, "valid_vocab": 20},  # nothing left for the second rank
+    {"beta": 0.5, "top_k": 5, "softcap": 6.0},
+    {"beta": 0.0, "top_k": 30, "top_k_from": "student", "tail_bucket": True, "token_clip": 0.05},  # wider than a rank
+    {"beta": 1.0, "top_k": 7, "tail_bucket": True, "entry_clip": 0.02, "temperature": 1.3, "reduction": "none"},
+    {"beta": 0.5, "top_k": 20, "tail_bucket": True, "valid_vocab": 20},  # no tail
+    {"beta": 0.5, "gradient_filter": 1e-12},  # drops nothing, so that the order of summing is all that differs
 ]
 
 
@@ -68,12 +73,72 @@ def check_vocab_parallel(rank):
                     assert torch.allclose(mine, all_rows[split], rtol=1e-9, atol=1e-13), options
 
 
+def check_stored_top_k(rank):
+    """What a split teacher stores, and a split student's loss against it."""
+    student, teacher, weight = problem(14, 8, 61, gap=1.0)
+    mask, targets = torch.arange(14) % 4 > 0, torch.arange(14)
+    for k, valid in ((3, 61), (30, 61), (8, 20)):
+        options = {"mask": mask, "temperature": 1.2, "valid_vocab": valid}
+        results = []
+        for rows, group in ((slice(None), None), (slice(0, 40) if rank == 0 else slice(40, 61), dist.group.WORLD)):
+            options["process_group"] = group
+            logprobs, ids, log_z = opsd_kernels.top_k_logprobs(teacher, weight[rows], k, **options)
+            x, head = leaf(student), leaf(weight[rows])
+            loss, stats = opsd_kernels.jsd_loss_from_top_k(
+                x, head, ids, logprobs, entry_clip=0.1, target_ids=targets, return_stats=True, **options
+            )
+            dx, dw = torch.autograd.grad(loss, [x, head])
+            table = [torch.nan_to_num(value.double()) for value in vars(stats).values() if value is not None]
+            results.append(([logprobs, ids, log_z, loss, dx, *table], dw, rows))
+        (values, dw, _), (split_values, part, rows) = results
+        for got, want in zip(split_values, values, strict=True):
+            assert torch.allclose(got, want, rtol=1e-9, atol=1e-12), (k, valid)
+        assert torch.allclose(part, dw[rows], rtol=1e-9, atol=1e-13), (k, valid)
+
+
+def check_ties_and_masked_columns(rank):
+    """Every rank takes the same tokens among equals, and none twice where fewer than k have any probability."""
+    teacher, weight = torch.zeros(5, 4, dtype=torch.float64), torch.zeros(12, 4, dtype=torch.float64)
+    bias = torch.full((12,), -torch.inf, dtype=torch.float64)
+    bias[[2, 9]] = 0.0
+    split = slice(0, 7) if rank == 0 else slice(7, 12)
+    group = dist.group.WORLD
+    logprobs, ids, _ = opsd_kernels.top_k_logprobs(teacher, weight[split], 6, bias=bias[split], process_group=group)
+    assert (ids[:, :2].sort(-1).values == torch.tensor([2, 9])).all()
+    assert (logprobs[:, 2:] == -torch.inf).all()
+    assert all(len(set(row.tolist())) == 6 for row in ids)
+    everyone = [torch.empty_like(ids) for _ in range(2)]
+    dist.all_gather(everyone, opsd_kernels.top_k_logprobs(teacher, weight[split], 6, process_group=group)[1])
+    assert torch.equal(*everyone)
+
+
+def check_the_filters_bound(rank):
+    """It holds, is the same on every rank, and something was dropped."""
+    student, teacher, weight = problem(14, 8, 61)
+    split = slice(0, 40) if rank == 0 else slice(40, 61)
+    exact, x = leaf(student), leaf(student)
+    opsd_kernels.jsd_loss(exact, teacher, weight, reduction="sum").backward()
+    loss, stats = opsd_kernels.jsd_loss(
+        x, teacher, weight[split], reduction="sum", gradient_filter=1e-2, return_stats=True,
+        process_group=dist.group.WORLD,
+    )  # fmt: skip
+    loss.backward()
+    lost = (x.grad - exact.grad).norm(dim=-1)
+    assert lost.max() > 1e-6
+    assert (lost <= stats.gradient_dropped * (1 + 1e-9)).all()
+    everyone = [torch.empty_like(stats.gradient_dropped) for _ in range(2)]
+    dist.all_gather(everyone, stats.gradient_dropped)
+    assert torch.equal(*everyone)
+
+
 def check_refusals(rank):
     student, teacher, weight = problem(4, 8, 10)
-    for options, word in [({"top_k": 3}, "top_k"), ({"gradient_filter": 1e-3}, "gradient_filter"),
-                          ({"backend": "native"}, "backend"), ({"valid_vocab": 21}, "valid_vocab")]:  # fmt: skip
+    for options, word in [({"top_k": 21}, "top_k"), ({"backend": "native"}, "backend"),
+                          ({"valid_vocab": 21}, "valid_vocab")]:  # fmt: skip
         with pytest.raises(ValueError, match=word):
             opsd_kernels.jsd_loss(student.float(), teacher, weight, process_group=dist.group.WORLD, **options)
+    with pytest.raises(ValueError, match="k must be at most the 20 tokens"):
+        opsd_kernels.top_k_logprobs(student, weight, 21, process_group=dist.group.WORLD)
 
 
 def check_sharded_weight(rank):
@@ -92,6 +157,16 @@ def check_sharded_weight(rank):
     assert relative(sharded.grad.full_tensor(), plain.grad) < 1e-12  # the mean over ranks, as in data parallelism
 
 
-@pytest.mark.parametrize("check", [check_vocab_parallel, check_refusals, check_sharded_weight])
+@pytest.mark.parametrize(
+    "check",
+    [
+        check_vocab_parallel,
+        check_stored_top_k,
+        check_ties_and_masked_columns,
+        check_the_filters_bound,
+        check_refusals,
+        check_sharded_weight,
+    ],
+)
 def test_in_two_processes(check):
     in_two_processes(check)
