@@ -90,7 +90,7 @@ def run(only: list[str], full: bool, rounds: int, path: Path) -> None:
 
 
 def table(stored: dict[str, Any]) -> str:
-    """The README's tables, in Markdown: times, then peak memory and errors."""
+    """The README's tables, in Markdown: what they say, times, then, folded, peak memory and errors."""
     cells = [stored["cells"][cell.key] for cell in TABLE + MORE if cell.key in stored["cells"]]
     ran = {name for cell in cells for name, record in cell["contenders"].items() if "median" in record}
     order = [*LABELS, *sorted(name for name in ran if "@" in name)]
@@ -119,7 +119,7 @@ def table(stored: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     above = (
         f"Forward and backward over the bare GEMMs of the same run (torch's), median of {_counts(cells)} alternating "
-        f"rounds (seconds in brackets); the project's own run once untimed before each time, to find the workspace "
+        f"rounds; the project's own run once untimed before each time, to find the workspace "
         f"that their last call kept. {where['processor']}, {where['threads']} threads, float32, {where['date']}; "
         f"{versions}."
     )
@@ -127,7 +127,8 @@ def table(stored: dict[str, Any]) -> str:
         "Peak memory is what is allocated above the inputs and the returned gradients; errors are RMS over rows "
         "against float64. Made by `python -m benchmarks.loss`."
     )
-    return "\n".join([*times, "", above, "", *_claims(cells), *memory, "", below])
+    folded = ["<details><summary>Peak memory and errors</summary>", "", *memory, "", below, "", "</details>"]
+    return "\n".join([*_claims(cells), *times, "", above, "", *folded])
 
 
 def label(name: str) -> str:
@@ -136,7 +137,7 @@ def label(name: str) -> str:
 
 
 def _over(record: dict[str, Any]) -> str:
-    return f"{record['over_floor']:.2f}× ({record['median']:.2f})" if "median" in record else "–"
+    return f"{record['over_floor']:.2f}×" if "median" in record else "–"
 
 
 def _peak(record: dict[str, Any]) -> str:
@@ -219,7 +220,8 @@ def plot(stored: dict[str, Any], path: Path = PLOT) -> None:
                 color = "#0b6bcb" if is_project(name) or name == OWN_FLOOR else "#8a8f98"
                 axes.barh(at, value, 0.34, color=color, alpha=0.6 if beta == 0.0 else 1.0,
                           xerr=[[value - low], [high - value]], error_kw={"lw": 0.8, "ecolor": "#333333"})  # fmt: skip
-                axes.annotate(f"{value:.2f}×", (high, at), (4, 0), textcoords="offset points", va="center", fontsize=7)
+                axes.annotate(f"{value:.2f}×", (high, at), (4, 0), textcoords="offset points", va="center", fontsize=7,
+                              bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8})  # fmt: skip
         axes.axvline(1.0, color="#333333", linestyle=":", linewidth=1.2)
         axes.set_title(f"{shape[0]} tokens, hidden {shape[1]}, vocabulary {shape[2]:,}", fontsize=9)
         axes.set_xlim(0, axes.get_xlim()[1] * 1.12)
