@@ -256,10 +256,10 @@ int64_t opsd_gemm_scratch(int64_t m, int64_t n, int64_t k) {
     return opsd::Blocks(m, n, k).floats() * int64_t(sizeof(float));
 }
 
-void opsd_gemm(const opsd::GemmRequest* request) {
+int opsd_gemm(const opsd::GemmRequest* request) {
     const int64_t worth = request->m * request->n * request->k / opsd::THREAD_WORK;
     const int64_t wanted = std::max<int64_t>(1, std::min<int64_t>(request->threads, worth));
     opsd::Gemm gemm(*request, wanted);
-    opsd::on_threads(wanted, [&] { gemm.work(); }, [&] { gemm.meeting.leave(); });
+    return opsd::on_threads(wanted, [&] { gemm.work(); }, [&] { gemm.meeting.leave(); });
 }
 }

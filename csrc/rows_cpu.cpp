@@ -17,6 +17,7 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -819,21 +820,27 @@ static void tail_gradient_row(const TailGradientRequest& r, int64_t index, Scrat
 
 // Calls row(index, next, scratch) for each row, which thread by which comes first; a row's result does not depend on
 // that. `next` is the row that the same thread comes to next, or this one again where that is not known: the last rows
-// go to whoever is free.
+// go to whoever is free. No row is begun once a thread had no memory for its intermediates.
 template <class Row>
-static void for_each_row(int64_t n, int64_t vocab, int threads, const Row& row) {
+static Outcome for_each_row(int64_t n, int64_t vocab, int threads, const Row& row) {
     std::atomic<int64_t> next{0};
+    std::atomic<bool> failed{false};
     const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
     const auto work = [&] {
-        Scratch scratch(vocab);
-        for (int64_t i = take(); i < n;) {
-            const bool many = n - i > 4 * int64_t(threads);
-            const int64_t then = many ? take() : i;
-            row(i, then, scratch);
-            i = many ? then : take();
+        try {
+            Scratch scratch(vocab);
+            for (int64_t i = take(); i < n && !failed.load(std::memory_order_relaxed);) {
+                const bool many = n - i > 4 * int64_t(threads);
+                const int64_t then = many ? take() : i;
+                row(i, then, scratch);
+                i = many ? then : take();
+            }
+        } catch (const std::bad_alloc&) {
+            failed = true;
         }
     };
-    on_threads(std::min<int64_t>(threads, n), work, [] {});
+    const Outcome outcome = on_threads(std::min<int64_t>(threads, n), work, [] {});
+    return failed ? OUT_OF_MEMORY : outcome;
 }
 
 }  // namespace opsd
@@ -842,32 +849,32 @@ extern "C" {
 
 int opsd_vector_lanes() { return opsd::LANES; }
 
-void opsd_divergence_rows(const opsd::DivergenceRequest* request) {
+int opsd_divergence_rows(const opsd::DivergenceRequest* request) {
     const opsd::DivergenceRows rows(*request);
-    opsd::for_each_row(request->n, request->vocab, request->threads, rows);
+    return opsd::for_each_row(request->n, request->vocab, request->threads, rows);
 }
 
-void opsd_logprob_rows(const opsd::LogprobRequest* request) {
-    opsd::for_each_row(request->n, request->vocab, request->threads, [&](int64_t i, int64_t, opsd::Scratch& scratch) {
+int opsd_logprob_rows(const opsd::LogprobRequest* request) {
+    return opsd::for_each_row(request->n, request->vocab, request->threads, [&](int64_t i, int64_t, auto& scratch) {
         opsd::logprob_row(*request, i, scratch);
     });
 }
 
-void opsd_top_k_rows(const opsd::TopKRequest* request) {
-    opsd::for_each_row(request->n, request->vocab, request->threads, [&](int64_t i, int64_t, opsd::Scratch& scratch) {
+int opsd_top_k_rows(const opsd::TopKRequest* request) {
+    return opsd::for_each_row(request->n, request->vocab, request->threads, [&](int64_t i, int64_t, auto& scratch) {
         opsd::top_k_row(*request, i, scratch);
     });
 }
 
-void opsd_outside_rows(const opsd::OutsideRequest* request) {
+int opsd_outside_rows(const opsd::OutsideRequest* request) {
     const opsd::Curves curves(request->student_transform, request->teacher_transform, request->temperature);
-    opsd::for_each_row(request->n, request->vocab, request->threads, [&](int64_t i, int64_t, opsd::Scratch& scratch) {
+    return opsd::for_each_row(request->n, request->vocab, request->threads, [&](int64_t i, int64_t, auto& scratch) {
         opsd::outside_row(*request, curves, i, scratch);
     });
 }
 
-void opsd_tail_gradient_rows(const opsd::TailGradientRequest* request) {
-    opsd::for_each_row(request->n, request->vocab, request->threads, [&](int64_t i, int64_t, opsd::Scratch& scratch) {
+int opsd_tail_gradient_rows(const opsd::TailGradientRequest* request) {
+    return opsd::for_each_row(request->n, request->vocab, request->threads, [&](int64_t i, int64_t, auto& scratch) {
         opsd::tail_gradient_row(*request, i, scratch);
     });
 }

@@ -56,10 +56,11 @@ def loaded() -> ctypes.CDLL:
 
 
 def call(name: str, request: ctypes.Structure) -> None:
-    """A function of the library that takes a pointer to its request."""
+    """A function of the library that takes a pointer to its request. Raises MemoryError where it had too little."""
     function = getattr(loaded(), name)
-    function.argtypes, function.restype = (ctypes.POINTER(type(request)),), None
-    function(ctypes.byref(request))
+    function.argtypes, function.restype = (ctypes.POINTER(type(request)),), ctypes.c_int
+    if function(ctypes.byref(request)):
+        raise MemoryError(f"{name} had no memory for the intermediates of its {request.threads} threads")
 
 
 # ----------------------------------------------------------------------------------------------------------- products

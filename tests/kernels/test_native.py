@@ -5,6 +5,7 @@ import itertools
 import math
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -522,3 +523,38 @@ def test_the_mathematics_of_one_entry_serves_scalars_too(tmp_path, beta):
     sure = d.abs() > 1e-3 if beta not in (0.0, 1.0) else d.abs() > 1e-4  # float64's own cancellation below
     torch.testing.assert_close(out[sure, 0].double(), term[sure], rtol=1e-4 if 0 < beta < 1 else 3e-6, atol=1e-30)
     torch.testing.assert_close(out[:, 1].double(), g, rtol=3e-5 if 0 < beta < 1 else 2e-6, atol=1e-30)
+
+
+@needs_library
+def test_too_little_memory_is_an_error_and_not_the_end():
+    """With no room for a thread's intermediates: 4 times 8 MiB of them, where 4 MiB are left."""
+    subprocess.run([sys.executable, "-c", TOO_LITTLE], check=True, timeout=120)
+
+
+TOO_LITTLE = """
+import resource, torch
+from opsd_kernels import native
+from opsd_kernels.objective import LogitTransform, Objective
+from opsd_kernels.rows import native_backend
+capped = LogitTransform(1.0, 20.0)
+objective = Objective(student=capped, teacher=capped)
+rows = torch.randn(2, 4, 1 << 21)
+table = torch.zeros(1, 4)
+torch.set_num_threads(1)
+
+def divergence(rows=rows):
+    native_backend.divergence_rows(*rows, objective, targets=None, table=table, dz=None, row_scale=None)
+
+divergence(rows[:, :, :100])
+in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (in_use + (4 << 20), resource.RLIM_INFINITY))
+try:
+    divergence()
+except MemoryError as error:
+    assert "opsd_divergence_rows" in str(error), error
+else:
+    raise SystemExit("no error")
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+divergence()
+assert table.isfinite().all()
+"""
