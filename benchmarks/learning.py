@@ -1,8 +1,8 @@
 """OPSD beside supervised fine-tuning on the embedded model: `python -m benchmarks.learning`.
 
 Every method starts from the same base models, sees the same problems in the same number of steps, and has its learning
-rate chosen from the same grid, on a seed that is not reported. Runs whose results are already in the data file are not
-repeated; `--plot` only draws.
+rate chosen from the same grid, on a seed that is not reported. `--continue` keeps the runs that are in the data file and
+makes those that are missing; `--plot` only draws.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
-from datetime import date
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 
+from benchmarks.measure import machine
 from benchmarks.report import replace_section
 from opsd import tiny
 from opsd.config import load_config
@@ -32,13 +32,27 @@ from opsd.trainer import train
 RESULTS = Path(__file__).parent / "results"
 DATA, PLOT = RESULTS / "learning.json", RESULTS / "learning.png"
 SEARCH_SEED, SEEDS = 3, (0, 1, 2)
-LEARNING_RATES = (2e-4, 5e-4, 1e-3)
+LEARNING_RATES = (2e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 EVERY = 20  # steps between evaluations
+
+
+@dataclass(frozen=True)
+class Method:
+    name: str  # in the table and the plot
+    color: str
+    options: dict[str, Any] = field(default_factory=dict)  # other than those of `opsd train`'s embedded set-up
+    solutions: str | None = None  # the column that supervised fine-tuning learns from; None: OPSD
+
+
 METHODS = {
-    "opsd": "OPSD, JSD over the vocabulary",
-    "sampled": "OPSD, sampled-token form",
-    "sft_reference": "SFT on the reference solutions",
-    "sft_own": "SFT on solutions in the model's own notation (upper comparison)",
+    "opsd": Method("OPSD, JSD (β = 0.5)", "#0b6bcb"),
+    "forward": Method("OPSD, forward KL (β = 0)", "#6aa9e0", {"objective.beta": 0.0}),
+    "reverse": Method("OPSD, reverse KL (β = 1)", "#5b3fa8", {"objective.beta": 1.0}),
+    "sampled": Method("OPSD, sampled-token form", "#e07b00", {"objective.form": "sampled_token"}),
+    "sft_reference": Method("SFT on the reference solutions", "#b3261e", solutions="solution"),
+    "sft_own": Method(
+        "SFT on solutions in the model's own notation (upper comparison)", "#3c8c40", solutions="own_solution"
+    ),
 }
 
 
@@ -61,19 +75,13 @@ def sft_step(run: Run, examples: Sequence[Example], number: int) -> StepResult:
 def run_task(task: Task) -> dict:
     """Trains once and returns the accuracies by step."""
     torch.set_num_threads(1)  # one process per core is faster than threads on a model this small
-    built = tiny.prepare(seed=task.seed)
+    built, method = tiny.prepare(seed=task.seed), METHODS[task.method]
     with tempfile.TemporaryDirectory() as scratch:
-        data = built / "train.jsonl"
-        if task.method == "sft_own":
-            rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
-            data = Path(scratch) / "own.jsonl"
-            data.write_text("".join(json.dumps({**r, "solution": r["own_solution"]}) + "\n" for r in rows), "utf-8")
         options = {f"{section}.{name}": v for section, values in tiny.SETTINGS.items() for name, v in values.items()}
         options |= {
             "model.path": str(built / "model"),
-            "data.train": str(data),
+            "data.train": str(built / "train.jsonl"),
             "data.eval": str(built / "eval.jsonl"),
-            "objective.form": "sampled_token" if task.method == "sampled" else "full",
             "optim.lr": task.lr,
             "eval.every": EVERY,
             "run.seed": task.seed,
@@ -82,8 +90,12 @@ def run_task(task: Task) -> dict:
             "run.checkpoint_every": 0,
             "run.sample_every": 0,
             "run.dir": str(Path(scratch) / "run"),
+            **method.options,
         }
-        step = {"step": sft_step} if task.method.startswith("sft") else {}
+        step = {}
+        if method.solutions:
+            options["data.columns"] = {"solution": method.solutions}
+            step["step"] = sft_step
         started = time.perf_counter()
         train(load_config(None, options.items()), quiet=True, **step)
         evaluations = [json.loads(line) for line in (Path(scratch) / "run/evaluations.jsonl").open(encoding="utf-8")]
@@ -105,9 +117,8 @@ def best_rates(records: list[dict]) -> dict[str, float]:
     return rates
 
 
-def measure() -> None:
-    stored = json.loads(DATA.read_text(encoding="utf-8")) if DATA.exists() else {"runs": []}
-    records = stored["runs"]
+def measure(records: list[dict]) -> None:
+    """Makes the runs that `records` lacks, and writes all of them."""
     workers = os.cpu_count() or 1
     with ProcessPoolExecutor(workers) as pool:
         list(pool.map(_prepare, [SEARCH_SEED, *SEEDS]))
@@ -117,8 +128,7 @@ def measure() -> None:
             for record in pool.map(run_task, wanted):
                 records.append(record)
                 print(record["method"], record["lr"], record["seed"], f"{final(record):.1%}", flush=True)
-                machine = {"torch": torch.__version__, "processor": platform.processor() or platform.machine()}
-                stored = {"date": date.today().isoformat(), **machine, "cores": workers, "runs": records}
+                stored = machine(torch.device("cpu")) | {"processes": workers, "threads": 1, "runs": records}
                 DATA.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
 
 
@@ -151,9 +161,9 @@ def table(records: list[dict]) -> str:
     any_method = sorted((r for r in kept if r["method"] == "opsd"), key=lambda r: r["seed"])
     lines.append(line("base model, unaided", "", [r["curve"][0][1] for r in any_method]))
     lines.append(line("base model shown the reference (the teacher)", "", [r["teacher"] for r in any_method]))
-    for method, name in METHODS.items():
+    for method, of in METHODS.items():
         runs = sorted((r for r in kept if r["method"] == method), key=lambda r: r["seed"])
-        lines.append(line(name, f"{rates[method]:g}", [final(r) for r in runs]))
+        lines.append(line(of.name, f"{rates[method]:g}", [final(r) for r in runs]))
     return "\n".join(lines)
 
 
@@ -170,15 +180,14 @@ def plot(records: list[dict]) -> None:
     axes.axhline(teacher, color="#777777", linestyle=":", linewidth=1.2)
     axes.annotate("teacher: the base model shown the reference", (1, teacher), (0, -11), textcoords="offset points",
                   color="#555555", fontsize=8)  # fmt: skip
-    colors = {"opsd": "#0b6bcb", "sampled": "#e07b00", "sft_reference": "#b3261e", "sft_own": "#3c8c40"}
-    for method, name in METHODS.items():
+    for method, of in METHODS.items():
         runs = [r["curve"] for r in records
                 if r["method"] == method and r["seed"] in SEEDS and r["lr"] == rates[method]]  # fmt: skip
         steps = [step for step, _ in runs[0]]
         values = [[accuracy for _, accuracy in points] for points in zip(*runs, strict=True)]
         dashed = "--" if method == "sft_own" else "-"
-        axes.plot(steps, [mean(v) for v in values], dashed, color=colors[method], linewidth=2, label=name)
-        axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=colors[method], alpha=0.13,
+        axes.plot(steps, [mean(v) for v in values], dashed, color=of.color, linewidth=2, label=of.name)
+        axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=of.color, alpha=0.13,
                           linewidth=0)  # fmt: skip
     axes.set(xlabel="training step (64 problems each)", ylabel="held-out accuracy, greedy", ylim=(-0.02, 1.05))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -190,9 +199,12 @@ def plot(records: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--plot", action="store_true", help="only draw the plot and the table from the data file")
-    if not parser.parse_args().plot:
-        measure()
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--continue", dest="more", action="store_true", help="keep the runs that are in the data file")
+    choice.add_argument("--plot", action="store_true", help="only draw the plot and the table from the data file")
+    options = parser.parse_args()
+    if not options.plot:
+        measure(json.loads(DATA.read_text(encoding="utf-8"))["runs"] if options.more else [])
     records = json.loads(DATA.read_text(encoding="utf-8"))["runs"]
     plot(records)
     replace_section("learning", table(records))
