@@ -1,8 +1,8 @@
 """OPSD beside supervised fine-tuning on the embedded model: `python -m benchmarks.learning`.
 
 Every method starts from the same base models, sees the same problems in the same number of steps, and has its learning
-rate chosen from the same grid, on a seed that is not reported. `--continue` keeps the runs that are in the data file and
-makes those that are missing; `--plot` only draws.
+rate chosen from the same grid, on a seed that is not reported. `--continue` keeps the runs that are in the data file
+and makes those that are missing; `--plot` only draws.
 """
 
 from __future__ import annotations
