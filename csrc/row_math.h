@@ -162,11 +162,11 @@ OPSD_HD F tanh_difference(F x, F y, F x_minus_y, Tanh<F> tanh_x, Tanh<F> tanh_y)
 enum Beta { FORWARD = 0, REVERSE = 1, MIXTURE = 2 };
 
 // One entry: its term of the divergence in a form that needs no cancellation, its plain term l (what an entry clip
-// compares, which needs it only where it is positive), the direction g of the gradient, and both probabilities.
-// dz = g - p_S sum(g).
+// compares, which needs it only where it is positive), the direction g = p_S c of the gradient, and both probabilities.
+// dz = g - p_S sum(g). The forward KL's c is not given: its g has more digits than p_S c.
 template <class F>
 struct Entry {
-    F term, plain, g, p_s, p_t;
+    F term, plain, c, g, p_s, p_t;
 };
 
 struct Weights {
@@ -182,14 +182,14 @@ OPSD_HD Entry<F> entry(F d, F big, Weights weight) {
     Entry<F> out;
     out.p_s = student_larger ? big : small;
     out.p_t = student_larger ? small : big;
-    out.g = F{};
+    out.c = out.g = F{};
     if constexpr (BETA == MIXTURE) {
         const F b = student_larger ? splat<F>(weight.teacher) : splat<F>(weight.student);
         const F v = b * g.t;
         const Log1p<F> w = log1p_below<F>(v);
         out.term = big * (b * g.B + (w.L * (1.0f + v) - v * v));
         out.plain = out.term;
-        if (GRAD) out.g = out.p_s * ((student_larger ? w.log : w.log + g.a) * -weight.student);  // p_S log(p_S / m)
+        if (GRAD) out.c = (student_larger ? w.log : w.log + g.a) * -weight.student;  // log(p_S / m)
     } else {
         // the forward KL's l = -p_T d is positive where the teacher is the larger, the reverse one's p_S d elsewhere
         const auto positive = BETA == REVERSE ? d > 0.0f : d < 0.0f;
@@ -197,11 +197,10 @@ OPSD_HD Entry<F> entry(F d, F big, Weights weight) {
         const F up = g.A + g.excess;
         out.term = big * (positive ? (infinite ? g.t : up) : g.B);
         out.plain = positive ? big * (g.a + g.excess) : splat<F>(0.0f);
-        if (GRAD) {
-            if (BETA == FORWARD) out.g = big * (student_larger ? -g.t : g.t);
-            else out.g = out.p_s * (student_larger ? g.a + g.excess : -g.a);
-        }
+        if (GRAD && BETA == REVERSE) out.c = student_larger ? g.a + g.excess : -g.a;
+        if (GRAD && BETA == FORWARD) out.g = big * (student_larger ? -g.t : g.t);
     }
+    if (GRAD && BETA != FORWARD) out.g = out.p_s * out.c;
     return out;
 }
 

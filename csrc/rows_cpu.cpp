@@ -337,6 +337,17 @@ static float maximum(const float* x, int64_t vocab) {
     for (; i < vocab; ++i) highest = x[i] > highest ? x[i] : highest;
     return highest;
 }
+// The first element that is `value`, which there is.
+static int64_t index_of(const float* x, int64_t vocab, float value) {
+    constexpr int64_t STEP = 8 * LANES;
+    int64_t i = 0;
+    for (bool found = false; i + STEP <= vocab; i += STEP) {
+        for (int64_t j = 0; j < STEP; ++j) found |= x[i + j] == value;
+        if (found) break;
+    }
+    while (x[i] != value) ++i;
+    return i;
+}
 static bool has_nan(const float* x, int64_t vocab) {
     for (int64_t i = 0; i < vocab; ++i)
         if (x[i] != x[i]) return true;
@@ -384,24 +395,28 @@ static Distribution distribution(const float* x, float factor, int64_t vocab) {
 
 // -------------------------------------------------------------------------------------------------------- divergences
 
-// One row of a request: y = factor x in both models from here on.
+// One row of a request: y = factor x in both models from here on. Its top is the student's likeliest entry: gaps are
+// measured from the top's, which then has none. So where it has nearly all the probability, and the models differ in
+// little else, that little has all its digits.
 struct Pair {
     const float* student;
     const float* teacher;
     const float* difference;  // y_S - y_T where it is known better than from x, or null
     int64_t vocab;
     float factor;
+    int64_t top;
     float shift_s, shift_t, shift_gap;
+    float unlevel;           // shift_s - shift_t - shift_gap: 0, or what the teacher's top is likelier by, negative
     float scale_s, scale_t;  // p = exp(y - shift) scale
     float centre_gap;        // d = (y_S - y_T) - shift_gap - centre_gap
     double log_sum_s, log_sum_t;
-    double direction_sum;  // of g, where it is known in advance
+    double mean_gap;  // sum(p_S u), where it is asked for
     const float* next_student;  // the rows that this thread comes to next, to be fetched meanwhile
     const float* next_teacher;
 };
 
 struct Vectors {
-    Vec x_s, x_t, u;  // y - shift, and their difference
+    Vec x_s, x_t, u;  // y - shift, and the gap from the top's
 };
 template <class Count>
 static inline __attribute__((always_inline)) Vectors vectors(const Pair& row, int64_t i, Count count) {
@@ -412,31 +427,34 @@ static inline __attribute__((always_inline)) Vectors vectors(const Pair& row, in
     return {s * row.factor - row.shift_s, t * row.factor - row.shift_t, difference - row.shift_gap};
 }
 
-template <bool REVERSE_SUM>
+// A gap, 0 where the student has no such entry: its p_S is 0.
+static inline Vec present(Vec u) { return u == -INF ? Vec{} : u; }
+
+template <bool MEAN_GAP>
 static void normalise(Pair& row) {
     Sums<4> sums;
     sweep(
         row.vocab,
         [&](int64_t i, auto count) {
             const Vectors v = vectors(row, i, count);
-            const auto student_larger = v.u > 0.0f;
+            const Vec apart = v.u - row.unlevel;  // x_s - x_t
+            const auto student_larger = apart > 0.0f;
             const Vec big = exp_below<Vec>(student_larger ? v.x_s : v.x_t);
-            const Gap<Vec> g = gap<Vec>(v.u);
+            const Gap<Vec> g = gap<Vec>(apart);
             const Vec small = big * g.e, e_s = student_larger ? big : small;
             sums.lanes[0] += e_s;
             sums.lanes[1] += student_larger ? small : big;
             sums.lanes[2] += big * (student_larger ? -g.t : g.t);
-            if (REVERSE_SUM) sums.lanes[3] += e_s * (student_larger ? g.a + g.excess : -g.a);
+            if (MEAN_GAP) sums.lanes[3] += e_s * present(v.u);
         },
         [&] { sums.end_block(); });
     const double z_s = sums[0], z_t = sums[1], more = sums[2] / z_t;
-    const double centre = std::fabs(more) < 0.5 ? std::log1p(more) : std::log(z_s / z_t);
-    row.centre_gap = float(centre);
+    row.centre_gap = float((std::fabs(more) < 0.5 ? std::log1p(more) : std::log(z_s / z_t)) + row.unlevel);
     row.log_sum_t = std::log(z_t);
     row.log_sum_s = std::log(z_s);
     row.scale_s = float(1.0 / z_s);
     row.scale_t = float(1.0 / z_t);
-    row.direction_sum = REVERSE_SUM ? sums[3] / z_s - centre : 0.0;
+    row.mean_gap = sums[3] / z_s;
 }
 
 struct Totals {
@@ -448,13 +466,45 @@ struct Measure {
     float entry_clip;
 };
 
-// DIRECT (a KL without an entry clip): out = dz by `factor`. Else out = g, and p_S goes into `probability`.
+// dz = g - p_S sum(g): any multiple of p_S may be taken off g first. Where the top has most of the probability, p, that
+// is the multiple which leaves nothing of the top's own g: it would keep the part 1 - p of it, which float32 does not
+// know. Under an entry clip, g of the forward KL is p_S - M p_T or, where the teacher thinks little of the top, -M p_T:
+// p_S would swallow a small p_T.
+struct Level {
+    float taken = 0;
+    bool apart = false, sure = false;
+};
+
+template <int BETA, bool CLIP>
+static Level level_of(const Pair& row, const Measure& how) {
+    Level level;
+    const float p_s = row.scale_s;
+    level.sure = p_s > 0.5f;
+    if (!level.sure) return level;
+    const float x_t = row.teacher[row.top] * row.factor - row.shift_t, d = x_t == -INF ? INF : -row.centre_gap;
+    const float p_t = exp_below<float>(x_t) * row.scale_t;
+    const Entry<float> top = entry<BETA, true, float>(d, d > 0 ? p_s : p_t, how.weights);
+    const bool infinite = BETA == REVERSE ? d == INF : BETA == FORWARD && d == -INF;
+    const bool over = CLIP && (top.plain > how.entry_clip || infinite);
+    if (BETA == FORWARD) {
+        level.apart = p_t < 0.5f * p_s;
+        const float ratio = p_t / p_s;
+        level.taken = level.apart ? (over ? 0.0f : -ratio) : (over ? 1.0f : top.g / p_s);
+    } else {
+        level.taken = over ? (BETA == REVERSE ? -1.0f : 0.0f) : top.c;
+    }
+    return level;
+}
+
+// DIRECT (a KL without an entry clip): out = dz by `factor`. Else out = g less its level, and p_S goes into
+// `probability`.
 template <int BETA, bool CLIP, bool STATISTICS, bool GRAD>
 static Totals measure(const Pair& row, const Measure& how, float* out, float* probability, float factor) {
     constexpr bool DIRECT = BETA != MIXTURE && !CLIP;
     enum { TERM, INFINITE, ENTROPY_S, ENTROPY_T, DIRECTION, AMOUNT, OVER, COUNT };
     Sums<COUNT> sums;
-    const float centre = float(row.direction_sum);
+    const float mean_gap = float(row.mean_gap);
+    const Level level = GRAD && !DIRECT ? level_of<BETA, CLIP>(row, how) : Level();
     sweep(
         row.vocab,
         [&](int64_t i, auto count) {
@@ -470,8 +520,8 @@ static Totals measure(const Pair& row, const Measure& how, float* out, float* pr
             const Vec one = splat<Vec>(1.0f);
             const auto infinite = BETA == REVERSE ? d == INF : d == -INF;
             if (BETA != MIXTURE) sums.lanes[INFINITE] += infinite ? one : Vec{};
+            auto over = e.plain > how.entry_clip;
             if (CLIP) {
-                auto over = e.plain > how.entry_clip;
                 Vec amount = e.plain - how.entry_clip;
                 if constexpr (BETA != MIXTURE) {
                     over = over | infinite;
@@ -479,18 +529,24 @@ static Totals measure(const Pair& row, const Measure& how, float* out, float* pr
                 }
                 sums.lanes[AMOUNT] += over ? amount : Vec{};
                 sums.lanes[OVER] += over ? one : Vec{};
-                // the constant of the reverse KL's gradient, 1, cancels but for the clipped entries
-                if (GRAD) e.g = over ? (BETA == FORWARD ? e.p_s : BETA == REVERSE ? -e.p_s : Vec{}) : e.g;
             }
             if (STATISTICS) {
                 sums.lanes[ENTROPY_S] += e.p_s * countable(v.x_s);
                 sums.lanes[ENTROPY_T] += e.p_t * countable(v.x_t);
             }
             if (GRAD && DIRECT) {
-                put(out + i, (BETA == FORWARD ? e.g : e.g - e.p_s * centre) * factor, count);
+                put(out + i, (BETA == FORWARD ? e.g : e.p_s * (present(v.u) - mean_gap)) * factor, count);
             } else if (GRAD) {
-                sums.lanes[DIRECTION] += e.g;
-                put(out + i, e.g, count);
+                Vec g;
+                if constexpr (BETA == FORWARD) {
+                    g = level.apart ? (over ? Vec{} : -e.p_t) : (over ? e.p_s : e.g);
+                    g -= e.p_s * level.taken;
+                } else {  // the constant of the reverse KL's gradient, 1, cancels but for the clipped entries
+                    if constexpr (CLIP) e.c = over ? splat<Vec>(BETA == REVERSE ? -1.0f : 0.0f) : e.c;
+                    g = e.p_s * (e.c - level.taken);
+                }
+                sums.lanes[DIRECTION] += g;
+                put(out + i, g, count);
                 put(probability + i, e.p_s, count);
             }
         },
@@ -499,6 +555,10 @@ static Totals measure(const Pair& row, const Measure& how, float* out, float* pr
     totals.divergence = sums[TERM];
     totals.infinite = sums[INFINITE];
     totals.direction = sums[DIRECTION];
+    if (GRAD && !DIRECT && level.sure) {  // what rounding has left of it
+        totals.direction -= out[row.top];
+        out[row.top] *= 0.0f;  // but not of NaN
+    }
     totals.amount = sums[AMOUNT];
     totals.over = sums[OVER];
     totals.entropy_s = row.log_sum_s - sums[ENTROPY_S];
@@ -549,10 +609,21 @@ struct Curves {
 
 // Whether both rows give a distribution; if so, how far their entries are shifted.
 static bool shifted(Pair& row) {
-    const float max_s = maximum(row.student, row.vocab) * row.factor;
+    const float likeliest = maximum(row.student, row.vocab);
     const float max_t = maximum(row.teacher, row.vocab) * row.factor;
-    if (max_s == -INF || max_t == -INF) return false;
-    row.shift_s = shift_of(max_s), row.shift_t = shift_of(max_t), row.shift_gap = row.shift_s - row.shift_t;
+    if (likeliest == -INF || max_t == -INF) return false;
+    row.top = index_of(row.student, row.vocab, likeliest);
+    row.shift_s = likeliest * row.factor;
+    const float at_top = row.teacher[row.top] * row.factor;
+    if (at_top > -INF) {
+        const float gap = row.difference ? row.difference[row.top] : (likeliest - row.teacher[row.top]) * row.factor;
+        const bool near = max_t - at_top <= 1.0f;  // as exp_below would have it
+        row.shift_t = near ? at_top : max_t;
+        row.shift_gap = gap;
+        row.unlevel = near ? 0.0f : row.shift_s - row.shift_t - gap;
+    } else {
+        row.shift_t = max_t, row.shift_gap = row.shift_s - max_t, row.unlevel = 0.0f;
+    }
     return true;
 }
 

@@ -27,6 +27,10 @@ class Across:
         """The sum over ranks, in place."""
         return values
 
+    def max(self, values: Tensor) -> Tensor:
+        """The largest over ranks."""
+        return values
+
     def log_sum_exp(self, values: Tensor) -> Tensor:
         return values
 
@@ -72,9 +76,13 @@ class AcrossGroup(Across):
         dist.all_reduce(values, group=self.group)
         return values
 
-    def log_sum_exp(self, values: Tensor) -> Tensor:
+    def max(self, values: Tensor) -> Tensor:
         most = values.clone()
         dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
+        return most
+
+    def log_sum_exp(self, values: Tensor) -> Tensor:
+        most = self.max(values)
         base = most.masked_fill(most == -math.inf, 0.0)
         return self.add((values - base).exp_()).log_().add_(base)
 

@@ -43,10 +43,14 @@ def divergence_rows(
         y_s = transformed(student[block], objective.student, objective.temperature)
         y_t = transformed(teacher[block], objective.teacher, objective.temperature)
         out = _Out(table, dz, row_scale, block)
-        pair = paired(y_s, y_t, _gap(student[block], teacher[block], y_s, y_t, objective), across)
+        top_s, top_t = _top(y_s, across), _top(y_t, across)
+        gap = _gap(student[block], teacher[block], y_s, y_t, objective).sub_(top_s - top_t)
+        low_s, low_t = y_s - top_s, y_t - top_t
+        pair = paired(low_s, low_t, gap, across)
         if out.stats:
             target = None if targets is None else targets[block].unsqueeze(-1)
-            _fill_distribution_stats(out.table, pair, y_s, y_t, target, across)
+            _fill_distribution_stats(out.table, pair, low_s, low_t, target, across)
+        del low_s, low_t
         token = token_loss(pair, objective, dz is not None, across)
         kept = settle(out.table, token, pair.dead, objective)
         if out.stats:
@@ -71,14 +75,15 @@ def logprob_rows(
     for block in _blocks(logits, across):
         out = _Out(table, dz, row_scale, block)
         y = transformed(logits[block], transform, temperature)
-        log_z = _log_normaliser(y, across)
+        low = y - _top(y, across)
+        log_z = _log_normaliser(low, across)
         target = targets[block].unsqueeze(-1)
-        logprob = _log_prob(y, log_z, target, across)
+        logprob = _log_prob(low, log_z, target, across)
         out.table[LogprobColumn.LOGPROB] = logprob
         if table.shape[0] > LogprobColumn.ENTROPY:
-            out.table[LogprobColumn.ENTROPY] = entropy_of(y, log_z, across)
+            out.table[LogprobColumn.ENTROPY] = entropy_of(low, log_z, across)
         if out.dz is not None:
-            grad = (y - log_z).exp_().neg_()
+            grad = (low - log_z).exp_().neg_()
             here = ((target >= across.offset) & (target < across.offset + y.shape[1])).to(y.dtype)
             if y.shape[1]:
                 grad.scatter_add_(-1, (target - across.offset).clamp_(0, y.shape[1] - 1), here)
@@ -202,6 +207,13 @@ def through_transform(grad: Tensor, y: Tensor, transform: LogitTransform, temper
         tanh_squared = (y * (temperature / transform.softcap)).square_()
         grad *= tanh_squared.neg_().add_(1.0).masked_fill_(y == -math.inf, 0.0)
     return grad
+
+
+def _top(y: Tensor, across: Across) -> Tensor:
+    """The largest of each row, (n, V) → (n, 1), 0 where all are −inf: less that, a normaliser has all its digits."""
+    top = y.amax(-1, keepdim=True) if y.shape[1] else y.new_full((len(y), 1), -math.inf)
+    top = across.max(top)
+    return top.masked_fill(top == -math.inf, 0.0)
 
 
 def _log_normaliser(y: Tensor, across: Across) -> Tensor:
@@ -352,14 +364,30 @@ def token_loss(pair: Pair, objective: Objective, want_grad: bool, across: Across
         return TokenLoss(divergence, loss, amount, entry_clipped, None)
 
     if beta == 0.0:  # g = p_S − M·p_T
-        grad = pair.r if over is None else torch.where(over, pair.p_s, pair.r)
+        grad = pair.r
+        if over is not None:  # or −M·p_T: any multiple of p_S cancels, and p_S would swallow a small p_T
+            apart = across.any(((pair.p_s > 0.5) & (pair.p_t < 0.25)).any(-1)).unsqueeze(-1)
+            grad = torch.where(over, pair.p_s.masked_fill(apart, 0.0), torch.where(apart, -pair.p_t, pair.r))
     else:
         direction = pair.d if beta == 1.0 else log_m_over_s * (beta - 1)
         direction = direction.masked_fill(pair.no_s, 0.0)
         if over is not None:  # the constant of the reverse KL's gradient, 1, cancels but for the clipped entries
             direction.masked_fill_(over, -1.0 if beta == 1.0 else 0.0)
         grad = direction.mul_(pair.p_s)
-    return TokenLoss(divergence, loss, amount, entry_clipped, grad - pair.p_s * across.add(grad.sum(-1, keepdim=True)))
+    return TokenLoss(divergence, loss, amount, entry_clipped, _centred(grad, pair.p_s, across))
+
+
+def _centred(grad: Tensor, p_s: Tensor, across: Across) -> Tensor:
+    """grad − p_S·Σ grad, in the place of `grad`.
+
+    An entry with most of the probability, p, would keep the part 1 − p of its own, which float32 does not know. Any
+    multiple of p_S may be taken off first: that which leaves nothing of this entry.
+    """
+    sure = p_s > 0.5
+    own = across.add(torch.stack([grad.masked_fill(~sure, 0.0).sum(-1), p_s.masked_fill(~sure, 0.0).sum(-1)]))
+    level = torch.where(own[1] > 0, own[0] / own[1], 0.0).unsqueeze(-1)
+    grad = grad.sub_(p_s * level).masked_fill_(sure, 0.0)
+    return grad.sub_(p_s * across.add(grad.sum(-1, keepdim=True)))
 
 
 def _log_mixture(d: Tensor, beta: float) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,9 @@ A row is read in sweeps, by one program (many rows) or by several that meet in a
 3. the gradient.
 
 Without an entry clip the KLs know Σg after sweep 1 (0, and the estimate of the divergence), so 2 and 3 are one sweep,
-but for rows where one token has nearly all the probability.
+but for rows where one token has nearly all the probability. There g − p_S·Σg would keep the part 1 − p_S of the token's
+own g, which float32 does not know. Any multiple of p_S may be taken off g first, so what leaves nothing of its g is:
+the row's `level`.
 
 Units: `u` is what the hot loops subtract and compare, `nats` and `bits` turn it into arguments of exp and exp2. It is
 the raw logit where both models only scale theirs alike, the tempered logit otherwise. The student's u is shifted by an
@@ -60,6 +62,8 @@ FAINT = _constant(2.0**-60)  # a normaliser this far below the other's scale may
 # Σw under which one token has over 80 % of a row: its gap from the mean, and so its gradient, is far smaller than the
 # gaps themselves, and sweep 1's rounding would show in it
 CERTAIN = _constant(1.25)
+SURE = _constant(0.5)  # above it, a probability is its row's largest: there is one at most
+NEVER = _constant(2.0)
 
 FORWARD_KL = _constant(0)
 REVERSE_KL = _constant(1)
@@ -70,7 +74,7 @@ OWN = _constant(1)  # each model has its own scale or cap: u is in nats
 SAME_CAP = _constant(2)  # one cap for both: u is in nats, the gap from tanh a − tanh b = tanh(a − b)(1 − tanh a tanh b)
 
 SWEEP_PARTIALS = 8  # floats that a split row's program leaves after sweep 1
-SUM_PARTIALS = 5  # and after sweep 2
+SUM_PARTIALS = 9  # and after sweep 2
 MAX_SPLITS = 32
 
 
@@ -298,7 +302,10 @@ def _settled(top_s, sum_s, top_t, sum_t, top, sum_df, transform):
 
 @_jit()
 def _terms(u_s, u_t, gap, norms, clips, KIND: tl.constexpr, CLIP: tl.constexpr):
-    """A tile's p_S, p_T, log2 of both, summand of the divergence, ℓ and whether it is infinite, g before −p_S·Σg."""
+    """A tile's p_S, p_T, log2 of both, summand of the divergence, ℓ and whether it is infinite, g, and g − p_S.
+
+    The last is for the clipped forward KL, whose p_S would swallow a small p_T where the models are far apart.
+    """
     m_s, l_s, m_t, l_t, drift = norms
     beta, one_minus_beta, tau, _, bits = clips
     no_s, no_t = u_s == NEG_INF, u_t == NEG_INF
@@ -320,7 +327,7 @@ def _terms(u_s, u_t, gap, norms, clips, KIND: tl.constexpr, CLIP: tl.constexpr):
     elif KIND == REVERSE_KL:
         entry = tl.where(no_s | no_t, 0.0, p_s * d)
         summand, infinite = tl.where(near, p_s * _phi(-d), entry - r), no_t & (no_s == 0)
-        g = entry
+        g = tl.where(no_s | no_t, 0.0, p_s * gap)  # not p_S·d: the drift cancels, and the gap has digits that d lacks
     else:
         low, high = tl.where(likelier, beta, one_minus_beta), tl.where(likelier, one_minus_beta, beta)
         over_high = _log1p(low * down, high + low * fade)  # log of m over the likelier of the two
@@ -330,86 +337,123 @@ def _terms(u_s, u_t, gap, norms, clips, KIND: tl.constexpr, CLIP: tl.constexpr):
         entry = tl.where(near, high * p_high * _phi(over_high) + low * p_low * _phi(over_low), entry)
         summand, infinite = entry, no_s & (no_s == 0)
         g = tl.where(p_s == 0.0, 0.0, p_s * (-one_minus_beta * tl.where(likelier, over_high, over_low)))
-    if CLIP:  # the constant of the reverse KL's gradient, 1, cancels but for the clipped entries
-        clipped = p_s * (1.0 if KIND == FORWARD_KL else (-1.0 if KIND == REVERSE_KL else 0.0))
-        g = tl.where((entry > tau) | infinite, clipped, g)
-    return p_s, p_t, b_s, b_t, summand, entry, infinite, g
+    bare = g
+    if CLIP:  # the constants of the reverse KL's gradient, 1 and the drift, cancel but for the clipped entries
+        clipped = p_s * (1.0 if KIND == FORWARD_KL else (drift - 1.0 if KIND == REVERSE_KL else 0.0))
+        over = (entry > tau) | infinite
+        g = tl.where(over, clipped, g)
+        bare = tl.where(over, 0.0, -p_t) if KIND == FORWARD_KL else g
+    return p_s, p_t, b_s, b_t, summand, entry, infinite, g, bare
 
 
 @_jit()
 def _sums_tile(
-    total, cut, sum_g, h_s, h_t, p_s, p_t, b_s, b_t, summand, entry, infinite, g, tau,
-    KIND: tl.constexpr, CLIP: tl.constexpr, STATS: tl.constexpr, SUM_G: tl.constexpr,
+    total, cut, h_s, h_t, rest, p_rest, own, bare_rest, bare_own,
+    p_s, p_t, b_s, b_t, summand, entry, infinite, g, bare, tau,
+    KIND: tl.constexpr, CLIP: tl.constexpr, LOSS: tl.constexpr, STATS: tl.constexpr, SUM_G: tl.constexpr,
 ):  # fmt: skip
-    """Adds a tile's terms to the lanes: the loss, what the entry clip cut from it, g, both entropies."""
-    if CLIP:
-        excess = tl.where(entry <= tau, 0.0, entry - tau)
-        if KIND == JSD:
-            cut += excess
-            summand -= excess
-        else:
-            cut += tl.where(infinite, INF, excess)
-            summand += tl.where(infinite, tau, -excess)
-    elif KIND != JSD:
-        summand = tl.where(infinite, INF, summand)
-    total += summand
-    if SUM_G:
-        sum_g += g
+    """Adds a tile's terms to the lanes: the loss and what the entry clip cut from it (LOSS), both entropies (STATS), g
+    and p_S of all but a sure token, its g, and the two of the bare g (SUM_G)."""
+    if LOSS:
+        if CLIP:
+            excess = tl.where(entry <= tau, 0.0, entry - tau)
+            if KIND == JSD:
+                cut += excess
+                summand -= excess
+            else:
+                cut += tl.where(infinite, INF, excess)
+                summand += tl.where(infinite, tau, -excess)
+        elif KIND != JSD:
+            summand = tl.where(infinite, INF, summand)
+        total += summand
     if STATS:
         h_s -= tl.where(p_s == 0.0, 0.0, p_s * b_s)
         h_t -= tl.where(p_t == 0.0, 0.0, p_t * b_t)
-    return total, cut, sum_g, h_s, h_t
+    if SUM_G:
+        sure = p_s > SURE
+        rest += tl.where(sure, 0.0, g)
+        p_rest += tl.where(sure, 0.0, p_s)
+        own += tl.where(sure, g, 0.0)
+        if CLIP and KIND == FORWARD_KL:
+            bare_rest += tl.where(sure, 0.0, bare)
+            bare_own += tl.where(sure, bare, 0.0)
+    return total, cut, h_s, h_t, rest, p_rest, own, bare_rest, bare_own
+
+
+@_jit()
+def _levelled(gradients, KIND: tl.constexpr, CLIP: tl.constexpr):
+    """From sweep 2's sums, what sweep 3 knows: Σg of all but a sure token less its level, the level, above which p_S a
+    token is sure, and whether g is the bare one."""
+    rest, p_rest, own, bare_rest, bare_own = gradients
+    sure = p_rest < SURE
+    p_own = 1.0 - p_rest
+    bare = sure & (sure == 0)
+    if CLIP and KIND == FORWARD_KL:
+        bare = sure & (-bare_own < 0.5 * p_own)
+        rest, own = tl.where(bare, bare_rest, rest), tl.where(bare, bare_own, own)
+    level = tl.where(sure, own / p_own, 0.0)
+    return rest - level * p_rest, level, tl.where(sure, SURE, NEVER), bare
 
 
 @_jit()
 def _sweep_tile(
-    total, cut, sum_g, h_s, h_t, student, teacher, dz, start, end, offset, transform, norms, clips,
-    known_g, weight, kept,
-    KIND: tl.constexpr, CLIP: tl.constexpr, STATS: tl.constexpr, SUMS: tl.constexpr, SUM_G: tl.constexpr,
+    total, cut, h_s, h_t, rest, p_rest, own, bare_rest, bare_own,
+    student, teacher, dz, start, end, offset, transform, norms, clips, known, weight, kept,
+    KIND: tl.constexpr, CLIP: tl.constexpr, LOSS: tl.constexpr, STATS: tl.constexpr, SUM_G: tl.constexpr,
     LINK: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of sweep 2 (SUMS), 3 (dz is not None) or both; returns the lanes."""
+    """One tile of sweep 2 (LOSS, STATS, SUM_G), 3 (dz is not None) or both; returns the lanes."""
     x_s, x_t = _load(student, start, end, BLOCK, MASKED), _load(teacher, start, end, BLOCK, MASKED)
     u_s, u_t, gap, slope = _pair(x_s, x_t, offset, transform, LINK, CAP_S, CAP_T)
-    p_s, p_t, b_s, b_t, summand, entry, infinite, g = _terms(u_s, u_t, gap, norms, clips, KIND, CLIP)
-    if SUMS:
-        total, cut, sum_g, h_s, h_t = _sums_tile(
-            total, cut, sum_g, h_s, h_t, p_s, p_t, b_s, b_t, summand, entry, infinite, g, clips[2],
-            KIND, CLIP, STATS, SUM_G,
-        )  # fmt: skip
-    if dz is not None:  # 0 for a row without a gradient, whatever its terms
-        _store(dz, start, end, tl.where(kept, (g - p_s * known_g) * slope * weight, 0.0), BLOCK, MASKED)
-    return total, cut, sum_g, h_s, h_t
+    p_s, p_t, b_s, b_t, summand, entry, infinite, g, bare = _terms(u_s, u_t, gap, norms, clips, KIND, CLIP)
+    total, cut, h_s, h_t, rest, p_rest, own, bare_rest, bare_own = _sums_tile(
+        total, cut, h_s, h_t, rest, p_rest, own, bare_rest, bare_own,
+        p_s, p_t, b_s, b_t, summand, entry, infinite, g, bare, clips[2], KIND, CLIP, LOSS, STATS, SUM_G,
+    )  # fmt: skip
+    if dz is not None:
+        sum_g, level, sure, use_bare = known
+        if CLIP and KIND == FORWARD_KL:
+            g = tl.where(use_bare, bare, g)
+        g = tl.where(p_s > sure, 0.0, g - p_s * level) - p_s * sum_g
+        # 0 for a row without a gradient, whatever its terms
+        _store(dz, start, end, tl.where(kept, g * slope * weight, 0.0), BLOCK, MASKED)
+    return total, cut, h_s, h_t, rest, p_rest, own, bare_rest, bare_own
 
 
 @_jit()
 def _sweep(
-    student, teacher, dz, begin, end, offset, transform, norms, clips, known_g, weight, kept,
-    KIND: tl.constexpr, CLIP: tl.constexpr, STATS: tl.constexpr, SUMS: tl.constexpr, SUM_G: tl.constexpr,
+    student, teacher, dz, begin, end, offset, transform, norms, clips, known, weight, kept,
+    KIND: tl.constexpr, CLIP: tl.constexpr, LOSS: tl.constexpr, STATS: tl.constexpr, SUM_G: tl.constexpr,
     LINK: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sweep 2, 3 or both over columns [begin, end): sums of `_sums_tile`'s lanes, the entropies in bits."""
     zero = tl.zeros((BLOCK,), tl.float32)
-    total, cut, sum_g, h_s, h_t = zero, zero, zero, zero, zero
+    total, cut, h_s, h_t = zero, zero, zero, zero
+    rest, p_rest, own, bare_rest, bare_own = zero, zero, zero, zero, zero
     start = begin
     while start + BLOCK <= end:
-        total, cut, sum_g, h_s, h_t = _sweep_tile(
-            total, cut, sum_g, h_s, h_t, student, teacher, dz, start, end, offset, transform, norms, clips,
-            known_g, weight, kept, KIND, CLIP, STATS, SUMS, SUM_G, LINK, CAP_S, CAP_T, BLOCK, False,
+        total, cut, h_s, h_t, rest, p_rest, own, bare_rest, bare_own = _sweep_tile(
+            total, cut, h_s, h_t, rest, p_rest, own, bare_rest, bare_own,
+            student, teacher, dz, start, end, offset, transform, norms, clips, known, weight, kept,
+            KIND, CLIP, LOSS, STATS, SUM_G, LINK, CAP_S, CAP_T, BLOCK, False,
         )  # fmt: skip
         start += BLOCK
     if start < end:
-        total, cut, sum_g, h_s, h_t = _sweep_tile(
-            total, cut, sum_g, h_s, h_t, student, teacher, dz, start, end, offset, transform, norms, clips,
-            known_g, weight, kept, KIND, CLIP, STATS, SUMS, SUM_G, LINK, CAP_S, CAP_T, BLOCK, True,
+        total, cut, h_s, h_t, rest, p_rest, own, bare_rest, bare_own = _sweep_tile(
+            total, cut, h_s, h_t, rest, p_rest, own, bare_rest, bare_own,
+            student, teacher, dz, start, end, offset, transform, norms, clips, known, weight, kept,
+            KIND, CLIP, LOSS, STATS, SUM_G, LINK, CAP_S, CAP_T, BLOCK, True,
         )  # fmt: skip
-    if SUMS:
-        sums = (
-            tl.sum(total, 0), tl.sum(cut, 0), tl.sum(sum_g, 0), tl.sum(h_s, 0), tl.sum(h_t, 0)
+    losses, entropies, gradients = (0.0, 0.0), (0.0, 0.0), (0.0, 0.0, 0.0, 0.0, 0.0)
+    if LOSS:
+        losses = (tl.sum(total, 0), tl.sum(cut, 0))
+    if STATS:
+        entropies = (tl.sum(h_s, 0), tl.sum(h_t, 0))
+    if SUM_G:
+        gradients = (
+            tl.sum(rest, 0), tl.sum(p_rest, 0), tl.sum(own, 0), tl.sum(bare_rest, 0), tl.sum(bare_own, 0)
         )  # fmt: skip
-    else:
-        sums = (0.0, 0.0, 0.0, 0.0, 0.0)
-    return sums
+    return losses, entropies, gradients
 
 
 @_jit()
@@ -476,33 +520,35 @@ def divergence_kernel(
             LINK, CAP_S, CAP_T,
         )  # fmt: skip
 
+    # the entropies' sums go where registers are free
     SUMS_FIRST: tl.constexpr = KIND == JSD or CLIP or dz is None
     kept = live
-    sum_g = tl.where(live, drift / sum_s - norms[4], 0.0) if KIND == REVERSE_KL else norms[4] * 0.0
+    sum_g = tl.where(live, drift / sum_s, 0.0) if KIND == REVERSE_KL else norms[4] * 0.0
+    known = (sum_g, norms[4] * 0.0, norms[4] * 0.0 + NEVER, live & (live == 0))
     if SUMS_FIRST:
-        total, cut, sum_g, h_s, h_t = _sweep(
-            student, teacher, None, 0, columns, offset, transform, norms, clips, 0.0, 0.0, live,
-            KIND, CLIP, STATS, True, True, LINK, CAP_S, CAP_T, BLOCK,
+        losses, entropies, gradients = _sweep(
+            student, teacher, None, 0, columns, offset, transform, norms, clips, known, 0.0, live,
+            KIND, CLIP, True, STATS and dz is None, dz is not None, LINK, CAP_S, CAP_T, BLOCK,
         )  # fmt: skip
-        loss, divergence, clipped, amount, over, kept = _token(total, cut, live, clips[3])
-        _write_token(table, table_stride, loss, divergence, clipped, amount, over, h_s, h_t, STATS)
-    elif tl.minimum(sum_s, sum_t) < CERTAIN:  # one read more: Σg of the very terms that sweep 3 computes
-        _, _, sum_g, _, _ = _sweep(
-            student, teacher, None, 0, columns, offset, transform, norms, clips, 0.0, 0.0, live,
-            KIND, CLIP, False, True, True, LINK, CAP_S, CAP_T, BLOCK,
+        loss, divergence, clipped, amount, over, kept = _token(losses[0], losses[1], live, clips[3])
+        known = _levelled(gradients, KIND, CLIP)
+    elif tl.minimum(sum_s, sum_t) < CERTAIN:  # one read more
+        _, _, gradients = _sweep(
+            student, teacher, None, 0, columns, offset, transform, norms, clips, known, 0.0, live,
+            KIND, CLIP, False, False, True, LINK, CAP_S, CAP_T, BLOCK,
         )  # fmt: skip
+        known = _levelled(gradients, KIND, CLIP)
     if dz is not None:
         dz += row * dz_stride
         weight = grad_factor
         if row_scale is not None:
             weight *= tl.load(row_scale + row).to(tl.float32)
-        total, cut, _, h_s, h_t = _sweep(
-            student, teacher, dz, 0, columns, offset, transform, norms, clips, sum_g, weight, kept,
-            KIND, CLIP, STATS, not SUMS_FIRST, False, LINK, CAP_S, CAP_T, BLOCK,
+        losses, entropies, _ = _sweep(
+            student, teacher, dz, 0, columns, offset, transform, norms, clips, known, weight, kept,
+            KIND, CLIP, not SUMS_FIRST, STATS, False, LINK, CAP_S, CAP_T, BLOCK,
         )  # fmt: skip
         if not SUMS_FIRST:
-            loss, divergence, clipped, amount, over, kept = _token(total, cut, live, clips[3])
-            _write_token(table, table_stride, loss, divergence, clipped, amount, over, h_s, h_t, STATS)
+            loss, divergence, clipped, amount, over, kept = _token(losses[0], losses[1], live, clips[3])
             if live & (kept == 0):  # an infinite or clipped token, which only the whole row can tell: rare
                 tl.debug_barrier()
                 zero = tl.zeros((BLOCK,), tl.float32)
@@ -510,6 +556,7 @@ def divergence_kernel(
                 while start < columns:
                     _store(dz, start, columns, zero, BLOCK, True)
                     start += BLOCK
+    _write_token(table, table_stride, loss, divergence, clipped, amount, over, entropies[0], entropies[1], STATS)
 
 
 # Rows split among programs: the same sweeps, a launch each.
@@ -582,16 +629,20 @@ def split_sums_kernel(
     teacher += row * teacher_stride
     norms, live, offset = _joined(sweep, row, splits, transform, ITEMS, MAX)
     begin = part * tiles * BLOCK
-    total, cut, sum_g, h_s, h_t = _sweep(
+    losses, entropies, gradients = _sweep(
         student, teacher, None, begin, tl.minimum(begin + tiles * BLOCK, columns), offset, transform, norms, clips,
-        0.0, 0.0, live, KIND, CLIP, STATS, True, True, LINK, CAP_S, CAP_T, BLOCK,
+        (0.0, 0.0, NEVER, False), 0.0, live, KIND, CLIP, True, STATS, True, LINK, CAP_S, CAP_T, BLOCK,
     )  # fmt: skip
     sums += (row * splits + part) * SUM_ITEMS
-    tl.store(sums, total)
-    tl.store(sums + 1, cut)
-    tl.store(sums + 2, sum_g)
-    tl.store(sums + 3, h_s)
-    tl.store(sums + 4, h_t)
+    tl.store(sums, losses[0])
+    tl.store(sums + 1, losses[1])
+    tl.store(sums + 2, entropies[0])
+    tl.store(sums + 3, entropies[1])
+    tl.store(sums + 4, gradients[0])
+    tl.store(sums + 5, gradients[1])
+    tl.store(sums + 6, gradients[2])
+    tl.store(sums + 7, gradients[3])
+    tl.store(sums + 8, gradients[4])
     # one condition is for the compiler, the other for the device
     if targets is not None:  # noqa: SIM102
         if part == 0:
@@ -614,11 +665,10 @@ def split_gradient_kernel(
     norms, live, offset = _joined(sweep, row, splits, transform, ITEMS, MAX)
     total = tl.sum(_partial(sums, row, splits, 0, SUM_ITEMS, MAX), 0)
     cut = tl.sum(_partial(sums, row, splits, 1, SUM_ITEMS, MAX), 0)
-    sum_g = tl.sum(_partial(sums, row, splits, 2, SUM_ITEMS, MAX), 0)
     loss, divergence, clipped, amount, over, kept = _token(total, cut, live, clips[3])
     if part == 0:
-        h_s = tl.sum(_partial(sums, row, splits, 3, SUM_ITEMS, MAX), 0)
-        h_t = tl.sum(_partial(sums, row, splits, 4, SUM_ITEMS, MAX), 0)
+        h_s = tl.sum(_partial(sums, row, splits, 2, SUM_ITEMS, MAX), 0)
+        h_t = tl.sum(_partial(sums, row, splits, 3, SUM_ITEMS, MAX), 0)
         table += row * token_stride
         _write_token(table, table_stride, loss, divergence, clipped, amount, over, h_s, h_t, STATS)
     if dz is not None:
@@ -628,10 +678,18 @@ def split_gradient_kernel(
         weight = grad_factor
         if row_scale is not None:
             weight *= tl.load(row_scale + row).to(tl.float32)
+        gradients = (
+            tl.sum(_partial(sums, row, splits, 4, SUM_ITEMS, MAX), 0),
+            tl.sum(_partial(sums, row, splits, 5, SUM_ITEMS, MAX), 0),
+            tl.sum(_partial(sums, row, splits, 6, SUM_ITEMS, MAX), 0),
+            tl.sum(_partial(sums, row, splits, 7, SUM_ITEMS, MAX), 0),
+            tl.sum(_partial(sums, row, splits, 8, SUM_ITEMS, MAX), 0),
+        )
+        known = _levelled(gradients, KIND, CLIP)
         begin = part * tiles * BLOCK
         _sweep(
             student, teacher, dz, begin, tl.minimum(begin + tiles * BLOCK, columns), offset, transform, norms, clips,
-            sum_g, weight, kept, KIND, CLIP, STATS, False, False, LINK, CAP_S, CAP_T, BLOCK,
+            known, weight, kept, KIND, CLIP, False, False, False, LINK, CAP_S, CAP_T, BLOCK,
         )  # fmt: skip
 
 
@@ -786,8 +844,8 @@ class Configuration:
 # A tile gives every thread at least 4 float32: no element is loaded by two threads, which dz in the student's place
 # relies on, and 4 is what one load instruction carries.
 # Three programs of 256 threads share a multiprocessor's 65,536 registers; left alone, ptxas aims at four in the
-# unclipped KLs and spills for it.
-REGISTERS = 80
+# unclipped KLs and spills for it. A cap and an entry clip need a few more than that: two programs.
+REGISTERS, REGISTERS_OF_CAPS = 80, 112
 WIDE = Configuration(1024, 8)
 NARROW = Configuration(512, 4)
 TINY = Configuration(256, 1)  # the interpreter's: several tiles even at the sizes that it can do
@@ -943,7 +1001,11 @@ class _Meaning:
 
 def _limits(plan: Configuration, constants: dict[str, Any]) -> dict[str, int]:
     """Further compiler options of `divergence_kernel`."""
-    return {"maxnreg": REGISTERS} if plan.warps == 8 and constants["KIND"] != 2 and not constants["CLIP"] else {}
+    if plan.warps != 8:
+        return {}
+    if constants["CLIP"]:
+        return {"maxnreg": REGISTERS_OF_CAPS} if constants["LINK"] != 0 else {}
+    return {"maxnreg": REGISTERS} if constants["KIND"] != 2 else {}
 
 
 def _inner_outer(transform: LogitTransform, temperature: float) -> tuple[float, float]:

@@ -29,7 +29,11 @@ inner = pytest.mark.skipif(not INTERPRETED, reason="runs in the process with TRI
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 GROUPS = ("options", "accuracy", "not options and not accuracy")
-RUNS = [*((group, "test_triton.py") for group in GROUPS), ("triton", "test_support.py")]
+RUNS = [
+    *((group, "test_triton.py") for group in GROUPS),
+    ("triton", "test_support.py"),
+    ("triton", "test_confident.py"),
+]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
