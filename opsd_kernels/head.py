@@ -34,27 +34,28 @@ class Head:
 
 
 def lm_head_of(model: nn.Module) -> Head:
-    """Reads the head of a transformers causal language model (also one wrapped by peft).
+    """Reads the head of a transformers causal language model (also one wrapped by peft or torch.compile).
 
     What the model does to its logits is read from the source of its `forward`; softcap (Gemma, nanochat) and constant
-    scales (Cohere, Granite) are understood.
+    scales (Cohere, Granite, Falcon-H1) are understood.
 
     Raises:
         TypeError: `model` is no causal language model with an output embedding.
-        ValueError: the head is not a plain linear layer (adapters on it, say), or the model does something else to
-            its logits; the message quotes it.
+        ValueError: the head is not a plain linear layer (adapters or forward hooks on it, say), or the model does
+            something else to its logits; the message quotes it.
     """
-    wrapper: Any = model
-    base = wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else wrapper
+    wrapper: Any = _uncompiled(model)
+    base = _uncompiled(wrapper.get_base_model()) if hasattr(wrapper, "get_base_model") else wrapper
     if not hasattr(base, "get_output_embeddings") or base.get_output_embeddings() is None:
         raise TypeError(f"model must be a transformers model with an output embedding, got {type(base).__name__}")
-    linear = base.get_output_embeddings()
+    linear = _uncompiled(base.get_output_embeddings())
     if type(linear) is not nn.Linear:
         raise ValueError(
             f"model's output embedding must be a plain torch.nn.Linear, got {type(linear).__name__}: "
             "merge or drop adapters on the head"
         )
-    logit_scale, softcap = _post_processing(base)
+    _check_forward(linear)
+    logit_scale, softcap = _post_processing(base, linear)
     rows, vocab = linear.weight.shape[0], getattr(base.config.get_text_config(), "vocab_size", None)
     return Head(
         linear.weight,
@@ -65,51 +66,116 @@ def lm_head_of(model: nn.Module) -> Head:
     )
 
 
-_HEAD_CALL = re.compile(r"self\.(lm_head|embed_out|output|head)\((?P<hidden>\w+)(\[.*\])?\)(\.float\(\)|\.to\(.*\))?")
+def _uncompiled(module: Any) -> Any:
+    """The module itself of what torch.compile made of it."""
+    return getattr(module, "_modules", {}).get("_orig_mod", module)
+
+
+def _check_forward(linear: nn.Linear) -> None:
+    """The layer computes what its class says: nothing has been hung onto this one."""
+    hooks = [*linear._forward_pre_hooks.values(), *linear._forward_hooks.values()]
+    names = [f"the hook {getattr(hook, '__qualname__', type(hook).__name__)}" for hook in hooks]
+    forward = vars(linear).get("forward", linear.forward)
+    if "_hf_hook" in vars(linear) and getattr(getattr(forward, "func", None), "__module__", None) == "accelerate.hooks":
+        # accelerate's own move tensors and change no value; removing them leaves the bound method on the instance
+        forward = inspect.unwrap(forward)
+        names += [f"the hook {type(h).__qualname__}" for h in _flat(linear._hf_hook) if not _is_accelerates(h)]
+    if getattr(forward, "__func__", None) is not nn.Linear.forward:
+        names.append(f"a forward of its own, {getattr(forward, '__qualname__', type(forward).__name__)}")
+    if names:
+        raise ValueError(
+            f"model's output embedding must be a plain torch.nn.Linear without forward hooks, got one with {names[0]}, "
+            "which may change the logits: remove it or build opsd_kernels.Head by hand"
+        )
+
+
+def _flat(hook: Any) -> list[Any]:
+    return [inner for part in hook.hooks for inner in _flat(part)] if hasattr(hook, "hooks") else [hook]
+
+
+def _is_accelerates(hook: Any) -> bool:
+    return type(hook).__module__ == "accelerate.hooks"
+
+
 _LAST_HIDDEN = re.compile(
-    r"(\w+\.last_hidden_state|\w+\[0\]|slice_logits_to_keep\(.*\)|hidden_states(\[.*\]|\.to\([^()]*\)))"
+    r"(\w+\.last_hidden_state|\w+\[0\]|slice_logits_to_keep\([\w.]+, \w+\)"
+    r"|hidden_states(\[[^\[\]]*\]|\.to\([^()]*\)))"
 )
-_NO_CHANGE = re.compile(r"logits\.(float\(\)|to\([\w.=]+\)|contiguous\(\))")
-_SCALE = re.compile(r"logits (?P<op>[*/]) (?P<value>self\.(?:\w+\.)*(?:logit_scale|logits_scaling|output_multiplier))")
-_CAP = r"(?P<cap>self\.(?:\w+\.)*final_logit_softcapping)"
-_DIVIDE, _TANH = re.compile(r"logits / " + _CAP), re.compile(r"(torch|nn\.functional|F)\.tanh\(logits\)")
-_TIMES = re.compile(r"logits \* " + _CAP)
-_IF_CAPPED = re.compile(_CAP + r"( is not None)?")
+_CONVERSIONS = ("float", "to", "contiguous")
+_TANH = ("torch.tanh", "nn.functional.tanh", "F.tanh")
+_SCALE = re.compile(r"self\.(?:\w+\.)*(?:logit_scale|logits_scaling|output_multiplier|lm_head_multiplier)")
+_CAP = re.compile(r"self\.(?:\w+\.)*final_logit_softcapping")
+_IF_CAPPED = re.compile(_CAP.pattern + r"( is not None)?")
 
 
-def _post_processing(model: Any) -> tuple[float, float | None]:
+def _post_processing(model: Any, linear: nn.Linear) -> tuple[float, float | None]:
     """(logit_scale, softcap) from the statements of `forward` that write `logits`; raises for any it does not know."""
-    source = textwrap.dedent(inspect.getsource(inspect.unwrap(type(model).forward)))
-    tree = ast.parse(source.replace("lm_logits", "logits"))
+    tree = _source_of_forward(model)
     known: set[ast.AST] = set()  # the uses of `logits` that are understood
     steps: list[str] = []
     scale, cap, hidden = 1.0, None, ""
     for node, conditions in _statements(tree):
-        text = ast.unparse(node.value) if isinstance(node, ast.Assign) else ""
         names = [ast.unparse(t) for t in node.targets] if isinstance(node, ast.Assign) else []
-        if names != ["logits"] or text == "None":
+        if names != ["logits"] or not isinstance(node, ast.Assign) or ast.unparse(node.value) == "None":
             continue
-        step, allowed = "", [] if not conditions else [c for c in conditions if not _IF_CAPPED.fullmatch(c)]
-        if match := _HEAD_CALL.fullmatch(text):
-            step, hidden = "head", match["hidden"]
-        elif (match := _SCALE.fullmatch(text)) and not conditions:
-            step, value = "scale", float(_attribute(model, match["value"]))
-            scale = scale * value if match["op"] == "*" else scale / value
-        elif (match := _DIVIDE.fullmatch(text)) and not allowed:
-            step, cap = "/", _attribute(model, match["cap"])
-        elif _TANH.fullmatch(text) and not allowed:
-            step = "tanh"
-        elif (match := _TIMES.fullmatch(text)) and not allowed and _attribute(model, match["cap"]) == cap:
-            step = "*"
-        elif not _NO_CHANGE.fullmatch(text):
-            raise _unknown(model, ast.unparse(node))
-        if step:
+        capping = all(_IF_CAPPED.fullmatch(c) for c in conditions)
+        for step, name in _operations(model, linear, node.value):
+            value: Any = _attribute(model, name) if step in ("*", "/") else None
+            if step == "head":
+                hidden = name
+            elif _SCALE.fullmatch(name) and not conditions and type(value) in (int, float):
+                scale = scale * value if step == "*" else scale / value
+                step = "scale"
+            elif _CAP.fullmatch(name) and capping and (step == "/" or value == cap):
+                cap = value
+            elif step != "tanh" or not capping:
+                raise _unknown(model, ast.unparse(node))
             steps.append(step)
         known |= set(ast.walk(node))
     if "".join(s for s in steps if s != "scale") not in ("head", "head/tanh*") or ("*" in steps and steps[-1] != "*"):
         raise _unknown(model, "how `logits` is computed could not be followed")
     _check_other_uses(model, tree, known, hidden)
     return scale, (float(cap) if cap else None)
+
+
+def _source_of_forward(model: Any) -> ast.AST:
+    """Of the one that runs, which may be this instance's own."""
+    try:
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(model.forward)))
+        return ast.parse(source.replace("lm_logits", "logits"))
+    except (OSError, TypeError, SyntaxError) as error:
+        raise _unknown(model, f"the source of its forward cannot be read: {error}") from None
+
+
+def _operations(model: Any, linear: nn.Linear, node: ast.expr) -> Iterator[tuple[str, str]]:
+    """What leads from the hidden states, or from `logits`, to the value of `node`, the first first.
+
+    ("head", the name of the hidden states), ("tanh", ""), ("*", the factor) or ("/", the divisor).
+    """
+    node = _converted(node)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Mult, ast.Div)):
+        yield from _operations(model, linear, node.left)
+        yield "*" if isinstance(node.op, ast.Mult) else "/", ast.unparse(node.right)
+    elif isinstance(node, ast.Call) and len(node.args) == 1 and not node.keywords:
+        name = ast.unparse(node.func)
+        hidden = _converted(node.args[0])
+        hidden = hidden.value if isinstance(hidden, ast.Subscript) else hidden  # some of the positions
+        if name in _TANH:
+            yield from _operations(model, linear, node.args[0])
+            yield "tanh", ""
+        elif _uncompiled(_attribute(model, name)) is linear and isinstance(hidden, ast.Name):
+            yield "head", hidden.id
+        else:
+            raise _unknown(model, ast.unparse(node))
+    elif not isinstance(node, ast.Name) or node.id != "logits":
+        raise _unknown(model, ast.unparse(node))
+
+
+def _converted(node: ast.expr) -> ast.expr:
+    """What `node` is a conversion of: to another dtype or layout, not to other values."""
+    while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _CONVERSIONS:
+        node = node.func.value
+    return node
 
 
 def _statements(tree: ast.AST, conditions: tuple[str, ...] = ()) -> Iterator[tuple[ast.stmt, tuple[str, ...]]]:
@@ -139,9 +205,12 @@ def _check_other_uses(model: Any, tree: ast.AST, known: set[ast.AST], hidden: st
 
 
 def _attribute(model: Any, dotted: str) -> Any:
+    """The value of `self.….…`, None if it is anything else."""
+    if not re.fullmatch(r"self(\.\w+)+", dotted):
+        return None
     value = model
     for name in dotted.split(".")[1:]:
-        value = getattr(value, name)
+        value = getattr(value, name, None)
     return value
 
 

@@ -19,6 +19,9 @@ MODELS = {
     "Llama": {}, "Qwen3": {"tie_word_embeddings": True}, "Mistral": {}, "Phi3": {},
     "Gemma2": {"final_logit_softcapping": 3.0}, "Gemma3": {"final_logit_softcapping": 2.0},
     "Cohere": {"logit_scale": 0.25}, "Granite": {"logits_scaling": 4.0},
+    "OPT": {"ffn_dim": 32, "word_embed_proj_dim": 12}, "Mamba": {}, "BioGpt": {},
+    "FalconH1": {"lm_head_multiplier": 0.5, "mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8},
+    "HyperCLOVAX": {"logits_scaling": 0.125},
 }  # fmt: skip
 
 
@@ -30,16 +33,17 @@ def model_of(name: str, **changes):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logprobs_equal_the_models_own(name):
+def test_logits_equal_the_models_own(name):
     model = model_of(name)
     torch.nn.init.normal_(model.get_output_embeddings().weight, std=2.0)
     ids = torch.randint(3, 61, (2, 7))
     head = opsd_kernels.lm_head_of(model)
     with torch.no_grad():
         hidden = model.base_model(ids).last_hidden_state
-        got = opsd_kernels.token_logprobs(hidden, head.weight, ids, **head.options())
-        expected = model(ids).logits.double().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-    assert torch.allclose(got, expected, atol=1e-6)
+        logprobs, order, log_z = opsd_kernels.top_k_logprobs(hidden, head.weight, 61, **head.options())
+        expected = model(ids).logits.double()
+    got = torch.full_like(expected, torch.nan).scatter(-1, order, logprobs + log_z[..., None])
+    assert torch.allclose(got, expected, atol=1e-5)
     assert head.weight is model.get_output_embeddings().weight
 
 
@@ -47,6 +51,8 @@ def test_the_cap_and_the_scale_are_read():
     assert opsd_kernels.lm_head_of(model_of("Gemma2")).softcap == 3.0
     assert opsd_kernels.lm_head_of(model_of("Cohere")).logit_scale == 0.25
     assert opsd_kernels.lm_head_of(model_of("Granite")).logit_scale == 0.25
+    assert opsd_kernels.lm_head_of(model_of("FalconH1")).logit_scale == 0.5
+    assert opsd_kernels.lm_head_of(model_of("HyperCLOVAX")).logit_scale == 0.125
 
 
 def test_a_cap_of_none_is_none():
@@ -71,10 +77,78 @@ def test_adapters_leave_the_head_readable_but_not_on_it():
         opsd_kernels.lm_head_of(on_head)
 
 
+def test_a_compiled_model_is_the_one_within():
+    model = model_of("Cohere")
+    read = opsd_kernels.lm_head_of(torch.compile(model))
+    assert read.weight is model.lm_head.weight
+    assert read.logit_scale == 0.25
+    model.lm_head = torch.compile(model.lm_head)
+    assert opsd_kernels.lm_head_of(model).weight is read.weight
+
+
+def test_hooks_on_the_head_are_refused():
+    model = model_of("Llama")
+
+    def doubled(*seen):
+        return seen[-1] * 2
+
+    for register in (model.lm_head.register_forward_hook, model.lm_head.register_forward_pre_hook):
+        handle = register(doubled)
+        with pytest.raises(ValueError, match=r"output embedding must be .* without forward hooks, got .*doubled"):
+            opsd_kernels.lm_head_of(model)
+        handle.remove()
+        opsd_kernels.lm_head_of(model)
+    model.lm_head.forward = doubled
+    with pytest.raises(ValueError, match=r"output embedding must be .* a forward of its own, .*doubled"):
+        opsd_kernels.lm_head_of(model)
+
+
+def test_a_forward_of_the_models_own_is_the_one_that_is_read():
+    model = model_of("Llama")
+    model.forward = lambda ids: model.lm_head(model.model(ids).last_hidden_state) / 2
+    with pytest.raises(ValueError, match="not understood"):
+        opsd_kernels.lm_head_of(model)
+    model.forward = eval("lambda ids: ids")  # without a source
+    with pytest.raises(ValueError, match="source of its forward cannot be read"):
+        opsd_kernels.lm_head_of(model)
+
+
+def test_accelerates_hooks_leave_the_head_readable():
+    accelerate = pytest.importorskip("accelerate")
+    hooks = accelerate.hooks
+
+    class Doubled(hooks.ModelHook):
+        def post_forward(self, module, output):
+            return output * 2
+
+    model = accelerate.dispatch_model(model_of("Granite"), {"": "cpu"}, force_hooks=True)
+    assert "forward" in vars(model.lm_head)
+    assert opsd_kernels.lm_head_of(model).logit_scale == 0.25
+    hooks.add_hook_to_module(model.lm_head, hooks.AlignDevicesHook("cpu"), append=True)
+    assert opsd_kernels.lm_head_of(model).weight is model.lm_head.weight
+    hooks.add_hook_to_module(model.lm_head, Doubled(), append=True)
+    with pytest.raises(ValueError, match=r"the hook .*Doubled"):
+        opsd_kernels.lm_head_of(model)
+    hooks.remove_hook_from_module(model.lm_head)
+    assert opsd_kernels.lm_head_of(model).weight is model.lm_head.weight
+    hooks.add_hook_to_module(model.lm_head, hooks.AlignDevicesHook("cpu"))
+    model.lm_head.forward = lambda x: x
+    with pytest.raises(ValueError, match="a forward of its own"):
+        opsd_kernels.lm_head_of(model)
+
+
 ODD = {
     "a mean is taken off": "logits = self.lm_head(hidden)\nlogits = logits - logits.mean(-1, keepdim=True) * 0.5",
     "hidden states are scaled in the call": "logits = self.lm_head(hidden / 2)",
     "hidden states are scaled before": "hidden = hidden * 2\nlogits = self.lm_head(hidden)",
+    "scaled behind a conversion": "logits = self.lm_head(hidden).to(hidden.dtype) * float(self.config.use_scale)",
+    "hidden states are scaled behind a slice": "logits = self.lm_head(hidden[:, :] * hidden[0])",
+    "scaled by what may learn": "logits = self.lm_head(hidden) * self.config.logit_scale",
+    "hidden states are scaled as they are sliced": (
+        "hidden_states = outputs.last_hidden_state\n"
+        "hidden_states = hidden_states[:, 0:] * hidden[0]\nlogits = self.lm_head(hidden_states)"
+    ),
+    "another layer": "logits = self.model.embed_tokens(hidden)",
     "in place": "logits = self.lm_head(hidden)\nlogits /= 2",
     "in place by a method": "logits = self.lm_head(hidden)\nlogits.div_(2)",
     "where it is returned": "logits = self.lm_head(hidden)\nreturn logits / self.config.logits_scaling",
@@ -97,27 +171,50 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("name", ODD)
-def test_unknown_post_processing_is_refused(name, tmp_path):
-    body = textwrap.indent("hidden = self.model(input_ids).last_hidden_state\n" + ODD[name], " " * 8)
+PLAIN = {
+    "nothing": "logits = self.lm_head(hidden)",
+    "conversions": "logits = self.lm_head(hidden.to(self.lm_head.weight.dtype)).float().contiguous()",
+    "a scale, then a cap": (
+        "logits = self.lm_head(hidden[:, 0:]).to(torch.float32) * self.config.logits_scaling\n"
+        "logits = logits / self.config.final_logit_softcapping\nlogits = torch.tanh(logits)\n"
+        "logits = logits * self.config.final_logit_softcapping"
+    ),
+}
+
+
+def written(body: str, tmp_path):
+    """A model whose forward does what `body` says."""
+    body = textwrap.indent("outputs = self.model(input_ids)\nhidden = outputs.last_hidden_state\n" + body, " " * 8)
     source = tmp_path / "odd.py"  # in a file, for its source to be found
     source.write_text(
         "import torch\nimport transformers\n\nclass Odd(transformers.LlamaForCausalLM):\n"
         f"    def forward(self, input_ids, **kwargs):\n{body}\n        return logits\n"
     )
-    spec = importlib.util.spec_from_file_location(f"odd_{abs(hash(name))}", source)
+    spec = importlib.util.spec_from_file_location(f"odd_{abs(hash(body))}", source)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.modules[spec.name] = module
     config = transformers.LlamaConfig(**SIZES)
+    config.logit_scale = torch.nn.Parameter(torch.tensor(0.5))
     config.logits_scaling, config.final_logit_softcapping, config.use_scale, config.final_logit_softcap = (
         2.0,
         3.0,
         0,
         3.0,
     )
+    return module.Odd(config)
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_unknown_post_processing_is_refused(name, tmp_path):
     with pytest.raises(ValueError, match="not understood"):
-        opsd_kernels.lm_head_of(module.Odd(config))
+        opsd_kernels.lm_head_of(written(ODD[name], tmp_path))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_is_understood_is_not(name, tmp_path):
+    head = opsd_kernels.lm_head_of(written(PLAIN[name], tmp_path))
+    assert (head.logit_scale, head.softcap) == ((2.0, 3.0) if "cap" in name else (1.0, None))
 
 
 def test_no_language_model_is_refused():
