@@ -190,7 +190,7 @@ _fused_linear.register_autograd(_backward, setup_context=_setup_context)
 def scaled(gradient: Tensor, upstream: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The saved gradient times the upstream one, 0-d or one a row, in a new tensor of `dtype`.
 
-    An operator without an autograd formula, so that a second derivative raises instead of being silently wrong.
+    An operator whose autograd formula raises, so that a second derivative is not silently wrong.
     """
     out = torch.empty_like(gradient, dtype=dtype)
     if upstream is None:
@@ -201,6 +201,13 @@ def scaled(gradient: Tensor, upstream: Tensor | None, dtype: torch.dtype) -> Ten
 @scaled.register_fake
 def _(gradient, upstream, dtype):
     return torch.empty_like(gradient, dtype=dtype)
+
+
+def _no_second_derivative(ctx: Any, _: Tensor) -> None:
+    raise RuntimeError("second derivatives are not supported: the losses differentiate once, by backward()")
+
+
+scaled.register_autograd(_no_second_derivative)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from . import backends, checks
 from .across import WHOLE
 from .fused_linear import Inputs, Spec, fused_linear_loss, top_k_of
 from .logits import logits_loss
-from .objective import Objective, integer, positive
+from .objective import Objective, flag, integer, positive
 from .rows import DROPPED, Column, LogprobColumn
 from .tokens import Tokens
 from .workspace import budget_bytes
@@ -125,7 +125,8 @@ def jsd_loss(
         teacher_weight: (V, H_t). With `valid_vocab`, the two heads may be padded to different heights.
         bias: (V,), like `weight`. A shared head shares it.
         teacher_bias: (V,), constant; default none with a `teacher_weight`, else `bias`.
-        beta: in [0, 1]. temperature: above 0, divides both logits; no T² factor.
+        beta: in [0, 1]. Within about 0.001 of an end, float32 loses digits: 0 and 1 themselves are the KLs.
+        temperature: above 0, divides both logits; no T² factor.
         entry_clip: nats; each vocabulary entry's term counts at most this (the published recipe uses 0.05). Only the
             upper side is clamped, so the loss can be negative.
         token_clip: nats; a token's loss counts at most this.
@@ -189,13 +190,15 @@ def jsd_loss(
     checks.same_device(
         student_hidden, teacher_hidden=teacher_hidden, teacher_weight=teacher_weight, teacher_bias=teacher_bias
     )
-    vocab = checks.vocabulary(valid_vocab, min(weight.shape[0], head.shape[0]), split=process_group is not None)
+    sizes = {"weight": weight.shape[0], "teacher_weight": head.shape[0]}
+    vocab = checks.vocabulary(valid_vocab, sizes, split=process_group is not None)
     objective = Objective.checked(
         beta=beta, temperature=temperature, entry_clip=entry_clip, token_clip=token_clip, top_k=top_k,
         top_k_from=top_k_from, tail_bucket=tail_bucket, logit_scale=logit_scale, softcap=softcap,
         teacher_logit_scale=teacher_logit_scale, teacher_softcap=teacher_softcap,
     )  # fmt: skip
     checks.support(objective, vocab)
+    flag("return_stats", return_stats)
     if gradient_filter is not None:
         gradient_filter = positive("gradient_filter", gradient_filter)
     spec = _spec(
@@ -236,18 +239,20 @@ def jsd_loss_from_logits(
         raise TypeError(
             f"jsd_loss_from_logits has no option {unknown[0]!r}; accepted: {', '.join(LossOptions.__annotations__)}"
         )
+    checks.differentiated_once(student_logits)
     checks.floating("student_logits", student_logits)
     checks.floating("teacher_logits", teacher_logits)
-    checks.at_least_two_dimensions("student_logits", student_logits, "V")
+    checks.not_a_scalar("student_logits", student_logits, "V")
     valid_vocab = options.get("valid_vocab")
     columns = None if valid_vocab is not None else student_logits.shape[-1]
     checks.shape("teacher_logits", teacher_logits, (*student_logits.shape[:-1], columns), "that of student_logits")
     checks.same_device(student_logits, teacher_logits=teacher_logits)
-    vocab = checks.vocabulary(valid_vocab, min(student_logits.shape[-1], teacher_logits.shape[-1]))
+    sizes = {"student_logits": student_logits.shape[-1], "teacher_logits": teacher_logits.shape[-1]}
+    vocab = checks.vocabulary(valid_vocab, sizes)
     objective = Objective.checked(**{name: value for name, value in options.items() if name in OBJECTIVE_OPTIONS})
     checks.support(objective, vocab)
     checks.unsupported("for given logits", **{k: options.get(k) for k in ("gradient_filter", "process_group")})
-    return_stats = options.get("return_stats", False)
+    return_stats = flag("return_stats", options.get("return_stats", False))
     spec = _spec(
         "divergence", objective, student_logits, vocab, options.get("backend", "auto"), options.get("workspace_bytes"),
         None, columns=len(Column) if return_stats else 1, compute=student_logits.dtype,
@@ -304,8 +309,9 @@ def token_logprobs(
     weight, bias = _whole(weight), _whole(bias)
     checks.projection("hidden", hidden, weight, bias)
     checks.int64("target_ids", target_ids)
-    vocab = checks.vocabulary(valid_vocab, weight.shape[0], split=process_group is not None)
+    vocab = checks.vocabulary(valid_vocab, {"weight": weight.shape[0]}, split=process_group is not None)
     objective = Objective.checked(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
+    flag("return_entropy", return_entropy)
     spec = _spec(
         "logprob", objective, hidden, vocab, backend, workspace_bytes, process_group,
         columns=len(LogprobColumn) if return_entropy else 1,
@@ -350,7 +356,7 @@ def top_k_logprobs(
     """
     weight, bias = _whole(weight), _whole(bias)
     checks.projection("hidden", hidden, weight, bias)
-    vocab = checks.vocabulary(valid_vocab, weight.shape[0], split=process_group is not None)
+    vocab = checks.vocabulary(valid_vocab, {"weight": weight.shape[0]}, split=process_group is not None)
     top_k = integer("k", k, high=math.inf if vocab == WHOLE else vocab)
     objective = Objective.checked(temperature=temperature, logit_scale=logit_scale, softcap=softcap, top_k=top_k)
     spec = _spec("top_k", objective, hidden, vocab, backend, workspace_bytes, process_group, columns=1)
@@ -411,13 +417,14 @@ def jsd_loss_from_top_k(
     k = teacher_ids.shape[-1]
     checks.shape("teacher_logprobs", teacher_logprobs, (*lead, k), "that of teacher_ids")
     checks.same_device(student_hidden, teacher_ids=teacher_ids, teacher_logprobs=teacher_logprobs)
-    vocab = checks.vocabulary(valid_vocab, weight.shape[0], split=process_group is not None)
+    vocab = checks.vocabulary(valid_vocab, {"weight": weight.shape[0]}, split=process_group is not None)
     if k < 1 or k > vocab != WHOLE:
         raise ValueError(f"teacher_ids must hold 1 to {vocab} tokens a position, got {k}")
     objective = Objective.checked(
         beta=beta, temperature=temperature, entry_clip=entry_clip, token_clip=token_clip, top_k=k,
         tail_bucket=tail_bucket, logit_scale=logit_scale, softcap=softcap,
     )  # fmt: skip
+    flag("return_stats", return_stats)
     spec = _spec("cached", objective, student_hidden, vocab, backend, workspace_bytes, process_group,
                  columns=len(Column) if return_stats else 1)  # fmt: skip
     tokens = Tokens.checked(
@@ -448,7 +455,6 @@ def _spec(
     gradient_filter: float | None = None,
 ) -> Spec:
     """`like`: the student's hidden states, whose device and dtype (or autocast's) the call has."""
-    _refuse_functorch()
     compute = _compute_dtype(like) if compute is None else compute
     group = "" if process_group is None else _group_name(process_group)
     budget = budget_bytes(like.device, workspace_bytes)
@@ -470,8 +476,8 @@ def _loss(inputs: Inputs, spec: Spec, tokens: Tokens, return_stats: bool) -> Ten
 def _stats(table: Tensor, tokens: Tokens) -> TokenStats:
     """The statistics from the row pass's table (columns, N)."""
     columns = {column.name.lower(): table[column].reshape(tokens.lead) for column in Column if column != Column.LOSS}
-    for flag in ("entry_clipped", "token_clipped"):
-        columns[flag] = columns[flag] != 0
+    for clip in ("entry_clipped", "token_clipped"):
+        columns[clip] = columns[clip] != 0
     if tokens.targets is None:
         del columns["student_logprob"], columns["teacher_logprob"]
     if table.shape[0] > DROPPED:
@@ -495,20 +501,14 @@ def _whole(tensor: Any) -> Any:
 
     Its gradient goes back to the shards as the mean over ranks, which is what data parallelism does.
     """
-    if torch.distributed.is_available():
-        from torch.distributed.tensor import DTensor, Partial
+    if not checks.is_dtensor(tensor):
+        return tensor
+    from torch.distributed.tensor import Partial
 
-        if isinstance(tensor, DTensor):
-            return tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
-    return tensor
+    return tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
 
 
 def _group_name(process_group: Any) -> str:
     if not torch.distributed.is_available() or not isinstance(process_group, torch.distributed.ProcessGroup):
         raise TypeError(f"process_group must be a torch.distributed.ProcessGroup, got {type(process_group).__name__}")
     return process_group.group_name
-
-
-def _refuse_functorch() -> None:
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        raise RuntimeError("torch.func transforms are not supported: the losses differentiate once, by backward()")

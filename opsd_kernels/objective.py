@@ -36,6 +36,13 @@ def integer(name: str, value: Any, *, low: int = 1, high: float = math.inf) -> i
     return value
 
 
+def flag(name: str, value: Any) -> bool:
+    """Returns `value` if it is a bool, else raises naming the argument."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
 @dataclass(frozen=True)
 class LogitTransform:
     """What a model does to its head's output a = h·Wᵀ + b: z = softcap·tanh(logit_scale·a / softcap).
@@ -119,9 +126,7 @@ class Objective:
         """Validates every option; raises TypeError or ValueError naming the option, the value and what is accepted."""
         if top_k_from not in TOP_K_SOURCES:
             raise ValueError(f"top_k_from must be one of {TOP_K_SOURCES}, got {top_k_from!r}")
-        if not isinstance(tail_bucket, bool):
-            raise TypeError(f"tail_bucket must be True or False, got {tail_bucket!r}")
-        if tail_bucket and top_k is None:
+        if flag("tail_bucket", tail_bucket) and top_k is None:
             raise ValueError("tail_bucket=True needs top_k: without a support there is no tail")
         student = logit_transform(logit_scale, softcap)
         return cls(

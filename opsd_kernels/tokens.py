@@ -120,6 +120,9 @@ def _denominator(like: Tensor, reduction: str, denominator: Any) -> float | Tens
         raise ValueError(f"denominator is for reduction='mean' or 'sequence_mean', got reduction={reduction!r}")
     if not isinstance(denominator, Tensor):
         return positive("denominator", denominator)
+    checks.tensor("denominator", denominator)
+    if denominator.dtype == torch.bool:
+        raise TypeError("denominator must be a positive number or a constant 0-d tensor of one, got torch.bool")
     if denominator.ndim or denominator.requires_grad or denominator.is_complex():
         raise ValueError(
             f"denominator must be a positive number or a constant 0-d tensor, got shape {tuple(denominator.shape)}"

@@ -26,7 +26,7 @@ BAD_OPTIONS = [
     ("top_k", 0, ValueError), ("top_k", 10, ValueError), ("top_k", 2.5, TypeError),
     ("top_k_from", "both", ValueError), ("tail_bucket", 1, TypeError), ("tail_bucket", True, ValueError),
     ("mask", torch.ones(2, 3), TypeError), ("mask", torch.ones(3, 2, dtype=torch.bool), ValueError),
-    ("mask", [True], TypeError),
+    ("mask", [True], TypeError), ("mask", torch.ones(2, 3, dtype=torch.bool).to_sparse(), TypeError),
     ("token_weight", torch.ones(6), ValueError), ("token_weight", torch.ones(2, 3, dtype=torch.int64), TypeError),
     ("token_weight", torch.ones(2, 3, requires_grad=True), ValueError),
     ("sequence_ids", torch.ones(2, 3), TypeError), ("sequence_ids", torch.ones(2, dtype=torch.int64), ValueError),
@@ -37,17 +37,21 @@ BAD_OPTIONS = [
     ("valid_vocab", 0, ValueError), ("valid_vocab", 10, ValueError), ("valid_vocab", 3.0, TypeError),
     ("reduction", "average", ValueError), ("denominator", 0, ValueError), ("denominator", "6", TypeError),
     ("denominator", torch.ones(2), ValueError), ("denominator", torch.tensor(-1.0), ValueError),
+    ("denominator", True, TypeError), ("denominator", torch.tensor(True), TypeError),
+    ("return_stats", "yes", TypeError), ("return_stats", None, TypeError), ("return_stats", 1, TypeError),
     ("gradient_filter", 0.0, ValueError), ("gradient_filter", "1e-3", TypeError),
     ("process_group", object(), TypeError),
     ("backend", "cuda", ValueError), ("workspace_bytes", 0, ValueError), ("workspace_bytes", 1e9, TypeError),
 ]  # fmt: skip
 BAD_TENSORS = [
     ("student_hidden", STUDENT.long(), TypeError), ("student_hidden", None, TypeError),
+    ("student_hidden", torch.tensor(1.0), ValueError), ("student_hidden", STUDENT.view(2, 3, 4).to_sparse(), TypeError),
     ("teacher_hidden", TEACHER, ValueError), ("teacher_hidden", torch.ones(2, 3, 5), ValueError),
     ("weight", WEIGHT.T, ValueError), ("weight", WEIGHT[0], ValueError), ("weight", WEIGHT.int(), TypeError),
-    ("weight", WEIGHT[:0], ValueError),
+    ("weight", WEIGHT[:0], ValueError), ("weight", WEIGHT.to_sparse(), TypeError),
     ("weight", WEIGHT.to("meta"), ValueError),
     ("teacher_weight", torch.ones(8, 4), ValueError), ("teacher_weight", torch.ones(9), ValueError),
+    ("teacher_weight", torch.ones(9, 4).to_sparse_coo(), TypeError),
     ("bias", torch.ones(8), ValueError), ("bias", torch.ones(9, dtype=torch.int64), TypeError),
     ("teacher_bias", torch.ones(1), ValueError),
 ]  # fmt: skip
@@ -84,12 +88,19 @@ def test_jsd_loss_from_logits_names_unknown_options_and_bad_shapes():
         opsd_kernels.jsd_loss_from_logits(logits, logits[..., :5])
     with pytest.raises(TypeError, match="student_logits must be float"):
         opsd_kernels.jsd_loss_from_logits(logits.long(), logits)
+    with pytest.raises(ValueError, match="student_logits must have a vocabulary"):
+        opsd_kernels.jsd_loss_from_logits(logits[..., :0], logits[..., :0])
+    with pytest.raises(ValueError, match="teacher_logits must have a vocabulary"):
+        opsd_kernels.jsd_loss_from_logits(logits, logits[..., :0], valid_vocab=9)
+    with pytest.raises(ValueError, match=r"student_logits must have shape \(..., V\)"):
+        opsd_kernels.jsd_loss_from_logits(torch.tensor(1.0), torch.tensor(1.0))
 
 
 @pytest.mark.parametrize(
     ("name", "value", "error"),
     [
-        ("hidden", STUDENT[0], ValueError), ("weight", WEIGHT.T, ValueError), ("target_ids", None, TypeError),
+        ("hidden", STUDENT[0, 0], ValueError), ("return_entropy", 1, TypeError), ("return_entropy", None, TypeError),
+        ("weight", WEIGHT.to_sparse(), TypeError), ("weight", WEIGHT.T, ValueError), ("target_ids", None, TypeError),
         ("target_ids", torch.zeros(6), TypeError), ("target_ids", torch.zeros(5, dtype=torch.int64), ValueError),
         ("target_ids", torch.full((6,), 9), ValueError), ("bias", torch.ones(3), ValueError),
         ("temperature", 0.0, ValueError), ("softcap", 0.0, ValueError), ("mask", torch.ones(6), TypeError),

@@ -155,6 +155,11 @@ def check_sharded_weight(rank):
     loss.backward()
     assert relative(loss, opsd_kernels.jsd_loss(*inputs[rank], weight)) < 1e-12
     assert relative(sharded.grad.full_tensor(), plain.grad) < 1e-12  # the mean over ranks, as in data parallelism
+    tokens = distribute_tensor(inputs[0][0].clone(), mesh, [Shard(0)])  # of which nobody knows what to gather
+    with pytest.raises(TypeError, match="student_hidden must be a plain tensor, got a DTensor"):
+        opsd_kernels.jsd_loss(tokens, inputs[0][1], weight)
+    with pytest.raises(TypeError, match="teacher_hidden must be a plain tensor, got a DTensor"):
+        opsd_kernels.jsd_loss(inputs[0][0], tokens, sharded)
 
 
 @pytest.mark.parametrize(

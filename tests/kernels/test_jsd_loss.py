@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from _helpers import leaf, problem, relative, row_rms
+from torch.autograd import forward_ad
 
 import opsd_kernels
 from opsd_kernels import reference
@@ -394,8 +395,68 @@ def test_second_derivatives_are_refused():
     x = leaf(student)
     loss = opsd_kernels.jsd_loss(x, teacher, weight) ** 2  # its upstream gradient depends on x
     (g,) = torch.autograd.grad(loss, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="autograd"):
+    with pytest.raises(RuntimeError, match="second derivatives are not supported: the losses differentiate once"):
         g.sum().backward()
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_second_derivatives_of_unreduced_losses_are_refused(trainable):
+    student, teacher, weight = problem(5, 4, 20)
+    x, z = leaf(student), leaf(student @ weight.T)
+    for losses, wanted in [
+        (opsd_kernels.jsd_loss(x, teacher, leaf(weight).requires_grad_(trainable), reduction="none"), x),
+        (opsd_kernels.jsd_loss_from_logits(z, teacher @ weight.T, reduction="none"), z),
+    ]:
+        (g,) = torch.autograd.grad(losses.sum(), wanted, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate once"):
+            torch.autograd.grad(g.sum(), wanted)
+
+
+def test_forward_mode_derivatives_are_refused():
+    student, teacher, weight = problem(5, 4, 20)
+    ids = torch.arange(15).view(5, 3)
+    calls = [
+        lambda x, w, b: opsd_kernels.jsd_loss(x, teacher, w, bias=b),
+        lambda x, w, b: opsd_kernels.token_logprobs(x, w, ids[:, 0], bias=b),
+        lambda x, w, b: opsd_kernels.jsd_loss_from_top_k(x, w, ids, -1.0 - ids.double(), bias=b),
+        lambda x, w, b: opsd_kernels.jsd_loss_from_logits(x @ w.T + b, teacher @ weight.T),
+    ]
+    with forward_ad.dual_level():
+        for call, dual in itertools.product(calls, range(3)):
+            inputs = [student, weight, torch.zeros(20, dtype=torch.float64)]
+            call(*inputs)  # a level alone is no derivative
+            inputs[dual] = forward_ad.make_dual(inputs[dual], inputs[dual] + 1)
+            with pytest.raises(RuntimeError, match=r"forward-mode derivatives .* are not supported"):
+                call(*inputs)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sequence_mean", "sum", "none"])
+def test_a_single_token_needs_no_leading_dimension(reduction, trainable):
+    student, teacher, weight = problem(1, 8, 30, dtype=torch.float32)
+    per_token = {"target_ids": torch.tensor([7]), "token_weight": torch.tensor([0.7])}
+    if reduction == "sequence_mean":
+        per_token["sequence_ids"] = torch.tensor([3])
+    for mask in (None, torch.tensor([True]), torch.tensor([False])):
+        per_token["mask"] = mask
+        results = []
+        for lead in ((), (1,)):
+            given = {name: None if value is None else value.reshape(lead) for name, value in per_token.items()}
+            options = {"reduction": reduction, "return_stats": True, "top_k": 4, "tail_bucket": True, **given}
+            x, w = leaf(student.reshape(*lead, 8)), leaf(weight).requires_grad_(trainable)
+            z = leaf(student.reshape(*lead, 8) @ weight.T)
+            loss, stats = opsd_kernels.jsd_loss(x, teacher.reshape(*lead, 8), w, **options)
+            from_logits, same = opsd_kernels.jsd_loss_from_logits(z, teacher.reshape(*lead, 8) @ weight.T, **options)
+            expected = lead if reduction == "none" else ()
+            assert loss.shape == from_logits.shape == expected
+            both = [value for s in (stats, same) for value in vars(s).values() if value is not None]
+            assert all(value.shape == lead for value in both)
+            grads = torch.autograd.grad(loss.sum(), [x, w] if trainable else [x])
+            assert grads[0].shape == x.shape
+            (dz,) = torch.autograd.grad(from_logits.sum(), z)
+            results.append([loss, from_logits, *both, *grads, dz])
+        for mine, batched in zip(*results, strict=True):
+            assert torch.equal(mine.reshape(-1), batched.reshape(-1))
 
 
 @pytest.mark.parametrize("support", [{}, {"top_k": 5}, {"top_k": 5, "tail_bucket": True}], ids=str)

@@ -79,3 +79,17 @@ def test_masked_targets_may_be_anything():
     assert got[1] == 0
     with pytest.raises(ValueError, match=r"target_ids must be in \[0, 11\).*-100"):
         opsd_kernels.token_logprobs(hidden, weight, torch.tensor([1, -100, 2]))
+
+
+def test_a_single_token_needs_no_leading_dimension():
+    hidden, _, weight = problem(1, 5, 11)
+    results = []
+    for lead in ((), (1,)):
+        x, w, target = leaf(hidden.reshape(*lead, 5)), leaf(weight), torch.full(lead, 4)
+        got, entropy = opsd_kernels.token_logprobs(
+            x, w, target, mask=torch.ones(lead, dtype=torch.bool), return_entropy=True
+        )
+        assert got.shape == entropy.shape == lead
+        results.append([got, entropy, *torch.autograd.grad(got.sum(), [x, w])])
+    for mine, batched in zip(*results, strict=True):
+        assert torch.equal(mine.reshape(-1), batched.reshape(-1))

@@ -126,3 +126,19 @@ def test_an_empty_tail_of_the_student_is_infinite_only_where_it_should_be():
     reverse = opsd_kernels.jsd_loss_from_top_k(student, weight, ids, logprobs, bias=bias, beta=1.0)
     assert forward == math.inf  # the teacher has mass in the tail, the student none
     assert reverse.item() == pytest.approx(0.5 * math.log(0.5 / 0.5) + 0.5 * math.log(0.5 / 0.3), rel=1e-6)
+
+
+def test_a_single_token_needs_no_leading_dimension():
+    student, teacher, weight = problem(1, 8, 30)
+    results = []
+    for lead in ((), (1,)):
+        x = leaf(student.reshape(*lead, 8))
+        logprobs, ids, log_z = opsd_kernels.top_k_logprobs(teacher.reshape(*lead, 8), weight, 4)
+        assert logprobs.shape == ids.shape == (*lead, 4)
+        assert log_z.shape == lead
+        options = {"reduction": "none", "return_stats": True, "target_ids": torch.full(lead, 2)}
+        loss, stats = opsd_kernels.jsd_loss_from_top_k(x, weight, ids, logprobs, **options)
+        assert loss.shape == stats.divergence.shape == stats.teacher_logprob.shape == lead
+        results.append([logprobs, ids, log_z, loss, stats.divergence, *torch.autograd.grad(loss.sum(), x)])
+    for mine, batched in zip(*results, strict=True):
+        assert torch.equal(mine.reshape(-1), batched.reshape(-1))
