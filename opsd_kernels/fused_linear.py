@@ -239,6 +239,26 @@ def check_ids(name: str, ids: Tensor | None, rows: Tensor | None, vocab: int) ->
         raise ValueError(f"{name} must be in [0, {vocab}) where the token counts, got {found}")
 
 
+def check_stored(ids: Tensor, logprobs: Tensor, rows: Tensor | None) -> None:
+    """Raises ValueError where a counted token's k ids or their log-probabilities are none; not on a GPU, as above."""
+    if ids.is_cuda:
+        return
+    # a value that was rounded, or is a difference of two that were, is a few eps above 0 at most
+    most = max(8 * torch.finfo(logprobs.dtype).eps, 1e-4)
+    step = max(1, (1 << 14) // ids.shape[1])  # rows at a time: sorting takes memory
+    for start in range(0, ids.shape[0] if rows is None else rows.shape[0], step):
+        block: Any = slice(start, start + step) if rows is None else rows[start : start + step]
+        ordered = ids[block].sort(-1).values
+        again = ordered[:, 1:][ordered[:, 1:] == ordered[:, :-1]]
+        if again.numel():
+            raise ValueError(
+                f"teacher_ids must not repeat an id at a position where the token counts, got {int(again[0])} twice"
+            )
+        largest = float(logprobs[block].amax())
+        if not largest <= most:  # also refuses NaN
+            raise ValueError(f"teacher_logprobs must be at most 0, and not NaN, where the token counts, got {largest}")
+
+
 class _Sweep:
     """One pass over the counted tokens."""
 
@@ -265,6 +285,8 @@ class _Sweep:
             raise ValueError(f"{name} must be at most the {self.across.vocab} tokens of all ranks, got {k}")
         for name, ids in (("target_ids", inputs.targets), ("teacher_ids", inputs.support)):
             check_ids(name, ids, self.rows, self.across.vocab)
+        if inputs.support is not None and inputs.teacher is not None:
+            check_stored(inputs.support, inputs.teacher, self.rows)
 
     def _head(self, weight: Any, bias: Tensor | None) -> tuple[Any, Tensor | None]:
         """The columns that take part; no weight: the student's serves both."""

@@ -398,7 +398,8 @@ def jsd_loss_from_top_k(
     Args:
         student_hidden: (..., H) floating. Receives the gradient.
         weight: (V, H). bias: (V,).
-        teacher_ids: (..., k) int64 in [0, V), no id twice at a position.
+        teacher_ids: (..., k) int64 in [0, V), no id twice at a position where the token counts (on a GPU, where it
+            would have to wait, that is not checked, nor are the values of teacher_logprobs).
         teacher_logprobs: (..., k) floating, log-probabilities over the whole vocabulary at the same `temperature`
             (`top_k_logprobs` gives them). Constant.
         tail_bucket: the rest of both models' mass is one more entry (the teacher's is 1 − Σp, to the accuracy of what

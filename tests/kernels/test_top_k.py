@@ -142,3 +142,39 @@ def test_a_single_token_needs_no_leading_dimension():
         results.append([logprobs, ids, log_z, loss, stats.divergence, *torch.autograd.grad(loss.sum(), x)])
     for mine, batched in zip(*results, strict=True):
         assert torch.equal(mine.reshape(-1), batched.reshape(-1))
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("tokens", [6, 4000])  # as one block, and in several
+def test_what_is_no_stored_top_k_is_refused_where_the_token_counts(tokens, trainable):
+    student, _, weight = problem(tokens, 2, 12, dtype=torch.float32)
+    ids = torch.tensor([8, 3, 5, 0, 9, 11, 1]).repeat(tokens, 1)
+    logprobs = torch.linspace(-4, -2, 7).repeat(tokens, 1)
+    head, last = leaf(weight).requires_grad_(trainable), tokens - 1
+    others = torch.arange(tokens) != last
+
+    def changed(tensor, value):
+        tensor = tensor.clone()
+        tensor[last, 4] = value
+        return tensor
+
+    expected = opsd_kernels.jsd_loss_from_top_k(student, head, ids, logprobs, mask=others)
+    for name, arguments, said in [
+        ("teacher_ids", (changed(ids, 3), logprobs), "got 3 twice"),
+        ("teacher_logprobs", (ids, changed(logprobs, math.nan)), "got nan"),
+        ("teacher_logprobs", (ids, changed(logprobs, 0.25)), "got 0.25"),  # a probability, perhaps
+    ]:
+        for mask in (None, ~others):
+            with pytest.raises(ValueError, match=f"{name} must .*{said}"):
+                opsd_kernels.jsd_loss_from_top_k(student, head, *arguments, mask=mask)
+        assert opsd_kernels.jsd_loss_from_top_k(student, head, *arguments, mask=others) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_rounding_may_take_a_stored_log_probability_above_zero(dtype):
+    student, _, weight = problem(3, 8, 12, dtype=torch.float32)
+    ids = torch.tensor([[4, 2]] * 3)
+    stored = torch.tensor([4 * torch.finfo(dtype).eps, -20.0], dtype=dtype).repeat(3, 1)
+    assert opsd_kernels.jsd_loss_from_top_k(student, weight, ids, stored).isfinite()
+    with pytest.raises(ValueError, match="teacher_logprobs must be at most 0"):
+        opsd_kernels.jsd_loss_from_top_k(student, weight, ids, stored + 0.1)
