@@ -31,6 +31,10 @@ BACKENDS = ("auto", "sdpa", "varlen", "flash", "triton", "eager")
 _TILE = 512  # query rows per call where scores or masks are materialised
 
 
+class LayoutMissing(RuntimeError):
+    """An attention layer ran by `NAME` without the rows' layout."""
+
+
 @dataclass
 class Pass:
     """One trip of packed rows through a model, as its attention layers see it."""
@@ -71,13 +75,14 @@ def packed_attention(
         (1, T, heads, D), and None in place of the weights.
 
     Raises:
-        RuntimeError: there is no layout, or it is not that of these rows.
+        LayoutMissing: no layout came.
+        RuntimeError: it is not that of these rows.
         ValueError: the layer asks for something that packed rows cannot give.
     """
     packed = kwargs.get(KEYWORD)
     name = type(module).__name__
     if not isinstance(packed, Pass):
-        raise RuntimeError(f"{name}: attention {NAME!r} needs its layout; call the model by dual_hidden_states")
+        raise LayoutMissing(f"{name}: attention {NAME!r} needs its layout; call the model by dual_hidden_states")
     if query.shape[0] != 1 or not query.shape[2] == key.shape[2] == packed.layout.rows:
         raise RuntimeError(
             f"{name}: the layout has {packed.layout.rows} rows, query is {tuple(query.shape)}, key {tuple(key.shape)}"
@@ -129,6 +134,30 @@ def choose_backend(
     if obstacle:
         return "eager", f"{lacking}, and {obstacle}"
     return "triton", f"{lacking}, so this project's Triton kernel"
+
+
+def backend_obstacle(
+    backend: str, device: torch.device, dtype: torch.dtype, head_size: int = 64, softcap: float | None = None
+) -> str | None:
+    """What `backend` needs and such tensors have not, or None."""
+    if backend == "sdpa" and (device.type != "cpu" or softcap is not None):
+        return f"needs the CPU and no softcap, got {device.type}, softcap {softcap}"
+    if backend == "flash" and importlib.util.find_spec("flash_attn") is None:
+        return "needs the package flash-attn, which is not installed"
+    if backend in ("varlen", "flash"):
+        if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or head_size > 256:
+            return (
+                "needs a CUDA device, float16 or bfloat16 and heads of up to 256, "
+                f"got {device.type}, {dtype}, head size {head_size}"
+            )
+        if backend == "varlen" and softcap is not None:
+            return f"has no softcap, got {softcap}"
+    if backend == "triton":
+        from .triton_attention import serves
+
+        fine, why = serves(device, dtype, head_size)
+        return None if fine else f"cannot run: {why}"
+    return None
 
 
 # The reference: scores tile by tile, differentiated by autograd.

@@ -10,17 +10,21 @@ student forward pass and saves what checkpointing saves.
 
 from __future__ import annotations
 
+import dis
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from types import CodeType
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .attention import BACKENDS, KEYWORD, NAME, Pass, choose_backend, register
+from .attention import BACKENDS, KEYWORD, NAME, LayoutMissing, Pass, backend_obstacle, choose_backend, register
 from .layout import Context, DualContextBatch, Joint
 
 
@@ -75,9 +79,8 @@ def dual_hidden_states(
     for name, body, side in (("model", student, batch.student), ("teacher", other, batch.teacher)):
         body.check(name, batch.largest_id, side.layout.longest)
     if not batch.student.layout.rows:
-        return DualHidden(
-            *(b.embedding.weight.new_zeros(0, b.width).requires_grad_(b is student) for b in (student, other))
-        )
+        empty = [b.embedding.weight.new_zeros(0, b.width) for b in (student, other)]
+        return DualHidden(empty[0].requires_grad_(torch.is_grad_enabled()), empty[1])
     register()
     if plan.passes == "joint":
         joint = batch.to(student.device).joint(share_contexts=plan.share_contexts)
@@ -107,10 +110,21 @@ def plan_passes(
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     body = _Body(model, "model")
-    if isinstance(teacher, nn.Module):
-        _Body(teacher, "teacher")
-    elif teacher == "base":
+    other = _Body(teacher, "teacher") if isinstance(teacher, nn.Module) else body
+    if other.device != body.device:
+        raise ValueError(f"teacher is on device {other.device}, model on {body.device}; accepted: one device for both")
+    if body.device.type == "meta":
+        raise ValueError(f"model {type(body.lm).__name__} is on device meta; accepted: one that holds data")
+    if teacher == "base":
         _check_base(model)
+    for one in (body, other):
+        obstacle = backend_obstacle(backend, *one.attention)
+        if obstacle:
+            there = [repr(name) for name in BACKENDS if name == "auto" or not backend_obstacle(name, *one.attention)]
+            raise ValueError(
+                f"packing backend {backend!r} {obstacle} ({one.argument} {type(one.lm).__name__}); "
+                f"accepted here: {', '.join(there)}"
+            )
     obstacle = _joint_obstacle(body, teacher)
     if passes == "joint" and obstacle:
         raise ValueError(f"passes='joint' is not possible: {obstacle}; accepted here: 'two'")
@@ -123,11 +137,8 @@ def plan_passes(
     else:
         chosen, reason = "two", "without checkpointing the joint pass would compute the student's forward pass twice"
     share = chosen == "joint" and teacher == "live" and not _active_dropouts(body.inner)
-    cap = getattr(body.text, "attn_logit_softcapping", None)
-    head_size = getattr(body.text, "head_dim", None) or body.width // body.text.num_attention_heads
-    dtype = torch.get_autocast_dtype(body.device.type) if _autocasting(body) else body.embedding.weight.dtype
     if backend == "auto":
-        backend, why = choose_backend(body.device, dtype, head_size, cap)
+        backend, why = choose_backend(*body.attention)
         reason += f"; attention {backend}: {why}"
     return Plan("joint" if chosen == "joint" else "two", share, backend, reason)
 
@@ -140,7 +151,7 @@ class _Body:
 
     def __init__(self, model: nn.Module, argument: str):
         wrapper: Any = model
-        self.model = model
+        self.model, self.argument = model, argument
         self.lm: Any = wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else wrapper
         if not hasattr(self.lm, "get_input_embeddings") or not hasattr(self.lm, "config"):
             raise TypeError(f"{argument} must be a causal language model of transformers, got {type(model).__name__}")
@@ -148,13 +159,25 @@ class _Body:
         if self.inner is self.lm:
             raise TypeError(f"{argument} must have a body below its lm_head, {type(self.lm).__name__} has none")
         self.text = self.lm.config.get_text_config()
-        refusal = _refusal(self.lm, self.text, training=argument == "model" and self.lm.training)
-        if refusal:
-            raise ValueError(f"{argument} {type(self.lm).__name__} cannot run on packed rows: {refusal}")
+        training = argument == "model" and self.lm.training
+        refusal = outside_adapter(model) or _refusal(self.lm, self.text, training=training)
+        if refusal or (refusal := _stray_layout(self.inner)):
+            raise self.refused(refusal)
         self.embedding: Any = self.lm.get_input_embeddings()
         self.vocabulary = self.embedding.weight.shape[0]
         self.width = self.text.hidden_size
         self.device = self.embedding.weight.device
+
+    def refused(self, reason: str) -> ValueError:
+        """The error that names this model and says why."""
+        return ValueError(f"{self.argument} {type(self.lm).__name__} cannot run on packed rows: {reason}")
+
+    @property
+    def attention(self) -> tuple[torch.device, torch.dtype, int, float | None]:
+        """What the choice of an attention backend depends on: device, type, head size, softcap."""
+        dtype = torch.get_autocast_dtype(self.device.type) if _autocasting(self) else self.embedding.weight.dtype
+        head_size = getattr(self.text, "head_dim", None) or self.width // self.text.num_attention_heads
+        return self.device, dtype, head_size, getattr(self.text, "attn_logit_softcapping", None)
 
     @property
     def layers(self) -> list[Any]:
@@ -177,9 +200,9 @@ class _Body:
             kind = rope.get("rope_type", "default")
             limit = rope.get("original_max_position_embeddings") or getattr(self.text, "max_position_embeddings", 0)
             if kind in ("dynamic", "longrope") and longest > (limit or 0):
-                raise ValueError(
-                    f"{argument} {type(self.lm).__name__} cannot run on packed rows: its rotary embedding ({kind}) "
-                    f"changes for every row once one context is longer than {limit}, and one has {longest} tokens"
+                raise self.refused(
+                    f"its rotary embedding ({kind}) changes for every row once one context is longer than {limit}, "
+                    f"and one has {longest} tokens"
                 )
 
 
@@ -216,6 +239,95 @@ def _refusal(lm: Any, config: Any, *, training: bool) -> str | None:
     return None
 
 
+def outside_adapter(model: nn.Module) -> str | None:
+    """Why the model below a peft wrapper is not the adapted one: an adapter that acts in the wrapper's `forward`. None
+    where its layers hold all of it."""
+    adapters = getattr(model, "peft_config", None) if hasattr(model, "get_base_model") else None
+    for name, config in (adapters or {}).items():
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if getattr(config, "is_prompt_learning", False):
+            return f"adapter {name!r} is {kind}, whose virtual tokens no layer holds (the peft wrapper adds them)"
+        if getattr(config, "alora_invocation_tokens", None) or kind in ("XLORA", "SHADOW"):
+            kind = "an activated LoRA" if kind == "LORA" else kind
+            return f"adapter {name!r} is {kind}, which the peft wrapper steers from outside the layers"
+    return None
+
+
+# What a module's code does with its arguments. Read from the code, since a trial would cost a pass through the model.
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module that torch.compile has wrapped, or the module itself."""
+    return getattr(module, "_orig_mod", module)
+
+
+def _code(module: nn.Module) -> CodeType | None:
+    """Of the `forward` of a module's class, below its decorators; None where it has none of its own."""
+    return _code_below(type(module).forward)
+
+
+@functools.cache
+def _code_below(forward: Callable[..., Any]) -> CodeType | None:
+    forward = inspect.unwrap(forward)
+    return None if forward is nn.Module.forward else getattr(forward, "__code__", None)
+
+
+@functools.cache
+def _reads(code: CodeType, name: str) -> int:
+    """How often `code` reads the variable, attribute or global `name`."""
+    loads = (i.argval for i in dis.get_instructions(code) if i.opname.startswith("LOAD"))
+    return sum(name in found if isinstance(found, tuple) else name == found for found in loads)
+
+
+def _hands_on_keywords(code: CodeType | None) -> bool:
+    """Whether arguments by names that are not its own have anywhere to go from this `forward`."""
+    if code is None:  # a container, or not Python
+        return True
+    if not code.co_flags & inspect.CO_VARKEYWORDS:
+        return False
+    named = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
+    return _reads(code, code.co_varnames[named]) > 0
+
+
+def _stray_layout(inner: nn.Module) -> str | None:
+    """Why the layout, a keyword of the model, reaches no attention, or None where it reaches one (or none is known)."""
+    modules, culprit = dict(inner.named_modules()), None
+    for name, module in modules.items():
+        code = _code(module)
+        if code is None or not _reads(code, "ALL_ATTENTION_FUNCTIONS"):
+            continue
+        parts = name.split(".")
+        path = [inner, *(modules[".".join(parts[: i + 1])] for i in range(len(parts)))]
+        blocking = [m for m in path if not _hands_on_keywords(_code(m))]
+        if not blocking:
+            return None
+        culprit = culprit or type(blocking[0]).__name__
+    if culprit is None:
+        return None
+    return f"{culprit} does not hand further keywords on, so its attention would not learn which rows see which"
+
+
+# What a decoder layer of transformers may be given. Anything else might differ by row, and be none of the student's.
+_LAYER_INPUTS = {
+    "self",
+    "hidden_states",
+    "attention_mask",
+    "position_ids",
+    "position_embeddings",
+    "past_key_values",
+    "use_cache",
+    "cache_position",
+    "output_attentions",
+}
+
+
+def _other_inputs(layer: nn.Module) -> list[str]:
+    """The named arguments of a layer beside those that every decoder layer has."""
+    code = _code(layer)
+    named = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount] if code else ()
+    return [name for name in named if name not in _LAYER_INPUTS]
+
+
 def _check_base(model: nn.Module) -> None:
     """That switching the adapters off gives the model as it was before training."""
     wrapper: Any = model
@@ -239,7 +351,19 @@ def _check_base(model: nn.Module) -> None:
             )
     ends = {id(lm.get_input_embeddings()): "embedding", id(lm.get_output_embeddings()): "head"}
     for name, module in lm.named_modules():
-        if isinstance(module, BaseTunerLayer) and (id(module) in ends or id(module.get_base_layer()) in ends):
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        if module.merged:
+            raise ValueError(
+                f"teacher='base': adapters {', '.join(map(repr, module.merged_adapters))} are merged into {name}, so "
+                "it is not the base model's; accepted: adapters beside it, call model.unmerge_adapter() first"
+            )
+        if module.disable_adapters:
+            raise ValueError(
+                f"teacher='base': the adapters of {name} are disabled, so the student would be the base model too; "
+                "accepted: enabled ones, call model.enable_adapter_layers() first"
+            )
+        if id(module) in ends or id(module.get_base_layer()) in ends:
             place = ends.get(id(module)) or ends[id(module.get_base_layer())]
             raise ValueError(
                 f"teacher='base': LoRA on the {place} ({name}) is not supported; accepted: on linear layers"
@@ -257,8 +381,17 @@ def _joint_obstacle(body: _Body, teacher: str | nn.Module) -> str | None:
         return "the teacher is a model of its own"
     if not isinstance(getattr(body.inner, "norm", None), nn.Module):
         return f"{type(body.inner).__name__} has no final norm called `norm`"
+    inner = _unwrapped(body.inner)
+    code = _code(inner)
+    uses = _reads(code, "norm") if code else 0
+    if uses != 1:
+        return f"{type(inner).__name__} uses its final norm {uses} times, not once after the last layer"
     if not body.layers:
-        return f"the layers of {type(body.inner).__name__} have no replaceable checkpoint function"
+        return f"the layers of {type(inner).__name__} have no replaceable checkpoint function"
+    for layer in body.layers:
+        others = _other_inputs(layer)
+        if others:
+            return f"{type(layer).__name__} takes {', '.join(others)} beside the hidden states"
     adapters = _adapters(body.inner)
     inside = {id(m) for layer in adapters for m in layer.modules()}
     loose = [m for m in _active_dropouts(body.inner) if id(m) not in inside]
@@ -266,8 +399,20 @@ def _joint_obstacle(body: _Body, teacher: str | nn.Module) -> str | None:
         return (
             f"{type(body.inner).__name__} has dropout {loose[0].p:g} outside its adapters, which a teacher must not see"
         )
+    noise = _noise(body.text) if body.inner.training else None
+    if noise:
+        return f"{noise}, which a teacher must not see"
     if teacher == "base" and any(type(m.get_base_layer()) is not nn.Linear for m in adapters):
         return "adapters sit on something other than torch.nn.Linear, whose rows cannot be told apart"
+    return None
+
+
+def _noise(config: Any) -> str | None:
+    """A random part of the layers in training that is no module, or None where there is none."""
+    for name, value in vars(config).items():
+        named = ("dropout" in name or "pdrop" in name or "jitter" in name) and not name.startswith("classifier")
+        if named and isinstance(value, float) and value > 0:
+            return f"{name} is {value:g} in training"
     return None
 
 
@@ -309,8 +454,18 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
             m.training = True
 
 
-def _adapters_off(model: Any, off: bool) -> AbstractContextManager:
-    return model.disable_adapter() if off else nullcontext()
+@contextmanager
+def _adapters_off(model: Any, off: bool) -> Iterator[None]:
+    if not off:
+        yield
+        return
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, flag in trained:  # peft has unfrozen all active adapters
+            parameter.requires_grad_(flag)
 
 
 def _autocasting(body: _Body) -> bool:
@@ -359,21 +514,26 @@ def _checkpoint_function(
 
 def _call(body: _Body, packed: Pass, **inputs: Any) -> Tensor:
     """(rows, H): the body's output; raises if any layer never saw the layout."""
-    out = body.inner(
-        **inputs, position_ids=packed.layout.positions[None], use_cache=False, **{KEYWORD: packed}
-    ).last_hidden_state
+    try:
+        out = body.inner(
+            **inputs, position_ids=packed.layout.positions[None], use_cache=False, **{KEYWORD: packed}
+        ).last_hidden_state
+    except LayoutMissing as error:
+        raise body.refused("its attention gets no keyword of the model's, so not which rows see which") from error
     expected = getattr(body.text, "num_hidden_layers", packed.calls)
     if packed.calls != expected:
-        raise ValueError(
-            f"{type(body.lm).__name__} cannot run on packed rows: {packed.calls} of its {expected} layers use the "
-            "attention interface, and what the others mix is unknown"
+        raise body.refused(
+            f"{packed.calls} of its {expected} layers use the attention interface, and what the others mix is unknown"
         )
     return out[0]
 
 
 def _last_mlp(body: _Body) -> nn.Module | None:
-    """The last layer's MLP. None where it draws dropout, whose masks are the rows' in order, and where someone else has
-    replaced or compiled it: then it is left alone."""
+    """The last layer's MLP. None where it draws dropout, whose masks are the rows' in order, where someone else has
+    replaced or compiled it, and where layers run several times, so that the last one is not only the last: then it is
+    left alone."""
+    if len(body.layers) != getattr(body.text, "num_hidden_layers", None):
+        return None
     mlp = getattr(body.layers[-1], "mlp", None) if body.layers else None
     if not isinstance(mlp, nn.Module) or "forward" in mlp.__dict__ or _active_dropouts(mlp):
         return None
@@ -443,6 +603,11 @@ def _joint(body: _Body, joint: Joint, backend: str, *, adapters_off: bool) -> Du
 
     def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Only the rows that predict something reach the norm, which would else save all of them."""
+        if kept or not rows.ran:
+            raise ValueError(
+                f"passes='joint' needs the final norm once, after the last layer, and {type(body.inner).__name__} uses "
+                "it elsewhere; use passes='two'"
+            )
         kept.append(args[0][0].detach().index_select(0, joint.teacher_rows))
         return (args[0].index_select(1, joint.student_rows), *args[1:])
 
@@ -504,11 +669,13 @@ class _StudentRows:
 
     def __init__(self, body: _Body, joint: Joint):
         self.body, self.joint = body, joint
+        self.ran = False  #: whether any layer has
         self._sliced: dict[int, tuple[Tensor, Tensor]] = {}
 
     def checkpoint(self, function: Any, hidden: Tensor, *args: Any) -> Tensor:
         if args or not isinstance(function, partial):
             raise ValueError("passes='joint' needs layers that take hidden states alone by position; use passes='two'")
+        self.ran = True
         if not torch.is_grad_enabled():
             return function(hidden)
         # The layer is the partial's first argument, or what its bound method belongs to: that depends on the version.
@@ -526,6 +693,10 @@ class _StudentRows:
     def _student(self, value: Any) -> Any:
         """`value`, an argument of a layer for all rows, for the student's rows alone."""
         n, total = self.joint.student.rows, self.joint.layout.rows
+        if isinstance(value, Tensor) and value.requires_grad:  # the recompute would return none to it
+            raise ValueError(
+                "passes='joint' needs layers that get a gradient through their hidden states alone; use passes='two'"
+            )
         if isinstance(value, Pass):
             return Pass(self.joint.student, value.backend)
         if isinstance(value, dict):

@@ -27,6 +27,8 @@ from torch import Tensor
 Range = tuple[int, int]
 """Rows [start, stop)."""
 
+_LARGEST = 2**63 - 1  # of int64
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -390,13 +392,13 @@ def _sequence(name: str, value: Any, of: str) -> Sequence[Any]:
 
 def _token_ids(name: str, value: Any) -> list[int]:
     ids = list(_sequence(name, value, "token ids"))
-    if all(type(token) is int for token in ids) and min(ids, default=0) >= 0:
+    if all(type(token) is int for token in ids) and min(ids, default=0) >= 0 and max(ids, default=0) <= _LARGEST:
         return ids
     for i, token in enumerate(ids):
         if isinstance(token, bool) or not isinstance(token, Integral):
             raise TypeError(f"{name}[{i}] must be a token id (an int), got {token!r}")
-        if token < 0:
-            raise ValueError(f"{name}[{i}] must be a token id (an int from 0 on), got {token}")
+        if not 0 <= int(token) <= _LARGEST:
+            raise ValueError(f"{name}[{i}] must be a token id (an int from 0 to {_LARGEST}), got {token}")
     return [int(token) for token in ids]
 
 

@@ -532,7 +532,11 @@ def test_nothing_to_predict():
     model = make_model("qwen3")
     got = dual_hidden_states(model, pack_dual_context([[3, 4]], [[5]], [[]]))
     assert got.student.shape == got.teacher.shape == (0, 32)
+    assert got.student.requires_grad
+    assert not got.teacher.requires_grad
     got.student.sum().backward()
+    with torch.no_grad():
+        assert not dual_hidden_states(model, pack_dual_context([[3, 4]], [[5]], [[]])).student.requires_grad
 
 
 def test_attention_refuses_to_run_without_its_layout():
@@ -570,6 +574,77 @@ def lora(model: Any, **options: Any) -> Any:
 def test_adapters_refused_for_the_base_teacher(options, reason):
     with pytest.raises(ValueError, match=reason):
         dual_hidden_states(lora(make_model("qwen3"), **options), pack_dual_context(*make_data(1)), teacher="base")
+
+
+def forbid_work(monkeypatch):
+    """From here on any pass of a model is a failure of the test."""
+
+    def work(*_, **__):
+        raise AssertionError("the model ran")
+
+    monkeypatch.setattr(hooks, "_call", work)
+
+
+PROMPT_LEARNING = {
+    "PREFIX_TUNING": "PrefixTuningConfig",
+    "PROMPT_TUNING": "PromptTuningConfig",
+    "P_TUNING": "PromptEncoderConfig",
+}
+
+
+@pytest.mark.parametrize("passes", ["two", "auto"])
+@pytest.mark.parametrize("argument", ["model", "teacher"])
+@pytest.mark.parametrize("kind", [*PROMPT_LEARNING, "activated"])
+def test_adapters_that_act_outside_the_layers_are_refused(kind, argument, passes, monkeypatch):
+    if kind == "activated":
+        adapted, said = lora(make_model("qwen3"), alora_invocation_tokens=[5, 6]), "is an activated LoRA"
+    else:
+        config = getattr(peft, PROMPT_LEARNING[kind])(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        adapted, said = peft.get_peft_model(make_model("qwen3"), config), f"is {kind}, whose virtual tokens"
+    model, teacher = (adapted, "live") if argument == "model" else (make_model("qwen3"), adapted)
+    forbid_work(monkeypatch)
+    with pytest.raises(ValueError, match=f"{argument} Qwen3ForCausalLM cannot run .*adapter 'default' {said}"):
+        dual_hidden_states(model, pack_dual_context(*make_data(1)), teacher=teacher, passes=passes)
+
+
+@pytest.mark.parametrize("passes", ["two", "joint", "auto"])
+@pytest.mark.parametrize("state", ["merged", "disabled"])
+def test_the_base_teacher_wants_adapters_beside_the_weights(state, passes, monkeypatch):
+    model, batch = make_model("qwen3", lora=True), pack_dual_context(*make_data(1))
+    model.merge_adapter() if state == "merged" else model.base_model.disable_adapter_layers()
+    live = dual_hidden_states(model, batch, passes=passes)  # there the state is the caller's wish
+    assert worst(live.teacher, separate(model.eval(), *make_data(1)[1:]).detach()) < 1e-12
+    model.train()
+    forbid_work(monkeypatch)
+    advice = r"unmerge_adapter\(\)" if state == "merged" else r"enable_adapter_layers\(\)"
+    with pytest.raises(ValueError, match=f"teacher='base': .*{state}.*{advice}"):
+        dual_hidden_states(model, batch, teacher="base", passes=passes)
+    layers = [m for m in model.modules() if hasattr(m, "merged_adapters")]
+    assert layers
+    assert all(m.merged == (state == "merged") and m.disable_adapters == (state == "disabled") for m in layers)
+
+
+@pytest.mark.parametrize("passes", ["two", "joint"])
+def test_base_teacher_of_several_adapters_one_of_them_frozen(passes):
+    model = make_model("qwen3", lora=True)
+    second = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model.add_adapter("second", second)
+    model.double().base_model.set_adapter(["default", "second"])
+    for name, parameter in model.named_parameters():
+        if ".second." in name:
+            parameter.requires_grad_(False)
+    data, trained = make_data(4), [p.requires_grad for p in model.parameters()]
+    batch = pack_dual_context(*data)
+    got = dual_hidden_states(model, batch, teacher="base", passes=passes)
+    assert [p.requires_grad for p in model.parameters()] == trained
+    grads = gradients(model, loss_of(*got))
+    assert not any(".second." in name for name in grads)
+    want_student, want_teacher = separate(model, *data[::2]), None
+    with torch.no_grad():
+        want_teacher = separate(make_model("qwen3"), *data[1:])  # the weights that the adapters were added to
+    assert worst(got.student.detach(), want_student.detach()) < 1e-12
+    assert worst(got.teacher, want_teacher) < 1e-12
+    assert worst(grads, gradients(model, loss_of(want_student, want_teacher))) < 1e-12
 
 
 def test_base_teacher_needs_a_base():
@@ -612,6 +687,117 @@ def test_recurrent_models_refused():
     config = transformers.MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4)
     with pytest.raises(ValueError, match="MambaForCausalLM cannot run on packed rows: its layers are recurrent"):
         dual_hidden_states(transformers.MambaForCausalLM(config), pack_dual_context(*make_data(1)))
+
+
+def test_a_layout_that_reaches_no_attention_is_refused(monkeypatch):
+    FAMILIES["nemotron"] = ("Nemotron", {})
+    model, batch = make_model("nemotron"), pack_dual_context(*make_data(1))
+    assert "sdpa" in plan_passes(make_model("qwen3"), teacher=make_model("llama")).reason
+    for call in (
+        lambda: plan_passes(model),
+        lambda: plan_passes(make_model("qwen3"), teacher=model),
+        lambda: dual_hidden_states(model, batch),
+    ):
+        with pytest.raises(ValueError, match=r"NemotronForCausalLM cannot run .*NemotronDecoderLayer does not hand"):
+            call()
+    # Where it cannot be told from the code it shows at the first layer.
+    monkeypatch.setattr(hooks, "_stray_layout", lambda _: None)
+    for passes in ("two", "joint"):
+        with pytest.raises(ValueError, match=r"model NemotronForCausalLM cannot run .*its attention gets no keyword"):
+            dual_hidden_states(model, batch, passes=passes)
+
+
+class ScaledLayer(transformers.models.qwen3.modeling_qwen3.Qwen3DecoderLayer):
+    """A layer that is given something else of each row."""
+
+    def forward(self, hidden_states, row_scale=None, **kwargs):
+        return super().forward(hidden_states if row_scale is None else hidden_states * row_scale, **kwargs)
+
+
+def test_models_whose_layers_are_not_alone_take_two_passes(monkeypatch):
+    FAMILIES["nanochat"] = ("NanoChat", {"attention_dropout": 0.0})
+    scaled, noisy = make_model("qwen3"), make_model("qwen3")
+    scaled.model.layers[1].__class__ = ScaledLayer
+    noisy.config.residual_dropout = 0.1
+    reasons = {
+        "NanoChatModel uses its final norm 2 times": make_model("nanochat"),
+        "ScaledLayer takes row_scale beside the hidden states": scaled,
+        r"residual_dropout is 0\.1 in training, which a teacher must not see": noisy,
+    }
+    for reason, model in reasons.items():
+        assert compare(model, "live", make_data(4), share=True, checkpointing=True) < 1e-12
+        lm_of(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        assert plan_passes(model).passes == "two"
+        with pytest.raises(ValueError, match=f"passes='joint' is not possible: {reason}.*accepted here: 'two'"):
+            dual_hidden_states(model, pack_dual_context(*make_data(4)), passes="joint")
+    assert plan_passes(noisy.eval(), passes="joint").passes == "joint"
+    # Where it cannot be told from the code it shows before backward.
+    monkeypatch.setattr(hooks, "_joint_obstacle", lambda *_: None)
+    with pytest.raises(ValueError, match="needs the final norm once, after the last layer, and NanoChatModel"):
+        dual_hidden_states(make_model("nanochat"), pack_dual_context(*make_data(1)), passes="joint")
+
+
+def test_a_second_way_for_gradients_into_a_layer_is_refused():
+    model = make_model("qwen3")
+    learnt = nn.Parameter(torch.ones(1, 1, 8, dtype=torch.float64))
+    model.model.rotary_emb.register_forward_hook(lambda *a: tuple(t * learnt for t in a[-1]))
+    batch = pack_dual_context(*make_data(1))
+    loss_of(*dual_hidden_states(model, batch, passes="two")).backward()
+    assert learnt.grad is not None
+    with pytest.raises(ValueError, match="needs layers that get a gradient through their hidden states alone"):
+        dual_hidden_states(model, batch, passes="joint")
+
+
+@pytest.mark.parametrize("passes", ["two", "joint"])
+def test_layers_that_run_several_times(passes):
+    model = make_model("qwen3")
+    model.model.layers[1] = model.model.layers[2]  # so that the last one's MLP feeds a later attention
+    assert compare(model, "live", make_data(4), share=True, passes=passes) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("backend", "needs"),
+    [
+        ("flash", "needs the package flash-attn, which is not installed"),
+        ("varlen", "needs a CUDA device, float16 or bfloat16 .*, got cpu, torch.float64, head size 8"),
+        ("triton", "cannot run: the Triton kernel takes .*, not torch.float64"),
+    ],
+)
+@pytest.mark.parametrize("passes", ["two", "joint"])
+def test_backends_that_cannot_run_are_refused_first(backend, needs, passes, monkeypatch):
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda _: None)
+    model, batch = make_model("qwen3"), pack_dual_context(*make_data(1))
+    forbid_work(monkeypatch)
+    message = f"backend '{backend}' {needs}.*model Qwen3ForCausalLM.*accepted here: 'auto', 'sdpa', 'eager'$"
+    with pytest.raises(ValueError, match=message):
+        dual_hidden_states(model, batch, passes=passes, backend=backend)
+
+
+def test_backends_must_serve_the_teacher_too(monkeypatch):
+    batch = pack_dual_context(*make_data(1))
+    forbid_work(monkeypatch)
+    message = r"backend 'sdpa' needs the CPU and no softcap, .* 2\.0 \(teacher Gemma2ForCausalLM\).*: 'auto', 'eager'$"
+    with pytest.raises(ValueError, match=message):
+        dual_hidden_states(make_model("qwen3"), batch, teacher=make_model("gemma2"), backend="sdpa")
+
+
+def test_what_backends_need():
+    cuda, half = torch.device("cuda"), torch.bfloat16
+    needs = attention.backend_obstacle
+    assert needs("varlen", cuda, half, 256) is None
+    assert "float16 or bfloat16" in needs("varlen", cuda, torch.float32)
+    assert "heads of up to 256" in needs("varlen", cuda, half, 257)
+    assert "no softcap, got 30.0" in needs("varlen", cuda, half, 64, 30.0)
+    assert "needs the CPU" in needs("sdpa", cuda, half)
+    assert needs("eager", cuda, torch.float64, 512, 30.0) is needs("auto", cuda, torch.float64, 512, 30.0) is None
+
+
+def test_devices_are_checked_first():
+    batch = pack_dual_context(*make_data(1))
+    with pytest.raises(ValueError, match="teacher is on device meta, model on cpu; accepted: one device for both"):
+        dual_hidden_states(make_model("qwen3"), batch, teacher=make_model("llama").to("meta"))
+    with pytest.raises(ValueError, match="model Qwen3ForCausalLM is on device meta; accepted: one that holds data"):
+        dual_hidden_states(make_model("qwen3").to("meta"), batch)
 
 
 @pytest.mark.parametrize(
@@ -705,6 +891,7 @@ def documented_varlen(corner: str):
 @pytest.mark.parametrize("passes", ["two", "joint"])
 @pytest.mark.parametrize("family", ["qwen3", "mistral"])
 def test_ragged_backends_get_the_right_ranges(family, passes, monkeypatch):
+    monkeypatch.setattr(hooks, "backend_obstacle", lambda *_: None)
     attention._check_alignment.cache_clear()
     monkeypatch.setattr(attention, "_varlen_call", documented_varlen("last"))
     for generations in (1, 4):
@@ -714,6 +901,7 @@ def test_ragged_backends_get_the_right_ranges(family, passes, monkeypatch):
 
 @pytest.mark.parametrize("backend", ["varlen", "flash"])
 def test_ragged_backends_refuse_another_alignment(backend, monkeypatch):
+    monkeypatch.setattr(hooks, "backend_obstacle", lambda *_: None)
     attention._check_alignment.cache_clear()
     monkeypatch.setattr(attention, f"_{backend}_call", documented_varlen("first"))
     with pytest.raises(RuntimeError, match=f"'{backend}' does not align causal masks at the last key"):

@@ -159,6 +159,12 @@ def test_budget():
         (([[1, 2.0]], [[1]], [[1]]), TypeError, r"student_prompts\[0\]\[1\] must be a token id \(an int\), got 2.0"),
         (([[True]], [[1]], [[1]]), TypeError, r"student_prompts\[0\]\[0\] must be a token id \(an int\), got True"),
         (([[1]], [[1]], [[[1], [-4]]]), ValueError, r"rollouts\[0\]\[1\]\[0\] must be a token id .*, got -4"),
+        (
+            ([[1, 2**70]], [[1]], [[1]]),
+            ValueError,
+            rf"student_prompts\[0\]\[1\] must be a token id \(an int from 0 to {2**63 - 1}\), got {2**70}$",
+        ),
+        (([[1]], [[1]], [[[1], [4, 2**63]]]), ValueError, rf"rollouts\[0\]\[1\]\[1\] must be .*, got {2**63}$"),
         (([[1]], [[1]], [[[1], 4]]), TypeError, r"rollouts\[0\]\[1\] must be a list of token ids, got int"),
         (
             (torch.ones(1, 1), [[1]], [[1]]),
