@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from opsd.config import Config, ConfigError
+from opsd_kernels.packing.hooks import outside_adapter
 
 ADAPTER = "adapter_config.json"
 """What makes a directory that of an adapter."""
@@ -95,7 +96,8 @@ def load_trained(config: Config, device: torch.device) -> nn.Module:
     """The model in `model.path` as it is, on `device`: one of transformers, or an adapter on the base that it names.
 
     Raises:
-        ConfigError: no model can be loaded from there, or not the base of the adapter.
+        ConfigError: no model can be loaded from there, or not the base of the adapter, or the adapter acts outside the
+            model's layers.
     """
     path = config.model.path or ""
     adapter = Path(path) / ADAPTER
@@ -116,9 +118,14 @@ def load_trained(config: Config, device: torch.device) -> nn.Module:
     except ConfigError as error:
         raise ConfigError(f"{adapter} names a base model that cannot be loaded: {error}") from error
     try:
-        return PeftModel.from_pretrained(model, path).to(device)
+        adapted = PeftModel.from_pretrained(model, path).to(device)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ConfigError(f"model.path {path!r}: the adapter cannot be loaded onto {base!r}: {error}") from error
+    try:
+        causal_lm(adapted)
+    except ConfigError as error:
+        raise ConfigError(f"model.path {path!r}: {error}") from error
+    return adapted
 
 
 def pick_device(config: Config) -> torch.device:
@@ -155,8 +162,17 @@ def _add_adapters(model: nn.Module, config: Config) -> nn.Module:
 
 
 def causal_lm(model: nn.Module) -> Any:
-    """The transformers model itself, adapters within its layers, out of a peft wrapper."""
-    return model.get_base_model() if is_adapted(model) else model  # type: ignore[operator]
+    """The transformers model itself, adapters within its layers, out of a peft wrapper.
+
+    Raises:
+        ConfigError: an adapter acts in the wrapper, so that what is below it would be the bare model.
+    """
+    if not is_adapted(model):
+        return model
+    outside = outside_adapter(model)
+    if outside:
+        raise ConfigError(f"{outside}; accepted: adapters within the layers, LoRA for one")
+    return model.get_base_model()  # type: ignore[operator]
 
 
 def is_adapted(model: nn.Module) -> bool:

@@ -32,7 +32,7 @@ from opsd.scorers import Scorer, scorer_of
 from opsd.step import Run, token_divergence
 from opsd.teachers import Teacher, make_teacher
 from opsd_kernels import lm_head_of
-from opsd_kernels.packing import plan_passes
+from opsd_kernels.packing import dual_hidden_states, pack_dual_context, plan_passes
 
 MakeTeacher = Callable[[Config, nn.Module, Any], Teacher]
 """make_teacher(config, model, tokenizer) -> Teacher"""
@@ -269,7 +269,8 @@ def _check_context(config: Config, model: nn.Module, examples: Sequence[Example]
 
 
 def _packing(config: Config, model: nn.Module, teacher: Teacher) -> tuple[bool, str]:
-    """Whether both contexts run as packed rows, and a line that says how.
+    """Whether both contexts run as packed rows, and a line that says how. A few tokens are tried: some of what a model
+    does that packed rows cannot give it shows only then.
 
     Raises ConfigError if they are to and the model does not allow it.
     """
@@ -277,7 +278,12 @@ def _packing(config: Config, model: nn.Module, teacher: Teacher) -> tuple[bool, 
         return False, "scoring: padded, as asked"
     try:
         model.train()
-        plan = plan_passes(model, teacher=teacher.source)
+        device = next(model.parameters()).device
+        few = pack_dual_context([[0, 0]], [[0, 0, 0]], [[[0, 0], [0]]])
+        forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+        with forked, models.autocast(config, device):  # the run draws as it would without this
+            plan = plan_passes(model, teacher=teacher.source)
+            dual_hidden_states(model, few, teacher=teacher.source)
     except (TypeError, ValueError) as error:
         if config.model.packing == "on":
             raise ConfigError(f"model.packing is on, but {error}") from error

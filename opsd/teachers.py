@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from opsd.config import Config, ConfigError
-from opsd.models import evaluating, is_adapted, load_tokenizer, load_weights
+from opsd.models import body, evaluating, is_adapted, load_tokenizer, load_weights
 from opsd.scoring import rollout_hidden
 from opsd_kernels import Head, lm_head_of
 
@@ -46,6 +46,7 @@ class _ModelTeacher:
     """Scores with `model`; the source "base" switches its adapters off, which makes it what it was before training."""
 
     def __init__(self, model: nn.Module, source: str | nn.Module):
+        body(model)  # refuses now what it would at the first step
         self.model, self.adapters_off = model, source == "base"
         self.head = lm_head_of(model)
         self.source: str | nn.Module = source

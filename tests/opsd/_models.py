@@ -13,6 +13,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    NemotronConfig,
+    NemotronForCausalLM,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -66,7 +68,11 @@ def model(kind: str = "llama", seed: int = 0, **changes):
     torch.manual_seed(seed)
     if kind == "gpt2":
         return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, **changes))
-    config, cls = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}[kind]
+    config, cls = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "nemotron": (NemotronConfig, NemotronForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    }[kind]
     built = cls(config(**{**SIZES, **changes}))
     for name, parameter in built.named_parameters():  # peaked next-token distributions, as real models have
         if "norm" not in name:

@@ -3,11 +3,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from _models import lora, model, tokenizer, write_model, write_rows
+from _models import lora, model, run_of, tokenizer, write_model, write_rows
 
 from opsd import models
 from opsd.cli import main
 from opsd.config import ConfigError, load_config
+from opsd.scoring import rollout_hidden
 
 CPU = torch.device("cpu")
 
@@ -58,6 +59,28 @@ def test_an_adapter_whose_base_is_gone_cannot_be_evaluated(adapter):
     (adapter / "adapter_config.json").write_text(json.dumps(described))
     config = load_config(None, [("model.path", adapter), ("data.eval", "e")], training=False)
     with pytest.raises(ConfigError, match=r"does not name its base model"):
+        models.load_trained(config, CPU)
+
+
+def test_prompt_learning_is_refused_wherever_the_wrapper_is_left(tmp_path):
+    """The model below the wrapper is the bare one, so it must be neither trained, nor evaluated, nor a teacher."""
+    from peft import PrefixTuningConfig, get_peft_model
+
+    write_model(tmp_path / "base")
+    tuned = get_peft_model(model(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    reason = "adapter 'default' is PREFIX_TUNING, whose virtual tokens no layer holds"
+    for use in (
+        lambda: rollout_hidden(tuned, [[3, 4]], [[5]]),
+        lambda: run_of(tuned),
+        lambda: run_of(tuned, teacher__kind="ema"),
+        lambda: models.body(tuned),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            use()
+    tuned.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    config = load_config(None, [("model.path", tmp_path / "tuned"), ("data.eval", "e")], training=False)
+    with pytest.raises(ConfigError, match=f"model.path '.*tuned': {reason}"):
         models.load_trained(config, CPU)
 
 

@@ -4,17 +4,19 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from _models import model, write_model, write_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from _models import SIZES, lora, model, write_model, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer, DogeConfig, DogeForCausalLM
 
 from opsd.cli import main
 from opsd.config import OptimConfig, load_config
 from opsd.evaluate import Evaluation, wilson
 from opsd.optim import learning_rate, make_optimizer
 from opsd.scorers import extract
+from opsd.setup import _packing
 from opsd.step import StepResult, opsd_step, supervised_loss
 from opsd.trainer import NonFiniteError, train
 
@@ -224,11 +226,30 @@ def load_config_pattern():
     ("llama", "off", 0, "scoring: padded, as asked"),
     ("gpt2", "auto", 0, "scoring: padded, since"),
     ("gpt2", "on", 2, "model.packing is on, but"),
+    ("nemotron", "auto", 0, "scoring: padded, since model NemotronForCausalLM cannot run on packed rows: Nemotron"),
+    ("nemotron", "on", 2, "model.packing is on, but model NemotronForCausalLM cannot run on packed rows"),
 ])  # fmt: skip
 def test_packing_is_said_and_refused_by_name(setup, tmp_path, capsys, kind, packing, code, said):
     setup |= {"model.path": str(write_model(tmp_path / "other", kind)), "model.packing": packing, "optim.steps": "1"}
     assert main(words(setup)) == code
     assert said in "".join(capsys.readouterr())
+
+
+def test_what_shows_only_in_a_pass_shows_before_the_first_step():
+    """Doge brings a mask of its own to its attention, of which its config and its code's names say nothing."""
+    config = load_config(None, [("model.path", "m"), ("data.train", "t")])
+    doge = DogeForCausalLM(DogeConfig(**SIZES)).eval()
+    teacher = SimpleNamespace(source="live")
+    packed, how = _packing(config, doge, teacher)
+    assert not packed
+    assert how == "scoring: padded, since DogeAttention brings an attention mask, packed rows take none"
+    dropping = lora(model())
+    for module in dropping.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = torch.nn.Dropout(0.5)
+    before = torch.get_rng_state()
+    assert _packing(config, dropping, teacher)[0]
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_packed_and_padded_runs_learn_the_same(setup, tmp_path):
