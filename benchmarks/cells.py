@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import opsd_kernels
-from opsd_kernels import fused_linear
+from opsd_kernels import fused_linear, native
 from opsd_kernels.gemm import Products
 from opsd_kernels.workspace import budget_bytes
 
@@ -90,11 +90,13 @@ def make_inputs(cell: Cell, device: torch.device, copies: int = 1) -> list[Input
 Call = Callable[[Inputs], "Tensor | None"]
 FLOOR, OWN_FLOOR = FLOORS = "floor", "floor-native"  # by torch; as the project computes them, where that differs
 PROJECT = ("native", "triton", "torch")
+BORROWED = "native-torch"  # the native row pass with torch's products, as on a CPU where these are the faster ones
 COMPILED = ("dense-compiled", "liger-chunked")  # slow to start: each shape is compiled
 LABELS = {
     FLOOR: "bare GEMMs",
     OWN_FLOOR: "bare GEMMs, opsd's own",
     "native": "opsd, native",
+    BORROWED: "opsd, native, torch's products",
     "triton": "opsd, Triton",
     "torch": "opsd, torch",
     "auto": "opsd",
@@ -114,7 +116,8 @@ def build(name: str, cell: Cell, inputs: Inputs) -> Call:
     """
     backend, workspace = split(name)
     if backend in (*PROJECT, "auto"):
-        return _project(backend, cell, inputs, workspace)
+        call = _project(backend, cell, inputs, workspace)
+        return _with_torchs_products(call) if name == BORROWED else call
     if name in FLOORS:
         device, dtype = inputs.student.device, cell.torch_dtype
         products = Products("torch" if name == FLOOR else "native", device, dtype, budget_bytes(device, None))
@@ -127,7 +130,7 @@ def build(name: str, cell: Cell, inputs: Inputs) -> Call:
 def split(name: str) -> tuple[str, int | None]:
     """ "native@300MiB" → ("native", 300 << 20)."""
     backend, _, size = name.partition("@")
-    return backend, (int(size.removesuffix("MiB")) << 20) if size else None
+    return "native" if backend == BORROWED else backend, (int(size.removesuffix("MiB")) << 20) if size else None
 
 
 def is_project(name: str) -> bool:
@@ -170,6 +173,17 @@ def _project(backend: str, cell: Cell, inputs: Inputs, workspace: int | None) ->
     except ValueError as error:
         raise Unavailable(str(error)) from None
     return call
+
+
+def _with_torchs_products(call: Call) -> Call:
+    if not native.outruns_torch()[0]:
+        raise Unavailable("the project takes torch's products here anyway")
+
+    def borrowing(given: Inputs) -> Tensor | None:
+        with mock.patch.object(native, "outruns_torch", return_value=(False, "not to be used")):
+            return call(given)
+
+    return borrowing
 
 
 class _Floor:
@@ -291,5 +305,5 @@ def peer(module: str, name: str) -> Any:
 
 def contenders(*, compiled: bool = True, workspaces: Iterable[str] = ()) -> list[str]:
     """Every contender's name; those that cannot run are left out when they are built."""
-    names = [*FLOORS, *PROJECT, *workspaces, "trl", "liger", "liger-chunked", "dense", "dense-compiled"]
+    names = [*FLOORS, *PROJECT, BORROWED, *workspaces, "trl", "liger", "liger-chunked", "dense", "dense-compiled"]
     return [name for name in names if compiled or name not in COMPILED]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cells import FLOOR, LABELS, OWN_FLOOR, Cell, contenders, is_project, split
+from benchmarks.cells import BORROWED, FLOOR, FLOORS, LABELS, OWN_FLOOR, Cell, contenders, is_project, split
 from benchmarks.measure import machine, measure, ratio
 from benchmarks.report import replace_section
 
@@ -93,15 +93,16 @@ def table(stored: dict[str, Any]) -> str:
     """The README's tables, in Markdown: what they say, times, then, folded, peak memory and errors."""
     cells = [stored["cells"][cell.key] for cell in TABLE + MORE if cell.key in stored["cells"]]
     ran = {name for cell in cells for name, record in cell["contenders"].items() if "median" in record}
-    order = [*LABELS, *sorted(name for name in ran if "@" in name)]
-    names = [name for name in order if name in ran and name != FLOOR]
+    small = sorted(name for name in ran if "@" in name)
+    names = [name for name in LABELS if name in ran and name not in FLOORS]
     times = [
         f"| tokens × hidden × vocabulary | head | β | {LABELS[FLOOR]} | " + " | ".join(map(label, names)) + " |",
         "|---|---|---|" + "---|" * (len(names) + 1),
     ]
+    folded = [*small, *names]
     memory = [
-        "| tokens × hidden × vocabulary | head | β | | " + " | ".join(map(label, names)) + " |",
-        "|---|---|---|---|" + "---|" * len(names),
+        "| tokens × hidden × vocabulary | head | β | | " + " | ".join(map(label, folded)) + " |",
+        "|---|---|---|---|" + "---|" * len(folded),
     ]
     for cell in cells:
         shape, records = cell["cell"], cell["contenders"]
@@ -111,24 +112,26 @@ def table(stored: dict[str, Any]) -> str:
         )
         timed = [_over(records.get(name, {})) for name in names]
         times.append(f"{start} {records[FLOOR]['median']:.2f} s | " + " | ".join(timed) + " |")
-        peaks = [_peak(records.get(name, {})) for name in names]
+        peaks = [_peak(records.get(name, {})) for name in folded]
         memory.append(f"{start} peak MiB (bound) | " + " | ".join(peaks) + " |")
-        errors = [_error(records.get(name, {})) for name in names]
+        errors = [_error(records.get(name, {})) for name in folded]
         memory.append(f"{start} error of dX | " + " | ".join(errors) + " |")
     where = stored["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     above = (
-        f"Forward and backward over the bare GEMMs of the same run (torch's), median of {_counts(cells)} alternating "
-        f"rounds; the project's own run once untimed before each time, to find the workspace "
-        f"that their last call kept. {where['processor']}, {where['threads']} threads, float32, {where['date']}; "
+        f"Time of forward and backward over that of the bare GEMMs, torch's matrix products of the same shapes and "
+        f"nothing else; median of {_counts(cells)} alternating rounds. Before each time ours is run once untimed, so "
+        f"that its workspace is there, as from step to step; the others keep none. "
+        f"{where['processor']}, {where['threads']} threads, float32, {where['date']}; "
         f"{versions}."
     )
     below = (
         "Peak memory is what is allocated above the inputs and the returned gradients; errors are RMS over rows "
         "against float64. Made by `python -m benchmarks.loss`."
     )
-    folded = ["<details><summary>Peak memory and errors</summary>", "", *memory, "", below, "", "</details>"]
-    return "\n".join([*_claims(cells), *times, "", above, "", *folded])
+    details = ["<details><summary>Peak memory and errors</summary>", "", *memory, "", below, "",
+               "</details>"]  # fmt: skip
+    return "\n".join([*_claims(cells), *times, "", above, "", *details])
 
 
 def label(name: str) -> str:
@@ -162,11 +165,12 @@ def best_of(records: dict[str, Any]) -> str | None:
 
 
 def _claims(cells: list[dict[str, Any]]) -> list[str]:
-    """With a frozen head, least and most over cells: the speed beside each peer, and the time over its own products and
-    what a small workspace costs."""
+    """With a frozen head, least and most over cells: the speed beside each peer, the time over the bare products, by
+    torch and its own, and what a small workspace costs."""
     faster: dict[str, list[float]] = {}
     slower: dict[str, list[float]] = {}
     over: list[float] = []
+    borrowed: list[float] = []
     for cell in cells:
         records = cell["contenders"]
         mine = best_of(records)
@@ -178,12 +182,16 @@ def _claims(cells: list[dict[str, Any]]) -> list[str]:
             if name == OWN_FLOOR:
                 over.append(ratio(records, mine, name))
                 continue
+            if name == BORROWED:
+                borrowed.append(record["over_floor"])
+                continue
             if not is_project(name):
                 faster.setdefault(LABELS[name], []).append(ratio(records, name, mine))
             elif "@" in name and split(name)[0] in (mine, "auto"):
                 slower.setdefault(name.partition("@")[2].replace("MiB", " MiB"), []).append(ratio(records, name, mine))
     parts = [f"{_range(values)} times as fast as {name}" for name, values in faster.items()]
     parts += [f"{_range(over)} times as long as its own bare GEMMs"] if over else []
+    parts += [f"with torch's products {_range(borrowed)} times as long as torch's bare GEMMs"] if borrowed else []
     parts += [f"with a {size} workspace {_range(values)} times as long" for size, values in slower.items()]
     return [f"With a frozen head: {'; '.join(parts)}.", ""] if parts else []
 
@@ -204,7 +212,7 @@ def plot(stored: dict[str, Any], path: Path = PLOT) -> None:
     shapes = sorted({(c["cell"]["tokens"], c["cell"]["hidden"], c["cell"]["vocab"]) for c in frozen})
     if not shapes:
         raise ValueError("no cells with a frozen head to draw")
-    names = [n for n in LABELS if n != FLOOR and any("median" in c["contenders"].get(n, {}) for c in frozen)]
+    names = [n for n in LABELS if n not in FLOORS and any("median" in c["contenders"].get(n, {}) for c in frozen)]
     figure, panels = pyplot.subplots(1, len(shapes), figsize=(9, 0.9 + 0.44 * len(names)), dpi=150, sharey=True,
                                      squeeze=False)  # fmt: skip
     for axes, shape in zip(panels[0], shapes, strict=True):
@@ -217,7 +225,7 @@ def plot(stored: dict[str, Any], path: Path = PLOT) -> None:
                     continue
                 at, value = row + (-0.19 if beta == 0.0 else 0.19), record["over_floor"]
                 low, high = record["over_floor_spread"]
-                color = "#0b6bcb" if is_project(name) or name == OWN_FLOOR else "#8a8f98"
+                color = "#0b6bcb" if is_project(name) else "#8a8f98"
                 axes.barh(at, value, 0.34, color=color, alpha=0.6 if beta == 0.0 else 1.0,
                           xerr=[[value - low], [high - value]], error_kw={"lw": 0.8, "ecolor": "#333333"})  # fmt: skip
                 axes.annotate(f"{value:.2f}×", (high, at), (4, 0), textcoords="offset points", va="center", fontsize=7,

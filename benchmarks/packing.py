@@ -416,8 +416,8 @@ def _flex_claim(compared: list[dict[str, Any]]) -> list[str]:
         times = [a / b for a, b in zip(flex["teacher forward"], mine["teacher forward"], strict=True)]
         layers = [a / b for a, b in zip(flex["teacher prepare"], mine["teacher forward"], strict=True)]
         parts.append(
-            f"{median(times):.2f} times as long with {found['generations']} rollout(s) per prompt, and once a batch as "
-            f"long as {median(layers):.1f} layers of ours for its mask"
+            f"{median(times):.2f} times as long as ours with {found['generations']} rollout(s) per prompt, plus once a "
+            f"batch the time of {median(layers):.1f} such layers to build its mask"
         )
     if not parts:
         return []

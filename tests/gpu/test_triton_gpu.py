@@ -62,6 +62,27 @@ def rms(errors: Tensor) -> float:
     return errors.square().mean().sqrt().item()
 
 
+@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("top", [17.0, 22.0])
+def test_a_student_that_is_sure_of_a_token(top: float, beta: float, clip: float | None) -> None:
+    """And a teacher that agrees, leans to another token, or is sure of that."""
+    for tokens, other in itertools.product((32, 300), (None, top - 1, top + 18)):  # split rows, and a program per row
+        _, teacher = logits(tokens, 32003, 0.0)
+        teacher /= 2
+        noise = torch.randn(teacher.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda")
+        student = teacher + (1e-3 if other is None else 0.3) * noise
+        each = torch.arange(tokens, device="cuda")
+        student[each, 7 * each], teacher[each, 7 * each] = top, top + 1e-3
+        if other is not None:
+            student[each, 7 * each + 1], teacher[each, 7 * each + 1] = top - 10, other
+        objective = Objective.checked(beta=beta, entry_clip=clip)
+        want, want_dz = expected(student, teacher, objective, each)
+        table, dz = run(student, teacher, objective, each)
+        assert rms((dz - want_dz).norm(dim=-1) / want_dz.norm(dim=-1)) <= 1e-5
+        assert rms((table[0] - want[0]).abs() / want[0].abs()) <= 1e-4
+
+
 @pytest.mark.parametrize("gap", [1.0, 0.05, 1e-3])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("vocab", VOCABULARIES)
