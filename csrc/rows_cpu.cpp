@@ -332,21 +332,23 @@ static float maximum(const float* x, int64_t vocab) {
             const Vec y = load(x + i + j * LANES);
             best[j] = y > best[j] ? y : best[j];
         }
-    float highest = -INF;
-    for (const Vec& b : best) highest = std::fmax(highest, max_lane(b));
+    for (const Vec& b : best) best[0] = b > best[0] ? b : best[0];
+    float highest = max_lane(best[0]);
     for (; i < vocab; ++i) highest = x[i] > highest ? x[i] : highest;
     return highest;
 }
-// The first element that is `value`, which there is.
-static int64_t index_of(const float* x, int64_t vocab, float value) {
-    constexpr int64_t STEP = 8 * LANES;
-    int64_t i = 0;
-    for (bool found = false; i + STEP <= vocab; i += STEP) {
-        for (int64_t j = 0; j < STEP; ++j) found |= x[i + j] == value;
-        if (found) break;
+// The first element that is the largest; 0 where none is above -inf.
+static int64_t index_of_maximum(const float* x, int64_t vocab) {
+    float highest = -INF;
+    int64_t block = 0;
+    constexpr int64_t STEP = 4 * BLOCK;
+    for (int64_t start = 0; start < vocab; start += STEP) {
+        const float here = maximum(x + start, std::min(STEP, vocab - start));
+        if (here > highest) highest = here, block = start;
     }
-    while (x[i] != value) ++i;
-    return i;
+    if (highest == -INF) return 0;
+    while (x[block] != highest) ++block;
+    return block;
 }
 static bool has_nan(const float* x, int64_t vocab) {
     for (int64_t i = 0; i < vocab; ++i)
@@ -609,10 +611,9 @@ struct Curves {
 
 // Whether both rows give a distribution; if so, how far their entries are shifted.
 static bool shifted(Pair& row) {
-    const float likeliest = maximum(row.student, row.vocab);
-    const float max_t = maximum(row.teacher, row.vocab) * row.factor;
-    if (likeliest == -INF || max_t == -INF) return false;
-    row.top = index_of(row.student, row.vocab, likeliest);
+    row.top = index_of_maximum(row.student, row.vocab);
+    const float likeliest = row.student[row.top], max_t = maximum(row.teacher, row.vocab) * row.factor;
+    if (!(likeliest > -INF) || max_t == -INF) return false;
     row.shift_s = likeliest * row.factor;
     const float at_top = row.teacher[row.top] * row.factor;
     if (at_top > -INF) {
