@@ -408,7 +408,7 @@ struct Pair {
     float factor;
     int64_t top;
     float shift_s, shift_t, shift_gap;
-    float unlevel;           // shift_s - shift_t - shift_gap: 0, or what the teacher's top is likelier by, negative
+    float unlevel;           // shift_s - shift_t - shift_gap: 0, or the teacher's logit of the top less its largest
     float scale_s, scale_t;  // p = exp(y - shift) scale
     float centre_gap;        // d = (y_S - y_T) - shift_gap - centre_gap
     double log_sum_s, log_sum_t;
