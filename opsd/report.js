@@ -86,10 +86,13 @@ function nearest(points, step) {
   return low > 0 && step - points[low - 1][0] <= points[low][0] - step ? low - 1 : low;
 }
 
+const LABEL = 14;  // height of a label beside the plot
+
 class Chart {
   // lines: {run, second, label, points: [[x, y], ...], errors: [[low, high], ...], names}
-  constructor(figure, title, unit, lines, bands = []) {
-    Object.assign(this, {figure, title, unit, lines, bands, cursor: null});
+  // bands: {look, label, values: [y, low, high]}; bounds: the least and the largest value there can be
+  constructor(figure, title, unit, lines, bands = [], bounds = null) {
+    Object.assign(this, {figure, title, unit, lines, bands, bounds, cursor: null});
     this.plot = figure.querySelector('.plot');
     this.readout = figure.querySelector('.readout');
     this.steps = [...new Set(lines.flatMap(line => line.points.map(p => p[0])))].sort((a, b) => a - b);
@@ -121,13 +124,25 @@ class Chart {
       const room = (Math.log10(high / low) || 0.2) * 0.06;
       return [Math.log10(low) - room, Math.log10(high) + room];
     }
+    if (this.bounds) [low, high] = this.within(low, high);
     const room = (high - low) * 0.06 || Math.abs(high) * 0.1 || 1;
     const floor = low >= 0 && low < 0.35 * high ? 0 : low - room;
     return [floor, high + room];
   }
 
+  // The range in which no interval takes more than a third of the plot: those of a few problems would fill it.
+  within(low, high) {
+    const [least, most] = this.bounds;
+    const intervals = [...this.lines.flatMap(line => line.errors), ...this.bands.map(band => band.values.slice(1))];
+    const widths = intervals.map(([under, over]) => (under === null || over === null ? 0 : over - under));
+    const span = Math.min(most - least, widths.reduce((a, b) => Math.max(a, 3 * b), high - low));
+    const start = Math.min(most - span, Math.max(least, (low + high - span) / 2));
+    return [Math.min(low, start), Math.max(high, start + span)];
+  }
+
   yTicks(low, high, count) {
-    if (!this.log) return ticks(low, high, count).map(v => [v, tickLabel(v)]);
+    const top = this.bounds ? Math.min(high, this.bounds[1]) : high;
+    if (!this.log) return ticks(low, top, count).map(v => [v, tickLabel(v)]);
     const marks = [];
     for (let e = Math.floor(low); e <= Math.ceil(high); e++) {
       for (const m of high - low > 2.5 ? [1] : [1, 2, 5]) {
@@ -143,7 +158,7 @@ class Chart {
     if (!width) return;
     const tall = this.figure.classList.contains('tall');
     const height = tall ? Math.min(320, Math.max(220, width * 0.4)) : 170;
-    const box = {left: 46, right: width - 10, top: 8, bottom: height - 24};
+    const box = {left: 46, right: width - (this.bands.length ? 60 : 10), top: 8, bottom: height - 24};
     const [low, high] = this.range();
     let [first, last] = [this.steps[0], this.steps[this.steps.length - 1]];
     if (first === last) { first -= 1; last += 1; }
@@ -170,24 +185,24 @@ class Chart {
       const [value, under, over] = band.values;
       if (under !== null && over !== null) {
         svg.append(element('rect', {
-          class: `band r${band.run % 6}`, x: box.left, width: box.right - box.left, y: y(over),
+          class: `band ${band.look}`, x: box.left, width: box.right - box.left, y: y(over),
           height: Math.max(1, y(under) - y(over)),
         }));
       }
       svg.append(element('line', {
-        class: `reference r${band.run % 6}`, x1: box.left, x2: box.right, y1: y(value), y2: y(value),
+        class: `reference ${band.look}`, x1: box.left, x2: box.right, y1: y(value), y2: y(value),
       }));
     }
     for (const line of this.lines) svg.append(this.path(line));
-    const said = new Set();  // the runs often share their teacher and their base
-    for (const band of this.bands) {
-      const key = `${band.label} ${band.values[0].toFixed(0)}`;
-      if (said.has(key)) continue;
-      said.add(key);
-      const at = y(band.values[0]);
-      const beside = at < box.top + 16 ? at + 15 : at - 6;
-      svg.append(element('text', {class: 'note', x: box.right - 4, y: beside, 'text-anchor': 'end'}, band.label));
+    // Beside the plot, where they hide no line, and pushed apart where they would hide each other.
+    const labels = this.bands.map(band => ({text: band.label, at: y(band.values[0])})).sort((a, b) => a.at - b.at)
+      .filter(({text, at}, i, all) => !all.slice(0, i).some(o => o.text === text && at - o.at < LABEL))
+      .slice(0, Math.floor((box.bottom - box.top) / LABEL));
+    labels.forEach((label, i) => { label.at = Math.max(label.at, i ? labels[i - 1].at + LABEL : box.top); });
+    for (let i = labels.length - 1, most = box.bottom; i >= 0; most = labels[i--].at - LABEL) {
+      labels[i].at = Math.min(labels[i].at, most);
     }
+    for (const {text, at} of labels) svg.append(element('text', {class: 'note', x: box.right + 9, y: at + 3.5}, text));
     this.mark = element('line', {class: 'cursor', y1: box.top, y2: box.bottom});
     this.dots = this.lines.map(line => element('circle', {class: `dot ${lineClass(line)}`, r: 3.5}));
     svg.append(this.mark, ...this.dots);
@@ -295,14 +310,17 @@ function setUpCharts() {
       errors: points.map(p => [p.values[1], p.values[2]]),
       names: points.map(p => ({base: 'base model', trained: `trained, step ${p.step}`}[p.name] || p.name)),
     }));
-    const bands = DATA.accuracy.flatMap(({run, points, teacher}) => {
+    const bands = [];
+    const add = (run, label, values) => {  // runs often share their teacher and their base, which then are no run's own
+      const same = bands.find(band => band.label === label && band.values.every((v, i) => v === values[i]));
+      if (same) same.look = 'shared'; else bands.push({look: `r${run % 6}`, label, values});
+    };
+    for (const {run, points, teacher} of DATA.accuracy) {
       const base = points.find(p => p.name === 'base');
-      return [
-        ...(teacher ? [{run, label: 'teacher', values: teacher.values}] : []),
-        ...(base && points.length > 1 ? [{run, label: 'base', values: [base.values[0], null, null]}] : []),
-      ];
-    });
-    if (lines.length) Chart.all.push(new Chart(accuracy, 'Accuracy', '%', lines, bands));
+      if (teacher) add(run, 'teacher', teacher.values);
+      if (base && points.length > 1) add(run, 'base', [base.values[0], null, null]);
+    }
+    if (lines.length) Chart.all.push(new Chart(accuracy, 'Accuracy', '%', lines, bands, [0, 100]));
     else accuracy.remove();
   }
   for (const figure of document.querySelectorAll('[data-chart]')) {
@@ -319,6 +337,8 @@ function setUpCharts() {
 
 const STRONG = 0.5;  // nats at which the colour is full
 const NOTABLE = 0.05;  // nats from which it is a disagreement
+const LINE = 60;  // characters, about, in a line of the text beside the card
+const FEW_LINES = 8;  // up to which the card lies below the text: beside so few, it would leave a hole under them
 const strength = d => (d === null || d === undefined ? 1 : Math.sqrt(Math.min(1, Math.max(0, d) / STRONG)));
 const visible = text => text.replace(/\n/g, '↵').replace(/\t/g, '⇥').replace(/ /g, '␣') || '(no text of its own)';
 
@@ -364,7 +384,9 @@ class TokenView {
       element('span', {class: 'tok same', style: '--a:.9'}, 'alike, but they differ elsewhere'),
       element('span', {class: 'quiet'}, `full colour: divergence of ${STRONG} nats or more`));
     this.legend = legend;
-    root.append(controls, this.about, legend, this.strip, element('div', {class: 'split'}, this.text, this.card));
+    const reading = element('div', {class: 'reading'}, this.about, legend, this.strip, this.text);
+    this.split = element('div', {class: 'split'}, reading, this.card);
+    root.append(controls, this.split);
     this.pickRun.addEventListener('change', () => this.fill());
     this.pick.addEventListener('change', () => this.open(DATA.samples[this.pick.value]));
     this.text.addEventListener('pointerover', event => {
@@ -426,6 +448,9 @@ class TokenView {
     const known = sample.view.length > 0;
     this.legend.hidden = this.card.hidden = this.strip.hidden = !known;
     this.text.classList.toggle('plain', !known);
+    const written = known ? sample.view.map(token => token[0] ?? '').join('') : sample.rollout;
+    const lines = written.split('\n').reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / LINE)), 0);
+    this.split.classList.toggle('wide', !known || lines <= FEW_LINES);
     this.text.setAttribute('role', known ? 'listbox' : 'group');
     this.tokens = sample.view.map((token, i) => this.span(token, i));
     this.text.replaceChildren(...(known ? this.tokens : [sample.rollout]));
@@ -524,23 +549,24 @@ class TokenView {
     const kind = leaning(student, teacher);
     const bar = (who, p) => element('div', {class: `row ${who}`}, element('span', {class: 'who'}, who),
       meter(who, p), element('b', {'data-p': who}, probability(p)));
-    const parts = [
+    const facts = element('div', {},
       element('p', {class: 'place'},
         `token ${i + 1} of ${number(this.sample.of)}`, element('span', {}, `id ${id ?? '?'}`)),
       element('p', {class: 'word'}, visible(text ?? '')),
       element('p', {class: `verdict ${kind}`}, VERDICT[kind]),
       bar('student', student), bar('teacher', teacher),
       element('p', {class: 'fact'}, 'Divergence ', element('b', {'data-divergence': ''}, nats(divergence)), ' nats'),
-    ];
+    );
     if (Array.isArray(dominant)) {
       const [word, term, s, t] = dominant;
       // Of a divergence with negative terms, as those of a KL divergence are, a term is no share.
       const isShare = term !== null && divergence > 0 && term <= divergence;
       const share = isShare ? `, ${Math.round(100 * term / divergence)}% of it` : '';
-      parts.push(element('p', {class: 'fact'},
+      facts.append(element('p', {class: 'fact'},
         'Most of it from ', element('code', {'data-dominant': ''}, visible(word ?? '')), `: ${nats(term)} nats${share}`,
         element('span', {class: 'quiet'}, ` (student ${probability(s)}, teacher ${probability(t)})`)));
     }
+    const parts = [facts];
     if (Array.isArray(alternatives) && alternatives.length) {
       const body = element('tbody', {});
       for (const [word, s, t] of alternatives) {

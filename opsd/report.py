@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from html import escape
 from importlib import resources
@@ -74,29 +74,117 @@ class RunData:
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure: one line per run, or two where `metrics` has a second one, drawn lighter. Values times `scale`."""
+    """A figure: one line per run, or two where `metrics` has a second one, drawn lighter. Values times `scale`.
+
+    `note`: what it shows and what to make of it, for one who sees it for the first time.
+    """
 
     title: str
     metrics: tuple[tuple[str, str], ...]
     unit: str = ""
     scale: float = 1.0
+    note: str = ""
 
 
 CHARTS = (
-    Chart("Loss", (("loss", "loss"), ("divergence", "divergence before clips")), "nats per token"),
-    Chart("Entropy", (("student_entropy", "student"), ("teacher_entropy", "teacher")), "nats per token"),
-    Chart("Rollout length", (("rollout_length", "rollout"),), "tokens, mean"),
-    Chart("Longest and shortest", (("rollout_length_max", "longest"), ("rollout_length_min", "shortest")), "tokens"),
-    Chart("Truncated rollouts", (("truncated", "truncated"),), "% of rollouts", 100.0),
-    Chart("Teacher's prompt", (("teacher_context_length", "prompt"),), "tokens, mean"),
-    Chart("Clipped tokens", (("entry_clipped", "an entry"), ("token_clipped", "the token")), "% of tokens", 100.0),
-    Chart("Taken by the clips", (("clipped_amount", "clipped"),), "nats per token"),
-    Chart("Gradient norm", (("grad_norm", "norm"),), "before clipping"),
-    Chart("Learning rate", (("lr", "rate"),)),
-    Chart("Top-k overlap", (("top_k_overlap", "overlap"),), "% of the likeliest tokens", 100.0),
-    Chart("Sampler mismatch", (("sampler_mismatch", "mismatch"),)),
-    Chart("Throughput", (("tokens_per_second", "tokens/s"),), "rollout tokens per second"),
-    Chart("Peak memory", (("peak_memory_bytes", "peak"),), "GiB", 2.0**-30),
+    Chart(
+        "Loss",
+        (("loss", "loss"), ("divergence", "divergence before clips")),
+        "nats per token",
+        note="How far student and teacher are apart on the student's own rollouts. Falls as it learns.",
+    ),
+    Chart(
+        "Entropy",
+        (("student_entropy", "student"), ("teacher_entropy", "teacher")),
+        "nats per token",
+        note="How undecided each is. The student's may fall to the teacher's; far below it, rollouts no longer vary.",
+    ),
+    Chart(
+        "Rollout length",
+        (("rollout_length", "rollout"),),
+        "tokens, mean",
+        note="Neither direction is better. A steep fall may mean answers without their work.",
+    ),
+    Chart(
+        "Longest and shortest",
+        (("rollout_length_max", "longest"), ("rollout_length_min", "shortest")),
+        "tokens",
+        note="Of each step's rollouts. One of rollout.max_new_tokens was most likely cut.",
+    ),
+    Chart(
+        "Truncated rollouts",
+        (("truncated", "truncated"),),
+        "% of rollouts",
+        100.0,
+        note="Cut at rollout.max_new_tokens, so their endings are not learnt. Low is good.",
+    ),
+    Chart(
+        "Teacher's prompt",
+        (("teacher_context_length", "prompt"),),
+        "tokens, mean",
+        note="Problem and solution as the teacher reads them. It follows the data, and costs time and memory.",
+    ),
+    Chart(
+        "Clipped tokens",
+        (("entry_clipped", "an entry"), ("token_clipped", "the token")),
+        "% of tokens",
+        100.0,
+        note="Tokens that a clip acts on. Clips are for outliers: above half, they shape the loss.",
+    ),
+    Chart(
+        "Taken by the clips",
+        (("clipped_amount", "clipped"),),
+        "nats per token",
+        note="What the clips remove from the divergence. Above half of it, most of the teacher's signal is lost.",
+    ),
+    Chart(
+        "Gradient norm",
+        (("grad_norm", "norm"),),
+        "before clipping",
+        note="Single peaks are common. Many of ten times the usual, or a steady rise, are instability.",
+    ),
+    Chart("Learning rate", (("lr", "rate"),), note="As optim.lr, its warm-up and its schedule have it."),
+    Chart(
+        "Top-k overlap",
+        (("top_k_overlap", "overlap"),),
+        "% of the likeliest tokens",
+        100.0,
+        note="Of the teacher's 8 likeliest tokens, those among the student's 8. May fall while the two agree better: "
+        "once both are sure of one token, the other 7 are next to impossible.",
+    ),
+    Chart(
+        "Sampler mismatch",
+        (("sampler_mismatch", "mismatch"),),
+        "nats per token",
+        note="How far the sampler's log-probabilities are off the student's. About 0 is good; above 0.1, the rollouts "
+        "come from other weights or settings.",
+    ),
+    Chart(
+        "Importance weight",
+        (("importance_weight", "weight"),),
+        "mean",
+        note="p_student / p_sampler of the sampled tokens, capped. About 1 is good: the sampler is the student.",
+    ),
+    Chart(
+        "Capped importance weights",
+        (("importance_capped", "capped"),),
+        "% of tokens",
+        100.0,
+        note="Weights held at rollout.importance_cap. Low is good, unless the cap is 1 or less.",
+    ),
+    Chart(
+        "Throughput",
+        (("tokens_per_second", "tokens/s"),),
+        "rollout tokens per second",
+        note="Of whole steps. High is good; dips on a CPU are often other work on the same cores.",
+    ),
+    Chart(
+        "Peak memory",
+        (("peak_memory_bytes", "peak"),),
+        "GiB",
+        2.0**-30,
+        note="A GPU's in that step; on a CPU the most that the process has held so far.",
+    ),
 )
 
 ESSENTIAL = (
@@ -332,7 +420,7 @@ def _charts(runs: Sequence[RunData]) -> tuple[list[Chart], list[str]]:
             metrics = metrics[:1]
         values = [v for n, _ in metrics for run in runs for r in run.metrics if (v := _finite(r.get(n))) is not None]
         if values and any(values):
-            charts.append(Chart(chart.title, metrics, chart.unit, chart.scale))
+            charts.append(replace(chart, metrics=metrics))
         elif values:
             flat.append(chart.title)
     return charts, flat
@@ -522,7 +610,8 @@ def _results(runs: Sequence[RunData]) -> str:
     if evaluated:
         parts.append(
             "<figure class='chart tall' data-accuracy><figcaption><h3>Accuracy over the steps</h3>"
-            "<p class='unit'>%, bars: 95 % intervals; band: the teacher, who reads the solution</p></figcaption>"
+            "<p class='unit'>% of answers</p></figcaption><p class='quiet'>High is good. Bars and the band are 95 % "
+            "intervals; dotted: the teacher, who reads the solution, and the base model.</p>"
             "<div class='readout'></div><div class='plot'></div></figure>"
         )
         parts.append(_evaluation_table(runs))
@@ -542,31 +631,35 @@ def _after(run: RunData) -> Record | None:
 
 
 def _tiles(run: RunData) -> str:
+    """What it learnt, and below that what it took: two rows, each filled whatever is known of either."""
     base, teacher, after = _evaluation(run, "base"), _evaluation(run, "teacher"), _after(run)
-    tiles: list[tuple[str, str, str]] = []
+    learnt: list[tuple[str, str, str]] = []
     if after:
         where = "trained" if after.get("name") == "trained" else f"after step {after['step']}"
-        tiles.append((f"Accuracy, {where}", _percent(after.get("accuracy")), _interval(after)))
+        learnt.append((f"Accuracy, {where}", _percent(after.get("accuracy")), _interval(after)))
     if base:
-        tiles.append(("Accuracy, base", _percent(base.get("accuracy")), _interval(base)))
+        learnt.append(("Accuracy, base", _percent(base.get("accuracy")), _interval(base)))
     if teacher:
-        tiles.append(("Accuracy, teacher", _percent(teacher.get("accuracy")), _interval(teacher)))
+        learnt.append(("Accuracy, teacher", _percent(teacher.get("accuracy")), _interval(teacher)))
     first = _finite(run.metrics[0].get("loss"))
-    tiles.append(("Loss, last step", _number(_last(run, "loss")), f"first step {_number(first)}"))
+    took = [("Loss, last step", _number(_last(run, "loss")), f"first step {_number(first)}")]
     tokens = _sum(run, "tokens")
     if tokens:
-        tiles.append(("Rollout tokens", f"{tokens:,.0f}", f"in {run.metrics[-1]['step']:,} steps"))
+        took.append(("Rollout tokens", f"{tokens:,.0f}", f"in {run.metrics[-1]['step']:,} steps"))
     speed = _speed(run)
     if speed:
-        tiles.append(("Speed", f"{speed:,.0f}", "rollout tokens per second"))
+        took.append(("Speed", f"{speed:,.0f}", "rollout tokens per second"))
     memory = _max(run, "peak_memory_bytes")
     if memory:
-        tiles.append(("Peak memory", f"{memory / 2**30:.2f} GiB", "of the GPU, or of the process on a CPU"))
-    cells = "".join(
-        f"<div class='tile'><dt>{escape(k)}</dt><dd>{escape(v)}</dd><dd class='sub'>{escape(s)}</dd></div>"
-        for k, v, s in tiles
+        took.append(("Peak memory", f"{memory / 2**30:.2f} GiB", "of the GPU, or of the process on a CPU"))
+    rows = (
+        "".join(
+            f"<div class='tile'><dt>{escape(k)}</dt><dd>{escape(v)}</dd><dd class='sub'>{escape(s)}</dd></div>"
+            for k, v, s in tiles
+        )
+        for tiles in (learnt, took)
     )
-    return f"<dl class='tiles'>{cells}</dl>"
+    return "".join(f"<dl class='tiles'>{cells}</dl>" for cells in rows if cells)
 
 
 def _speed(run: RunData) -> float | None:
@@ -637,8 +730,8 @@ def _curves(runs: Sequence[RunData], charts: Sequence[Chart], flat: Sequence[str
         legend = f"<ul class='legend' aria-label='Runs'>{keys}</ul>"
     figures = "".join(
         f"<figure class='chart' data-chart='{number}'><figcaption><h3>{escape(chart.title)}</h3>"
-        f"<p class='unit'>{escape(chart.unit)}</p></figcaption><div class='readout'></div><div class='plot'></div>"
-        f"{_curve_table(runs, chart)}</figure>"
+        f"<p class='unit'>{escape(chart.unit)}</p></figcaption>{_remark(chart.note)}<div class='readout'></div>"
+        f"<div class='plot'></div>{_curve_table(runs, chart)}</figure>"
         for number, chart in enumerate(charts)
     )
     notes = []
@@ -654,6 +747,10 @@ def _curves(runs: Sequence[RunData], charts: Sequence[Chart], flat: Sequence[str
     tools = f"{legend}<label class='switch js'><input type='checkbox' id='log'> logarithmic</label>"
     body = f"<div class='tools'>{tools}</div><div class='grid'>{figures}</div>{said}"
     return _section("curves", "Training", lead, body)
+
+
+def _remark(note: str) -> str:
+    return f"<p class='quiet'>{escape(note)}</p>" if note else ""
 
 
 def _curve_table(runs: Sequence[RunData], chart: Chart) -> str:

@@ -52,7 +52,7 @@ SETTINGS: dict = {
         "warmup_steps": 5,
         "schedule": "linear",
     },
-    "eval": {"answer_pattern": r"#(\d+)$", "temperature": 0.0, "batch_size": 250},
+    "eval": {"answer_pattern": r"#(\d+)$", "temperature": 0.0, "batch_size": 250, "every": 20},
 }
 
 

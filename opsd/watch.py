@@ -12,6 +12,8 @@ import statistics
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
+
 from opsd.config import Config
 
 
@@ -39,6 +41,9 @@ LIMITS: dict[str, Limit] = {
     "mismatch": Limit(0.1, "nats per token; other kernels or types give about a tenth of it, other weights far more"),
     "capped": Limit(0.1, "of two samplers that agree, hardly any token is off by a factor above 1"),
     "gradient": Limit(10.0, "times the median; norms within a run vary by a factor of about three"),
+    "slow": Limit(
+        5.0, "times the median for as much work; steps vary by a tenth, one that waits for a core by tenfold"
+    ),
 }
 
 EARLY = 5
@@ -50,6 +55,15 @@ RECOVERED = 5
 AGAIN = 50
 """Steps after which what has not recovered is said again."""
 
+PACE = 10
+"""Steps whose median a step's time is compared with."""
+SLOW, AMONG = 3, 20
+"""Slow steps, and among how many: fewer are a machine's own affairs, or the first use of something."""
+
+_PASSES = ("score", "teacher", "student", "loss", "backward", "optimizer")
+"""Phases that this process alone computes. Not the rollouts: their sampler may be elsewhere."""
+_WORK = ("tokens", "rollout_length_max", "teacher_context_length")
+"""What may make the passes longer: packed ones grow with tokens and prompts, padded ones with the longest rollout."""
 _BASELINES = ("student_entropy", "teacher_entropy", "rollout_length")
 
 
@@ -62,10 +76,13 @@ class Watch:
 
     def __init__(self, config: Config):
         self._config = config
+        self._shares = _on_cpu(config) and (config.run.threads or torch.get_num_threads()) > 1
         self._state: dict[str, Any] = {
             "steps": 0,
             "early": {},  # name: [count, sum]
             "norms": [],
+            "times": [],  # of the last steps: seconds of the passes, then how much of each of _WORK
+            "slow": [],  # the last slow steps
             "no_divergence": 0,  # steps without one since the start; -1 once there was one
             "said": {},  # kind: step
             "inside": {},  # kind: steps in a row within the band since it was said
@@ -119,6 +136,8 @@ class Watch:
                 self._state["early"][name] = [count + 1, total + values[name]]
         if "grad_norm" in values:
             self._state["norms"] = [*self._state["norms"], values["grad_norm"]][-RECENT:]
+        if (times := _times(values)) is not None:
+            self._state["times"] = [*self._state["times"], times][-PACE:]
 
     def _outside(self, values: Mapping[str, float]) -> dict[str, str]:
         """What is outside its band now: a text for each kind."""
@@ -129,6 +148,7 @@ class Watch:
             **self._no_divergence(values),
             **self._sampler(values),
             **self._gradient(values),
+            **self._shared_cpu(values),
         }
 
     def _entropy(self, values: Mapping[str, float]) -> dict[str, str]:
@@ -250,6 +270,36 @@ class Watch:
             "gradient": f"gradient norm {norm:.3g}{used} is {norm / usual:.0f} times its recent median {usual:.3g}: an "
             f"unusual batch or the onset of instability; if it recurs, {advice}"
         }
+
+    def _shared_cpu(self, values: Mapping[str, float]) -> dict[str, str]:
+        """Threads that wait for each other, as they do once one has lost its core; said once, as it is no matter of the
+        training."""
+        state, times = self._state, _times(values)
+        if not self._shares or times is None or len(state["times"]) < EARLY or "shared_cpu" in state["said"]:
+            return {}
+        # relative to the recent steps; 0 for what these had none of
+        usual = [statistics.median(column) for column in zip(*state["times"], strict=True)]
+        seconds, *work = (now / before if before else 0.0 for now, before in zip(times, usual, strict=True))
+        if seconds <= LIMITS["slow"].value * max(1.0, *work):
+            return {}
+        state["slow"] = [n for n in state["slow"] if n > state["steps"] - AMONG] + [state["steps"]]
+        if len(state["slow"]) < SLOW:
+            return {}
+        return {
+            "shared_cpu": f"{SLOW} of the last {AMONG} steps took more than {LIMITS['slow'].value:g} times as long as "
+            "those before: other work seems to share this CPU, and threads wait for the one that has lost its core; "
+            "--run.threads 1 is often faster then"
+        }
+
+
+def _times(values: Mapping[str, float]) -> list[float] | None:
+    """Seconds of the passes and how much there was to do; None for a step that does not say how long it took."""
+    passes = [values[f"seconds_{phase}"] for phase in _PASSES if f"seconds_{phase}" in values]
+    return [sum(passes), *(values.get(name, 0.0) for name in _WORK)] if passes else None
+
+
+def _on_cpu(config: Config) -> bool:
+    return config.run.device == "cpu" or (config.run.device == "auto" and not torch.cuda.is_available())
 
 
 def _is_finite(value: Any) -> bool:

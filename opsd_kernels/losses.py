@@ -31,20 +31,32 @@ class TokenStats:
     """What happened at each token: detached, in the leading shape of the inputs, 0 where the token is not counted.
 
     All over the full vocabulary at temperature T, in nats, whatever the support of the loss; only what the clips did
-    (`entry_clipped`, `clipped_amount`, `token_clipped`) speaks of the loss's own support. Floats are in the
-    accumulation dtype.
+    (`entry_clipped`, `clipped_amount`, `token_clipped`) speaks of the loss's own support. All before `token_weight`.
+    Floats are in the accumulation dtype.
+
+    Attributes:
+        divergence: nats, before clips; +inf where the token's divergence is.
+        student_entropy: nats, of the student's distribution.
+        teacher_entropy: nats, of the teacher's.
+        entry_clipped: bool; `entry_clip` lowered at least one vocabulary entry's term.
+        clipped_amount: nats, what entry and token clip together took from the divergence: the token's loss is the
+            divergence over its support less this. +inf where they made an infinite divergence finite.
+        token_clipped: bool; `token_clip` lowered the token's loss, as the entry clip had left it.
+        student_logprob: nats, the student's log-probability of `target_ids`; None without them.
+        teacher_logprob: nats, the teacher's.
+        gradient_dropped: with `gradient_filter`, else None: bound on the norm of what the token's row of
+            d loss / d student_hidden lacks, for a unit gradient of the token's own loss; NaN where the gradient is
+            computed in backward only (unreduced losses with a trainable head) or not at all.
     """
 
-    divergence: Tensor  #: before clips and weights; +inf where it is
+    divergence: Tensor
     student_entropy: Tensor
     teacher_entropy: Tensor
-    entry_clipped: Tensor  #: bool, at least one entry was clipped
-    clipped_amount: Tensor  #: what entry and token clip took from the divergence
-    token_clipped: Tensor  #: bool
-    student_logprob: Tensor | None = None  #: of target_ids, where given
+    entry_clipped: Tensor
+    clipped_amount: Tensor
+    token_clipped: Tensor
+    student_logprob: Tensor | None = None
     teacher_logprob: Tensor | None = None
-    #: with gradient_filter: bound on the norm of what the token's row of dX lacks; NaN where the gradient is computed
-    #: in backward only (unreduced losses with a trainable head) or not at all
     gradient_dropped: Tensor | None = None
 
 

@@ -79,6 +79,11 @@ def test_answer_pattern():
     assert pattern.search("7+6+0=13;5+8") is None
 
 
+def test_the_demo_is_evaluated_often_enough_for_a_curve():
+    every, steps = tiny.SETTINGS["eval"]["every"], tiny.SETTINGS["optim"]["steps"]
+    assert 5 <= steps / every <= 10
+
+
 def test_problems_are_disjoint_in_either_order():
     sets = [{frozenset(pair) for pair in pairs} for pairs in tiny._problems(0, tiny._Build())]
     build = tiny._Build()

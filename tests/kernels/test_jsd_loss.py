@@ -1,5 +1,7 @@
 """jsd_loss against the dense float64 definitions: values, gradients, infinities, reductions, numerics."""
 
+import dataclasses
+import inspect
 import itertools
 import math
 
@@ -579,3 +581,9 @@ def test_a_teacher_from_inference_mode_will_do():
         inputs = [leaf(student), leaf(weight)]
         opsd_kernels.jsd_loss(inputs[0], constant, inputs[1], reduction=reduction).sum().backward()
         assert all(t.grad.ne(0).any() for t in inputs)
+
+
+def test_help_explains_every_statistic():
+    lines = inspect.getdoc(opsd_kernels.TokenStats).partition("Attributes:\n")[2].splitlines()
+    explained = [line.split(":")[0].strip() for line in lines if line.startswith("    ") and line[4] != " "]
+    assert explained == [field.name for field in dataclasses.fields(opsd_kernels.TokenStats)]

@@ -1,5 +1,7 @@
 """The report of a run: its HTML by reading it, the page itself in a headless browser where there is one."""
 
+import base64
+import itertools
 import json
 import re
 import shutil
@@ -14,7 +16,7 @@ from _models import write_model, write_rows
 import opsd.report
 from opsd.cli import main
 from opsd.config import ConfigError
-from opsd.report import MAX_POINTS, read_run, render, thinned, write_report
+from opsd.report import CHARTS, MAX_POINTS, read_run, render, thinned, write_report
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>&amp;\u2028{{script}}"
 
@@ -281,6 +283,18 @@ def test_several_runs_show_the_options_that_differ(tmp_path):
     assert "The runs have the same options" in same
 
 
+def test_every_chart_is_explained(tmp_path):
+    run = write_run(tmp_path / "one")
+    append(run / "metrics.jsonl", {"step": 13} | {name: 1.0 for chart in CHARTS for name, _ in chart.metrics})
+    html = write_report([run]).read_text()
+    figures = re.findall(r"<figure class='chart' data-chart=.*?</figure>", html, re.S)
+    assert len(figures) == len(CHARTS)
+    for chart, figure in zip(CHARTS, figures, strict=True):
+        assert chart.note.endswith(".")
+        assert chart.title in text_of(figure).replace("&#x27;", "'")
+        assert chart.note in text_of(figure).replace("&#x27;", "'")
+
+
 def test_reading_a_directory_without_steps_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="not a run directory"):
         read_run(tmp_path)
@@ -475,6 +489,157 @@ def test_nothing_is_wider_than_the_screen(tmp_path, browser, width):
     runs = [write_run(tmp_path / "a-run-with-quite-a-long-name"), write_run(tmp_path / "two", objective__beta=1.0)]
     with Opened(browser, write_report(runs, tmp_path / "r.html"), width=width) as opened:
         assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+BOX = "e => { const b = e.getBoundingClientRect(); return [b.left, b.top, b.right, b.bottom]; }"
+
+
+def boxes(locator):
+    return [locator.nth(i).evaluate(BOX) for i in range(locator.count())]
+
+
+def evaluated(path, base, teacher, trained, wide=0.05):
+    """A run with these accuracies, each in the middle of an interval of twice `wide`, as far as there is room."""
+    run = write_run(path)
+    (run / "evaluations.jsonl").unlink()
+    for step, name, accuracy in ((0, "base", base), (0, "teacher", teacher), (12, "trained", trained)):
+        interval = {"low": max(0.0, accuracy - wide), "high": min(1.0, accuracy + wide)}
+        append(run / "evaluations.jsonl", {"step": step, "name": name, "accuracy": accuracy, **interval})
+    return run
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+@pytest.mark.parametrize("accuracies", [
+    [(0.0, 0.0, 0.0)], [(1.0, 1.0, 1.0)], [(0.5, 0.5, 0.5)], [(0.31, 0.3, 0.3)], [(0.1, 0.9, 0.5)],
+    [(0.3 + n / 50, 0.4 + n / 50, 0.5) for n in range(4)], [(n / 90, 1 - n / 90, 0.5) for n in range(10)],
+])  # fmt: skip
+def test_the_labels_of_teacher_and_base_never_overlap(tmp_path, browser, accuracies, width):
+    runs = [evaluated(tmp_path / str(n), *values) for n, values in enumerate(accuracies)]
+    with Opened(browser, write_report(runs, tmp_path / "r.html"), width=width) as opened:
+        labels = opened.page.locator("[data-accuracy] .note")
+        (plot,) = boxes(opened.page.locator("[data-accuracy] .plot svg"))
+        assert {"teacher", "base"} <= set(labels.all_text_contents())
+        found = sorted(boxes(labels), key=lambda box: box[1])
+        for above, below in itertools.pairwise(found):
+            assert above[3] <= below[1] + 1
+        for left, top, right, bottom in found:
+            assert plot[0] <= left < right <= plot[2]
+            assert plot[1] <= top + 1 < bottom <= plot[3]
+            # beside what is drawn, not over it
+            assert all(left >= drawn[2] for drawn in boxes(opened.page.locator("[data-accuracy] .point")))
+
+
+@pytest.mark.parametrize(("values", "wide", "ticks"), [
+    ((0.0, 0.0, 0.0), 0.161, [0, 50]),  # no right answer of 20
+    ((0.5, 0.52, 0.51), 0.2, [0, 100]),
+    ((0.42, 0.5, 0.47), 0.04, [35, 55]),  # a narrow one is not lost in an axis of 0 to 100
+    ((0.9, 1.0, 1.0), 0.02, [88, 100]),  # nothing above 100
+])  # fmt: skip
+def test_no_interval_fills_the_plot_of_the_accuracies(tmp_path, browser, values, wide, ticks):
+    with Opened(browser, write_report([evaluated(tmp_path / "one", *values, wide=wide)])) as opened:
+        svg = opened.page.locator("[data-accuracy] .plot svg")
+        ((_, top, _, bottom),) = boxes(svg)
+        ((_, high, _, low),) = boxes(svg.locator(".band"))
+        assert 0 < low - high <= 0.4 * (bottom - top)
+        marks = [float(text) for text in svg.locator(".tick[text-anchor=end][x='38']").all_text_contents()]
+        assert [marks[0], marks[-1]] == pytest.approx(ticks, abs=3)
+        assert marks[-1] <= 100
+
+
+def test_a_teacher_that_runs_share_is_drawn_once(tmp_path, browser):
+    runs = [evaluated(tmp_path / name, 0.1, 0.9, trained) for name, trained in (("a", 0.5), ("b", 0.7))]
+    runs.append(evaluated(tmp_path / "c", 0.1, 0.8, 0.7))
+    with Opened(browser, write_report(runs, tmp_path / "r.html")) as opened:
+        bands = opened.page.locator("[data-accuracy] .band")
+        assert [bands.nth(i).get_attribute("class") for i in range(bands.count())] == ["band shared", "band r2"]
+        assert opened.page.locator("[data-accuracy] .reference").count() == 3
+
+
+@pytest.mark.parametrize("width", [340, 390, 700, 1000, 1200])
+@pytest.mark.parametrize("missing", [(), ("teacher",), ("base", "teacher", "trained", "step 6")])
+def test_every_row_of_tiles_is_full(tmp_path, browser, width, missing):
+    run = write_run(tmp_path / "one")
+    lines = (run / "evaluations.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["name"] not in missing]
+    (run / "evaluations.jsonl").write_text("".join(kept))
+    with Opened(browser, write_report([run]), width=width) as opened:
+        (within, *_) = boxes(opened.page.locator(".tiles"))
+        rows: dict[float, list[list[float]]] = {}
+        for box in boxes(opened.page.locator(".tile")):
+            rows.setdefault(round(box[1]), []).append(box)
+        for row in rows.values():
+            assert row[0][0] == pytest.approx(within[0], abs=1)
+            assert row[-1][2] == pytest.approx(within[2], abs=1)
+        assert opened.page.locator(".tile dd").evaluate_all("all => all.every(e => e.scrollWidth <= e.clientWidth)")
+
+
+@pytest.mark.parametrize("width", [340, 390, 1200])
+def test_every_section_link_is_in_sight(tmp_path, browser, width):
+    run = write_run(tmp_path / "one")
+    append(run / "metrics.jsonl", {"step": 13, "loss": 1.0, "warnings": ["short"]})
+    with Opened(browser, write_report([run]), width=width) as opened:
+        links = opened.page.locator("#links a")
+        assert links.count() == 6
+        ((least, _, most, _),) = boxes(opened.page.locator("#links"))
+        assert all(least <= left < right <= most <= width for left, _, right, _ in boxes(links))
+        assert opened.page.locator("#links").evaluate("e => e.scrollWidth <= e.clientWidth")
+
+
+# The brightness of a few pixels at the left and at the right end of a picture's row of pixels.
+ENDS = """async picture => {
+  const image = new Image();
+  image.src = 'data:image/png;base64,' + picture;
+  await image.decode();
+  const canvas = Object.assign(document.createElement('canvas'), {width: image.width, height: image.height});
+  const context = canvas.getContext('2d', {willReadFrequently: true});
+  context.drawImage(image, 0, 0);
+  return [3, image.width - 4].map(x => [...context.getImageData(x, 2, 1, 1).data].slice(0, 3));
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_table_that_goes_on_beyond_the_edge_has_a_shadow_there(tmp_path, browser, scheme):
+    with Opened(browser, write_report([write_run(tmp_path / "one")]), scheme, width=390) as opened:
+        table = opened.page.locator("[aria-label=Evaluations]")
+        assert table.evaluate("e => e.scrollWidth > e.clientWidth && getComputedStyle(e).overflowX === 'auto'")
+
+        def shadows():
+            picture = base64.b64encode(table.screenshot()).decode()
+            page = opened.page.evaluate("getComputedStyle(document.body).backgroundColor")
+            plain = [int(part) for part in re.findall(r"\d+", page)][:3]
+            return [
+                max(abs(a - b) for a, b in zip(end, plain, strict=True)) for end in opened.page.evaluate(ENDS, picture)
+            ]
+
+        left, right = shadows()
+        assert left <= 2
+        assert right >= 25
+        table.evaluate("e => { e.scrollLeft = e.scrollWidth; }")
+        left, right = shadows()
+        assert left >= 25
+        assert right <= 2
+        opened.requests[:] = [url for url in opened.requests if not url.startswith("data:")]
+
+
+@pytest.mark.parametrize("words", [4, 150, 1500, None])
+def test_no_hole_is_left_under_a_rollout(tmp_path, browser, words):
+    view = None if words is None else [token(f" word{n % 7}", 0.9, 0.5, 0.1) for n in range(words)]
+    with Opened(browser, write_report([write_run(tmp_path / "one", view=view)])) as opened:
+        ((left, _, right, bottom),) = boxes(opened.page.locator(".tokens"))
+        ((*_, whole, end),) = boxes(opened.page.locator(".split"))
+        if words is None:
+            assert whole == right
+            return
+        ((card_left, card_top, _, card_bottom),) = boxes(opened.page.locator(".card"))
+        if words == 4:  # the card below the text
+            assert left == card_left
+            assert bottom < card_top < bottom + 40
+        else:  # the card beside it, and the text as far down as the card
+            assert right < card_left
+            assert bottom == pytest.approx(end, abs=1)
+            written = opened.page.locator(".tokens .tok").last.evaluate(BOX)[3]
+            assert bottom - written < 160
+            assert card_bottom <= end + 1
 
 
 def test_several_runs_are_drawn_apart_and_read_together(tmp_path, browser):

@@ -1,9 +1,10 @@
 import json
 
 import pytest
+import torch
 
 from opsd.config import load_config
-from opsd.watch import AGAIN, EARLY, LIMITS, RECOVERED, Watch
+from opsd.watch import AGAIN, AMONG, EARLY, LIMITS, PACE, RECOVERED, Watch
 
 SANE = {
     "loss": 0.05,
@@ -19,7 +20,16 @@ SANE = {
     "sampler_mismatch": 0.005,
     "importance_capped": 0.01,
     "tokens": 600,
+    "rollout_length_max": 90,
+    "teacher_context_length": 200.0,
+    "seconds": 3.0,
+    "seconds_rollout": 2.0,
+    "seconds_teacher": 0.2,
+    "seconds_backward": 0.6,
+    "seconds_samples": 0.1,
 }
+SHARED = {"run__device": "cpu", "run__threads": 2}
+SLOW = {"seconds_teacher": 2.0, "seconds_backward": 2.1}
 
 
 def watch(**options):
@@ -139,6 +149,46 @@ def test_the_gradient_is_compared_with_the_recent_median():
     assert not any(follow(watch(), *[{"grad_norm": 0.0}] * 9, {"grad_norm": 1.0}))
 
 
+def test_threads_that_wait_for_a_core_are_told_of_once():
+    said = follow(watch(**SHARED), *[{}] * EARLY, SLOW, {}, SLOW, *[{}] * (AMONG - 4), SLOW, *[{}, SLOW] * AGAIN)
+    assert [n for n, warnings in enumerate(said, 1) if warnings] == [EARLY + AMONG]
+    (warning,) = said[EARLY + AMONG - 1]
+    assert "--run.threads 1 is often faster" in warning
+    assert "3 of the last 20 steps" in warning
+    # a fall for good is told of, too, before it becomes the usual
+    assert sum(map(len, follow(watch(**SHARED), *[{}] * 2 * PACE, *[SLOW] * 2 * PACE))) == 1
+
+
+@pytest.mark.parametrize("changes", [
+    [*[{}] * EARLY, SLOW, SLOW, *[{}] * (AMONG - 2), SLOW],  # one too late
+    [SLOW, SLOW, SLOW, *[{}] * AMONG],  # a slow start
+    [*[{}] * EARLY, *[{"seconds_teacher": 0.2, "seconds_backward": 3.79}] * 9],
+    *([*[{}] * EARLY, *[{**SLOW, name: 6 * SANE[name]}] * 9]
+      for name in ("tokens", "rollout_length_max", "teacher_context_length")),
+    [*[{}] * EARLY, *[{"seconds_rollout": 90.0, "seconds_samples": 90.0, "seconds_reason": 90.0, "seconds": 99.0}] * 9],
+])  # fmt: skip
+def test_slow_steps_for_which_there_may_be_a_reason_say_nothing_of_the_cpu(changes):
+    assert not any(follow(watch(**SHARED), *changes))
+
+
+def test_the_time_of_a_step_has_its_edge():
+    just = {"seconds_teacher": 0.2, "seconds_backward": 3.81}
+    assert follow(watch(**SHARED), *[{}] * EARLY, *[just] * 3)[-1]
+    assert follow(watch(**SHARED), *[{}] * EARLY, *[{**just, "tokens": 590, "rollout_length_max": None}] * 3)[-1]
+
+
+@pytest.mark.parametrize(("device", "threads", "torch_threads", "cuda", "warns"), [
+    ("cpu", 2, 1, True, True), ("cpu", None, 2, True, True), ("auto", None, 2, False, True),
+    ("cpu", 1, 2, False, False), ("cpu", None, 1, False, False), ("auto", 2, 2, True, False),
+    ("cuda", 2, 2, True, False),
+])  # fmt: skip
+def test_only_threads_of_a_cpu_wait_for_each_other(monkeypatch, device, threads, torch_threads, cuda, warns):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: torch_threads)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    options = {"run__device": device} | ({} if threads is None else {"run__threads": threads})
+    assert bool(follow(watch(**options), *[{}] * EARLY, *[SLOW] * 3)[-1]) == warns
+
+
 def test_a_warning_is_said_again_after_a_while():
     said = follow(watch(), *[{"truncated": 0.9}] * (2 * AGAIN + 1))
     assert [n for n, warnings in enumerate(said) if warnings] == [0, AGAIN, 2 * AGAIN]
@@ -171,12 +221,12 @@ def test_what_is_absent_or_no_number_is_not_judged():
 def test_a_resumed_run_warns_as_an_uninterrupted_one():
     changes = [{"grad_norm": 0.1 + n % 3, "student_entropy": 0.4 + 0.1 * n / 3} for n in range(4)] + [{}] * 4
     changes += [{"truncated": 0.9, "student_entropy": 0.01, "rollout_length": 3.0, "grad_norm": 99.0}] * 3
-    changes += [{}] * RECOVERED + [{"rollout_length": 3.0}] + [{"truncated": 0.9}] * AGAIN
-    expected = follow(watch(), *changes)
-    assert sum(map(len, expected)) >= 6
+    changes += [{}] * RECOVERED + [{"rollout_length": 3.0}] + [{"truncated": 0.9}] * AGAIN + [SLOW, {}] * 4
+    expected = follow(watch(**SHARED), *changes)
+    assert sum(map(len, expected)) >= 7
     records = [{"step": n, **SANE, **change} for n, change in enumerate(changes, 1)]
     for stop in range(len(changes)):
-        first, second = watch(), watch()
+        first, second = watch(**SHARED), watch(**SHARED)
         said = [first.check(record) for record in records[:stop]]
         kept = first.state_dict()
         for record in records[stop:]:  # what the killed run went on to see must not reach the resumed one
