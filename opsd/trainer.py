@@ -166,6 +166,7 @@ def resume(
 ) -> RunResult:
     """Go on with the run in `run_dir` from its newest usable checkpoint, or from its start if it has none.
 
+    A run that is finished, by its last step or by eval.patience, trains no further unless `overrides` make it longer.
     On one machine with the same number of threads the weights come out as if the run had never stopped, bit for bit on
     a CPU. Callables are to be those that the run began with.
 
@@ -176,14 +177,15 @@ def resume(
             of a schedule that ends at 0; what an evaluation measures, if changed, makes the count for the best one new.
 
     Raises:
-        ConfigError: the directory holds no run, another process works on it, another option would change, or model,
-            teacher or data have changed since.
+        ConfigError: the directory holds no run, or what a run left at its end and no checkpoint; another process works
+            on it, another option would change, or model, teacher or data have changed since.
         CheckpointError: there are checkpoints, and none can be used.
         Others: as `train`.
     """
     run_dir, overrides = Path(run_dir), list(overrides)
     described = _read_description(run_dir)
     with _lock(run_dir):
+        _refuse_anew(run_dir)
         began = load_config(run_dir / "config.yaml")
         config = absolute_paths(load_config(run_dir / "config.yaml", overrides))
         changed = _changes(began, config)
@@ -244,7 +246,7 @@ class _Loop:
     def run(self) -> RunResult:
         introduce(self.setup, self.run_dir, self.display)
         if self.progress.step:
-            self.display.note(f"going on after step {self.progress.step}")
+            self.display.note(self._where_it_stands())
         self.trackers = make_trackers(
             self.config.run.trackers,
             run_dir=self.run_dir,
@@ -257,6 +259,10 @@ class _Loop:
                 if self.setup.eval_examples and not self.progress.evaluations:
                     self._evaluate_before()
                 self._train()
+                if self.setup.eval_examples and "trained" not in self.progress.evaluations:
+                    # Resumed with less patience, or fewer steps, than had already passed.
+                    result = self._evaluate(self.state.model, self.setup.eval_examples, "student")
+                    self._evaluated("trained", result)
                 model_dir = self._save_model(self.run_dir / "model") if self.config.run.save else None
                 summary = self._summary(model_dir)
                 with self._writing():
@@ -267,6 +273,17 @@ class _Loop:
             raise Interrupted(f"stopped by the user; {self._what_is_safe()}") from None
         evaluations = {name: Evaluation.of(values) for name, values in self.progress.evaluations.items()}
         return RunResult(self.run_dir, model_dir, evaluations, summary["seconds"], summary)
+
+    def _where_it_stands(self) -> str:
+        step = self.progress.step
+        if step >= self.config.optim.steps:
+            return f"the run is finished: step {step} was the last; a higher optim.steps goes on from there"
+        if self._out_of_patience():
+            return (
+                f"the run is finished: it stopped early after step {step}, by eval.patience {self.config.eval.patience}; "
+                "a higher one, or none, goes on from there"
+            )
+        return f"going on after step {step}"
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -325,6 +342,7 @@ class _Loop:
             checkpoint.set_random_state(self.random_state)
         with _StopRequest(self.display) as stop:
             while progress.step < options.steps and not self._out_of_patience():
+                progress.evaluations.pop("trained", None)  # of where an earlier process had ended
                 batch = [self.setup.examples[i] for i in next(order)]
                 record = self._one_step(batch, progress.step + 1)
                 progress.step += 1
@@ -335,10 +353,11 @@ class _Loop:
                 every = self.config.eval.every
                 if self.setup.eval_examples and (last or (every and progress.step % every == 0)):
                     self._evaluate_student("trained" if last else f"step {progress.step}")
+                finished = last or self._out_of_patience()
                 every = self.config.run.checkpoint_every
-                if stop.signal or (every and (last or progress.step % every == 0)):
+                if stop.signal or (every and (finished or progress.step % every == 0)):
                     self._checkpoint()
-                if stop.signal and not last:
+                if stop.signal and not finished:
                     raise Interrupted(f"stopped after step {progress.step}; {self._what_is_safe()}", stop.signal)
 
     def _one_step(self, batch: Sequence[Example], number: int) -> dict[str, Any]:
@@ -472,6 +491,8 @@ class _Loop:
         self.saved_step = step
 
     def _what_is_safe(self) -> str:
+        if not self.saved_step and (self.run_dir / "model").exists():
+            return f"the trained model is in {self.run_dir / 'model'}"
         if not self.saved_step:
             return f"no checkpoint was written yet, opsd train --resume {self.run_dir} starts anew"
         return f"opsd train --resume {self.run_dir} goes on after step {self.saved_step}"
@@ -571,6 +592,16 @@ def _read_description(run_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{run_dir} is no run that can be resumed: its run.json cannot be read: {error}") from error
     return described
+
+
+def _refuse_anew(run_dir: Path) -> None:
+    """Without a checkpoint a resumed run starts anew, which must not cost what the run left at its end."""
+    left = [name for name in ("model", "summary.json") if (run_dir / name).exists()]
+    if left and not checkpoint.list_checkpoints(run_dir / "checkpoints"):
+        raise ConfigError(
+            f"{run_dir} holds {' and '.join(left)} of a finished run, but no checkpoint to go on from, so that it would "
+            "start anew; begin another run in a new run.dir, or move what it left elsewhere"
+        )
 
 
 def _check_run_dir(config: Config) -> Path | None:

@@ -296,6 +296,53 @@ def test_a_finished_run_can_be_made_longer_and_nothing_else(runs):
             assert torch.equal(short[name], value)
 
 
+def test_a_run_that_stopped_early_is_finished_and_can_go_on(runs):
+    """Its last evaluation is between two checkpoints, and at a rate this low no evaluation is better than the first."""
+    runs.options += ["--run.checkpoint_every=5", "--eval.every=3", "--optim.lr=1e-9"]
+    whole, run = runs.directory / "whole", runs.directory / "early"
+    runs.finish(whole)
+    said = runs.finish(run, "--eval.patience=2")
+    assert "stopped early" in said
+    stopped = outcome(run)
+    assert stopped["steps"] == 9
+    assert newest(run) == [9, 5]
+    said = runs.finish(run)
+    assert "the run is finished: it stopped early after step 9, by eval.patience 2;" in said
+    assert "starts anew" not in said
+    assert_same(outcome(run), stopped)
+    assert json.loads((run / "summary.json").read_text())["stopped_early"]
+    said = runs.finish(run, "--eval.patience=none")
+    assert "going on after step 9\n" in said
+    assert_same(outcome(run), outcome(whole))
+    assert not json.loads((run / "summary.json").read_text())["stopped_early"]
+    said = runs.finish(run)
+    assert f"the run is finished: step {STEPS} was the last;" in said
+    assert_same(outcome(run), outcome(whole))
+
+
+def test_resumed_with_less_patience_than_has_passed_it_ends_there(runs):
+    runs.options += ["--eval.every=3", "--optim.lr=1e-9"]
+    run = runs.directory / "run"
+    runs.stop_after(run, 11)
+    at = newest(run)[0]
+    assert "accuracy, trained" in runs.finish(run, "--eval.patience=1")
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == at
+    assert "trained" in summary["evaluations"]
+
+
+@pytest.mark.parametrize(("gone", "left"), [([], "model and summary.json"), (["model"], "summary.json")])
+def test_a_finished_run_without_a_checkpoint_does_not_start_anew(runs, gone, left):
+    run = runs.directory / "run"
+    runs.finish(run, "--run.checkpoint_every=0", "--optim.steps=2")
+    for name in gone:
+        shutil.rmtree(run / name)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    said = runs.finish(run, "--optim.steps=3", code=2)
+    assert f"{run} holds {left} of a finished run, but no checkpoint" in said
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
 def test_a_checkpoint_from_elsewhere_does_not_push_out_good_ones(runs):
     run = runs.directory / "run"
     runs.stop_after(run, EVERY + 1)
