@@ -79,6 +79,18 @@ class Evaluation:
     pass_at: tuple[PassAt, ...] = ()
     undecided: int = 0
 
+    def check(self) -> None:
+        """Raises TypeError or ValueError, which names the field, if the numbers are not what they are to be."""
+        for name in ("accuracy", "low", "high", "mean_length", "truncated"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise TypeError(f"Evaluation.{name} is {value!r}; accepted: a finite float")
+        for name in ("problems", "samples", "undecided"):
+            if not isinstance(getattr(self, name), int):
+                raise TypeError(f"Evaluation.{name} is {getattr(self, name)!r}; accepted: an int")
+        if not isinstance(self.pass_at, tuple) or not all(isinstance(passed, PassAt) for passed in self.pass_at):
+            raise TypeError(f"Evaluation.pass_at is {self.pass_at!r}; accepted: a tuple of opsd.evaluate.PassAt")
+
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Evaluation:
         """Back from what `dataclasses.asdict` or JSON made of it."""

@@ -9,19 +9,23 @@ import math
 import re
 import sys
 import threading
-from collections.abc import Callable
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from opsd.config import Config, ConfigError
 from opsd.data import Row
 
-Scorer = Callable[[str, Row], "bool | float"]
-"""scorer(text, row): the score of `text`, all that the model wrote, from 0 to 1; True and 1 are right.
 
-It may raise `Undecided` for an answer that it cannot judge; any other exception ends the evaluation.
-"""
+class Scorer(Protocol):
+    """What says whether an answer is right: a function of (text, row)."""
+
+    def __call__(self, text: str, row: Row, /) -> bool | float:
+        """The score of `text`, all that the model wrote, from 0 to 1; True and 1 are right.
+
+        It may raise `Undecided` for an answer that it cannot judge; any other exception ends the evaluation.
+        """
+
 
 SECONDS = 5  # for math_verify to read or to compare one expression
 

@@ -9,12 +9,12 @@ import json
 import platform
 import random
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,12 +30,16 @@ from opsd.prompts import Example, Prompter, read_examples
 from opsd.rollouts import Rollout
 from opsd.scorers import Scorer, scorer_of
 from opsd.step import Run, token_divergence
-from opsd.teachers import Teacher, make_teacher
+from opsd.teachers import Teacher, check_teacher, make_teacher
 from opsd_kernels import lm_head_of
 from opsd_kernels.packing import dual_hidden_states, pack_dual_context, plan_passes
 
-MakeTeacher = Callable[[Config, nn.Module, Any], Teacher]
-"""make_teacher(config, model, tokenizer) -> Teacher"""
+
+class MakeTeacher(Protocol):
+    """What makes the teacher, in place of `opsd.teachers.make_teacher`: a function of (config, model, tokenizer)."""
+
+    def __call__(self, config: Config, model: nn.Module, tokenizer: Any, /) -> Teacher:
+        """The teacher of `model`, the student, as it is before the first step."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ def set_up(config: Config, make: MakeTeacher = make_teacher) -> Setup:
 
     Raises:
         ConfigError: something does not fit (`DataError` for a row).
+        TypeError, ValueError: `make` gave no teacher; the message says what is wrong.
     """
     device = models.pick_device(config)
     if config.run.threads is not None:
@@ -118,6 +123,7 @@ def set_up(config: Config, make: MakeTeacher = make_teacher) -> Setup:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model.path {config.model.path!r}: {error}") from error
     teacher = make(config, model, tokenizer)
+    check_teacher(teacher)
     packed, how = _packing(config, model, teacher)
     run = Run(config, model, tokenizer, head, teacher, device, ends, pad, packed)
     if config.model.dtype == "bfloat16" and not config.lora.enabled:

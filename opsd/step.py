@@ -9,10 +9,11 @@ Only the rows that predict rollout tokens reach the lm_head, inside `opsd_kernel
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from numbers import Real
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from opsd.models import autocast, body
 from opsd.prompts import Example
 from opsd.rollouts import Rollout, Sampling, derive_seed, generate
 from opsd.scoring import rollout_hidden, rollout_index
-from opsd.teachers import Teacher
+from opsd.teachers import Teacher, check_hidden
 from opsd_kernels import (
     Head,
     dual_hidden_states,
@@ -70,20 +71,48 @@ class StepResult:
     rollouts: list[Rollout] = field(default_factory=list)
 
 
-Step = Callable[[Run, Sequence[Example], int], StepResult]
-"""step(run, examples, number): adds the gradient of its loss to the parameters of `run.model`; numbers start at 1."""
+class Step(Protocol):
+    """A whole step, in place of `opsd_step`: a function of (run, examples, number)."""
 
-Sampler = Callable[[Run, Sequence[Example], int], list[Rollout]]
-"""sample(run, examples, number): `rollout.per_prompt` rollouts of each example, all of the first example first. Each
-has at least one id, all of them within the vocabulary, and either every rollout has the sampler's log-probabilities or
-none does. `sample_rollouts` unless replaced."""
+    def __call__(self, run: Run, examples: Sequence[Example], number: int, /) -> StepResult:
+        """Adds the gradient of its loss to the parameters of `run.model`; numbers start at 1."""
 
-Divergence = Callable[[Run, Tensor, Tensor, Sequence[Rollout], int], tuple[Tensor, dict[str, Tensor]]]
-"""divergence(run, student_hidden, teacher_hidden, rollouts, denominator): what these rollouts contribute to the loss of
-the batch, 0-d with a gradient, and statistics, each (R,), the same names in every call; the step reports their means
-over the batch. R rows of hidden states, (R, H) each, predict the R tokens of `rollouts` in order. Called once for each
-micro-batch; divide by `denominator`, the batch's number of tokens (with objective.reduction "sequence_mean" of
-rollouts), so that the micro-batches add up. `token_divergence` unless replaced."""
+
+class Sampler(Protocol):
+    """What writes the rollouts, in place of `sample_rollouts`: a function of (run, examples, number)."""
+
+    def __call__(self, run: Run, examples: Sequence[Example], number: int, /) -> list[Rollout]:
+        """`rollout.per_prompt` rollouts of each example, all of the first example first.
+
+        Each has at least one id, all of them within the vocabulary, and either every rollout has the sampler's
+        log-probabilities or none does.
+        """
+
+
+class Divergence(Protocol):
+    """The loss, in place of `token_divergence`: a function of (run, student_hidden, teacher_hidden, rollouts,
+    denominator)."""
+
+    def __call__(
+        self,
+        run: Run,
+        student_hidden: Tensor,
+        teacher_hidden: Tensor,
+        rollouts: Sequence[Rollout],
+        denominator: int,
+        /,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What these rollouts contribute to the loss of the batch, 0-d with a gradient, and statistics, each (R,), the
+        same names in every call; the step reports their means over the batch.
+
+        R rows of hidden states, (R, H) each, predict the R tokens of `rollouts` in order. Called once for each
+        micro-batch; divide by `denominator`, the batch's number of tokens (with objective.reduction "sequence_mean" of
+        rollouts), so that the micro-batches add up.
+        """
+
+
+OWN_NAMES = ("step", "loss", "grad_norm")
+"""What the trainer itself records of a step, so that nothing else may be called so."""
 
 
 def opsd_step(run: Run, examples: Sequence[Example], number: int) -> StepResult:
@@ -93,7 +122,8 @@ def opsd_step(run: Run, examples: Sequence[Example], number: int) -> StepResult:
     tokens (or of rollouts) of the batch.
 
     Raises:
-        TypeError, ValueError: `run.sample` returned something that cannot be trained on; the message says what.
+        TypeError, ValueError: `run.sample`, `run.divergence` or the teacher returned something that cannot be trained
+            on; the message says what.
     """
     config, clock = run.config, Clock(run.device)
 
@@ -110,7 +140,8 @@ def opsd_step(run: Run, examples: Sequence[Example], number: int) -> StepResult:
         batch, written = [examples[i // per_prompt] for i in chosen], [rollouts[i] for i in chosen]
         student_hidden, teacher_hidden = score(run, batch, written, clock)
         with clock("loss"), autocast(config, run.device):
-            part, stats = run.divergence(run, student_hidden, teacher_hidden, written, denominator)
+            returned = run.divergence(run, student_hidden, teacher_hidden, written, denominator)
+            part, stats = checked_loss(returned, len(student_hidden), sums.keys() if metrics else None)
             if "top_k_overlap" not in metrics:  # on the first micro-batch only
                 metrics["top_k_overlap"] = top_k_overlap(run, student_hidden, teacher_hidden)
         with clock("backward"):
@@ -152,6 +183,8 @@ def sample_rollouts(run: Run, examples: Sequence[Example], number: int) -> list[
 def checked(run: Run, rollouts: Sequence[Rollout], examples: int) -> list[Rollout]:
     """`rollouts` if they are what a `Sampler` has to return for so many examples; else an error that says what is
     wrong."""
+    if not isinstance(rollouts, Iterable):
+        raise TypeError(f"the sampler returned {type(rollouts).__name__}; accepted: a list of opsd.rollouts.Rollout")
     rollouts, each = list(rollouts), run.config.rollout.per_prompt
     if len(rollouts) != examples * each:
         raise ValueError(
@@ -163,6 +196,13 @@ def checked(run: Run, rollouts: Sequence[Rollout], examples: int) -> list[Rollou
         name = f"rollout {i % each} of example {i // each}"
         if not isinstance(rollout, Rollout):
             raise TypeError(f"{name} must be an opsd.rollouts.Rollout, got {type(rollout).__name__}")
+        if not isinstance(rollout.ids, list | tuple):
+            raise TypeError(f"{name} has ids of type {type(rollout.ids).__name__}; accepted: a list of ints")
+        if not isinstance(rollout.logprobs, list | tuple | None):
+            kind = type(rollout.logprobs).__name__
+            raise TypeError(f"{name} has logprobs of type {kind}; accepted: a list of floats, or None")
+        if not isinstance(rollout.truncated, bool):
+            raise TypeError(f"{name} has truncated {rollout.truncated!r}; accepted: True or False")
         if not rollout.ids:
             raise ValueError(f"{name} is empty; a rollout has at least one token id, the end token if nothing else")
         for token in rollout.ids:
@@ -171,6 +211,8 @@ def checked(run: Run, rollouts: Sequence[Rollout], examples: int) -> list[Rollou
         if rollout.logprobs is not None and len(rollout.logprobs) != len(rollout.ids):
             raise ValueError(f"{name} has {len(rollout.ids)} ids and {len(rollout.logprobs)} logprobs")
         for logprob in rollout.logprobs or ():
+            if not isinstance(logprob, Real):
+                raise TypeError(f"{name} has the log-probability {logprob!r}; accepted: a float")
             if not math.isfinite(logprob):
                 raise ValueError(f"{name} has the log-probability {logprob} for a token that was sampled")
     known = sum(rollout.logprobs is not None for rollout in rollouts)
@@ -181,6 +223,50 @@ def checked(run: Run, rollouts: Sequence[Rollout], examples: int) -> list[Rollou
             "rollout.importance_cap needs the sampler's log-probabilities: the rollouts have none (Rollout.logprobs)"
         )
     return rollouts
+
+
+def checked_loss(returned: Any, rows: int, names: Iterable[str] | None) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """`returned` if it is what a `Divergence` has to return for so many rows; else an error that says what is wrong.
+
+    `names`: of the statistics that it returned for an earlier micro-batch, if there was one.
+    """
+    told, accepted = "the loss function (loss) returned", "(loss, statistics), a 0-d tensor and a dict of (R,) tensors"
+    if not isinstance(returned, tuple | list):
+        raise TypeError(f"{told} {_said(returned)}; accepted: {accepted}")
+    if len(returned) != 2:
+        raise ValueError(f"{told} {len(returned)} values; accepted: {accepted}")
+    loss, stats = returned
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{told} {_said(loss)} as the loss; accepted: {accepted}")
+    if loss.ndim:
+        raise ValueError(f"{told} a loss of shape {tuple(loss.shape)}; accepted: 0-d, as a sum over tokens is")
+    if not loss.requires_grad:
+        raise ValueError(f"{told} a loss without a gradient; accepted: one computed from student_hidden, not detached")
+    if not isinstance(stats, Mapping):
+        raise TypeError(f"{told} {_said(stats)} as the statistics; accepted: a dict of (R,) tensors, empty for none")
+    for name, value in stats.items():
+        if not isinstance(name, str) or name in OWN_NAMES:
+            raise ValueError(f"{told} a statistic called {name!r}; accepted: text other than {', '.join(OWN_NAMES)}")
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{told} {_said(value)} as statistic {name!r}; accepted: an (R,) tensor, here ({rows},)")
+        if value.shape != (rows,):
+            raise ValueError(
+                f"{told} statistic {name!r} of shape {tuple(value.shape)}; accepted: (R,), one value for each rollout "
+                f"token, here ({rows},)"
+            )
+    if names is not None and set(names) != stats.keys():
+        raise ValueError(
+            f"{told} statistics called {', '.join(stats) or 'nothing'}, for another micro-batch "
+            f"{', '.join(names) or 'nothing'}; accepted: the same names in every call"
+        )
+    return loss, stats
+
+
+def _said(value: Any) -> str:
+    """A wrong value for a message, short."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return repr(value) if value is None or isinstance(value, bool | int | float | str) else type(value).__name__
 
 
 def micro_batches(lengths: Sequence[int], size: int, together: int = 1) -> list[list[int]]:
@@ -221,6 +307,7 @@ def score(
     # Each in an autocast of its own: what the teacher's casts without a gradient must not reach the student.
     with clock("teacher"), autocast(run.config, run.device):
         teacher_hidden = run.teacher.hidden(teacher, ids)
+        check_hidden(run.teacher, teacher_hidden, sum(map(len, ids)))
     with clock("student"), autocast(run.config, run.device):
         return rollout_hidden(run.model, student, ids), teacher_hidden
 

@@ -42,6 +42,42 @@ class Teacher(Protocol):
         """Takes back what `state_dict` gave."""
 
 
+def check_teacher(teacher: Any) -> None:
+    """Raises TypeError or ValueError, which says what is missing or wrong, if `teacher` is no `Teacher`."""
+    told = f"the teacher (teacher) is of type {type(teacher).__name__}"
+    missing = [
+        name
+        for name in ("head", "source", "active", "hidden", "update", "state_dict", "load_state_dict")
+        if not hasattr(teacher, name) or not (name in ("head", "source") or callable(getattr(teacher, name)))
+    ]
+    if missing:
+        raise TypeError(f"{told}, which lacks {', '.join(missing)}; accepted: an opsd.teachers.Teacher")
+    if not isinstance(teacher.head, Head):
+        kind = type(teacher.head).__name__
+        raise TypeError(f"{told}, its head of type {kind}; accepted: an opsd_kernels.Head, as lm_head_of(model) gives")
+    source = teacher.source
+    if not isinstance(source, nn.Module) and not (isinstance(source, str) and source in ("live", "base")):
+        raise ValueError(f"{told}, its source {source!r}; accepted: 'live', 'base' or the model that it is")
+    active = teacher.active()
+    if not isinstance(active, AbstractContextManager):
+        raise TypeError(f"{told}, whose active() is no context manager; accepted: one that yields a torch.nn.Module")
+    with active as model:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{told}, whose active() yields {type(model).__name__}; accepted: a torch.nn.Module")
+
+
+def check_hidden(teacher: Teacher, hidden: Any, rows: int) -> None:
+    """Raises TypeError or ValueError if `hidden` is not what `teacher.hidden` has to return for so many tokens."""
+    wanted = (rows, teacher.head.weight.shape[1])
+    accepted = f"(R, H) rows of hidden states that its head takes, without a gradient, here {wanted}"
+    if not isinstance(hidden, Tensor):
+        raise TypeError(f"the teacher's hidden() returned {type(hidden).__name__}; accepted: {accepted}")
+    if tuple(hidden.shape) != wanted:
+        raise ValueError(f"the teacher's hidden() returned shape {tuple(hidden.shape)}; accepted: {accepted}")
+    if hidden.requires_grad:
+        raise ValueError(f"the teacher's hidden() returned states with a gradient; accepted: {accepted}")
+
+
 class _ModelTeacher:
     """Scores with `model`; the source "base" switches its adapters off, which makes it what it was before training."""
 

@@ -10,12 +10,18 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from numbers import Real
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 import torch
 from torch import nn
@@ -41,7 +47,7 @@ from opsd.setup import (
     introduce,
     set_up,
 )
-from opsd.step import Divergence, Run, Sampler, Step, opsd_step
+from opsd.step import OWN_NAMES, Divergence, Run, Sampler, Step, StepResult, opsd_step
 from opsd.teachers import make_teacher
 from opsd.token_view import token_view
 from opsd.trackers import check_trackers, eval_values, make_trackers, train_values
@@ -73,8 +79,12 @@ LOCK = ".lock"
 PATHS = ("model.path", "teacher.path", "data.train", "data.eval")
 """What a resumed run may find elsewhere; `check_identity` sees to it that it is the same."""
 
-Evaluate = Callable[[Run, nn.Module, Sequence[Example], Context], Evaluation]
-"""evaluate(run, model, examples, context): how well `model` answers under the prompts of `context`."""
+
+class Evaluate(Protocol):
+    """An evaluation, in place of `opsd.evaluate.evaluate`: a function of (run, model, examples, context)."""
+
+    def __call__(self, run: Run, model: nn.Module, examples: Sequence[Example], context: Context, /) -> Evaluation:
+        """How well `model`, which is not always the student, answers under the prompts of `context`."""
 
 
 @dataclass(frozen=True)
@@ -130,26 +140,32 @@ def train(
         Interrupted: on the first Ctrl-C or SIGTERM, once the step is done and a checkpoint is written; on the second.
         WriteError: a file of the run cannot be written.
         RunError: something else stopped the run between two steps, a scorer that failed, say.
+        TypeError, ValueError: what was given in place of a part returned something that cannot be used.
     """
     if not isinstance(config, Config):
         config = load_config(config)
     config = absolute_paths(config)
     with Display(every=config.run.log_every, quiet=quiet) as display:
         run_dir = _check_run_dir(config)
+        if run_dir is not None and (run_dir / LOCK).exists():
+            with suppress(OSError):
+                _lock(run_dir).close()  # refuses now what it would refuse once all is loaded
         name = Path(config.model.path).name if config.model.path else "tiny"
         if config.model.path is None:
             config = embedded(config, display)
         check_trackers(config.run.trackers)
         setup = _with_parts(set_up(config, teacher), rollouts, loss)
         described = describe_run(setup)
-        try:
-            run_dir = _make_run_dir(name, run_dir)
-            lock = _lock(run_dir)
-            checkpoint.replace_file(run_dir / "config.yaml", to_yaml(config))
-            checkpoint.replace_file(run_dir / "run.json", _as_json(described))
-        except OSError as error:
-            raise ConfigError(f"run.dir: the run directory cannot be written: {error}") from error
-        with lock:
+        with ExitStack() as held:
+            try:
+                run_dir = _make_run_dir(name, run_dir)
+                held.enter_context(_lock(run_dir))
+                _check_run_dir(config)  # again: another process may have been at work in the meantime
+                (run_dir / "evaluations.jsonl").unlink(missing_ok=True)  # of an attempt that finished no step
+                checkpoint.replace_file(run_dir / "config.yaml", to_yaml(config))
+                checkpoint.replace_file(run_dir / "run.json", _as_json(described))
+            except OSError as error:
+                raise ConfigError(f"run.dir: the run directory cannot be written: {error}") from error
             return _Loop(setup, run_dir, described["id"], display, step, evaluate).run()
 
 
@@ -280,8 +296,8 @@ class _Loop:
             return f"the run is finished: step {step} was the last; a higher optim.steps goes on from there"
         if self._out_of_patience():
             return (
-                f"the run is finished: it stopped early after step {step}, by eval.patience {self.config.eval.patience}; "
-                "a higher one, or none, goes on from there"
+                f"the run is finished: it stopped early after step {step}, by eval.patience "
+                f"{self.config.eval.patience}; a higher one, or none, goes on from there"
             )
         return f"going on after step {step}"
 
@@ -374,6 +390,7 @@ class _Loop:
             batch = analysed.examples
             told = {"analysis_length": analysed.mean_length, "analysis_truncated": analysed.truncated}
         result = self.step(run, batch, number)
+        _check_step(result)
         clock = result.clock or Clock(run.device)
         with clock("samples"):  # by the weights that wrote and scored them
             samples = self._samples(batch, result.rollouts, number)
@@ -463,7 +480,13 @@ class _Loop:
 
     def _evaluate(self, model: nn.Module, examples: Sequence[Example], context: Context) -> Evaluation:
         with models.evaluating(model), torch.no_grad():  # whatever a user's function does to it
-            return self.evaluate(self.state, model, examples, context)
+            result = self.evaluate(self.state, model, examples, context)
+        if not isinstance(result, Evaluation):
+            raise TypeError(
+                f"the evaluation function (evaluate) returned {type(result).__name__}; accepted: an opsd.Evaluation"
+            )
+        result.check()
+        return result
 
     def _evaluated(self, name: str, result: Evaluation) -> None:
         peak_memory(self.state.device)  # starts anew, so that the next step reports its own
@@ -554,6 +577,28 @@ def save_model(run: Run, directory: Path) -> None:
     run.tokenizer.save_pretrained(directory)
 
 
+def _check_step(result: Any) -> None:
+    """Raises TypeError or ValueError if `result` is not what a `Step` has to return."""
+    told = "the step function (step) returned"
+    if not isinstance(result, StepResult):
+        raise TypeError(f"{told} {type(result).__name__}; accepted: an opsd.step.StepResult")
+    if not isinstance(result.loss, torch.Tensor) or result.loss.ndim:
+        shape = tuple(result.loss.shape) if isinstance(result.loss, torch.Tensor) else repr(result.loss)
+        raise TypeError(f"{told} a loss that is {shape}; accepted: a 0-d tensor")
+    if not isinstance(result.tokens, int) or result.tokens < 0:
+        raise TypeError(f"{told} tokens {result.tokens!r}; accepted: an int, how many rollout tokens there were")
+    if not isinstance(result.metrics, Mapping):
+        raise TypeError(f"{told} metrics of type {type(result.metrics).__name__}; accepted: a dict of numbers")
+    for name, value in result.metrics.items():
+        if not isinstance(name, str) or name in OWN_NAMES:
+            raise ValueError(f"{told} a metric called {name!r}; accepted: text other than {', '.join(OWN_NAMES)}")
+        if value.ndim if isinstance(value, torch.Tensor) else not isinstance(value, Real):
+            shown = f"of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+            raise TypeError(f"{told} metric {name!r} {shown}; accepted: a number or a 0-d tensor")
+    if not isinstance(result.rollouts, list) or not all(isinstance(rollout, Rollout) for rollout in result.rollouts):
+        raise TypeError(f"{told} rollouts {result.rollouts!r:.80}; accepted: a list of opsd.Rollout, empty for none")
+
+
 def _with_parts(setup: Setup, rollouts: Sampler | None, loss: Divergence | None) -> Setup:
     run = setup.run
     if loss is None:
@@ -573,9 +618,7 @@ def _lock(run_dir: Path) -> IO[str]:
         ConfigError: another process holds it.
     """
     file = (run_dir / LOCK).open("a+", encoding="utf-8")
-    try:
-        import fcntl
-    except ModuleNotFoundError:  # Windows
+    if fcntl is None:
         return file
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -599,24 +642,34 @@ def _refuse_anew(run_dir: Path) -> None:
     left = [name for name in ("model", "summary.json") if (run_dir / name).exists()]
     if left and not checkpoint.list_checkpoints(run_dir / "checkpoints"):
         raise ConfigError(
-            f"{run_dir} holds {' and '.join(left)} of a finished run, but no checkpoint to go on from, so that it would "
-            "start anew; begin another run in a new run.dir, or move what it left elsewhere"
+            f"{run_dir} holds {' and '.join(left)} of a finished run, but no checkpoint to go on from, so that it "
+            "would start anew; begin another run in a new run.dir, or move what it left elsewhere"
         )
 
 
+# All that a run leaves that was killed, or failed, before its first step was done: nothing that a new one would not
+# write as well. Where processes cannot be told apart by a lock, only what is there before another would come.
+EARLY = {LOCK, "config.yaml"} | ({"run.json", "evaluations.jsonl"} if fcntl else set())
+
+
 def _check_run_dir(config: Config) -> Path | None:
+    """`run.dir` of a run that begins.
+
+    Raises:
+        ConfigError: it is in use, or holds anything but what an attempt left that never finished a step.
+    """
     if config.run.dir is None:
         return None
     directory = Path(config.run.dir)
-    # A run killed before it had begun leaves no more than this.
-    early = {LOCK, "config.yaml"}
-    if directory.exists() and (
-        not directory.is_dir()
-        or any(p.name not in early and not p.name.startswith(checkpoint.UNFINISHED) for p in directory.iterdir())
-    ):
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"run.dir {config.run.dir!r} is a file; accepted: a directory, new or empty")
+    there = {path.name for path in directory.iterdir()} if directory.exists() else set()
+    if any(name not in EARLY and not name.startswith(checkpoint.UNFINISHED) for name in there):
+        if "run.json" not in there:
+            raise ConfigError(f"run.dir {config.run.dir!r} is not empty; accepted: a new directory or an empty one")
         raise ConfigError(
-            f"run.dir {config.run.dir!r} is not empty; name a new directory, a run never overwrites another, or go on "
-            f"with it by opsd train --resume {directory}"
+            f"run.dir {config.run.dir!r} already holds a run, which is never overwritten; name a new directory, or go "
+            f"on with it: opsd train --resume {directory}"
         )
     return directory
 

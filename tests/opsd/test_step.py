@@ -234,6 +234,11 @@ def test_packed_rows_hold_a_prompt_once_for_all_its_rollouts(monkeypatch, fixed_
 @pytest.mark.parametrize(("given", "error", "part"), [
     (fixed()[:4], ValueError, "4 rollouts for 5 examples; accepted: 5"),
     ([*fixed()[:4], Rollout([], True)], ValueError, "rollout 0 of example 4 is empty"),
+    (None, TypeError, "the sampler returned NoneType; accepted: a list of opsd.rollouts.Rollout"),
+    ([*fixed()[:4], Rollout(torch.tensor([5, 6]), True)], TypeError, "example 4 has ids of type Tensor; accepted: a"),
+    ([*fixed()[:4], Rollout([5], True, torch.ones(1))], TypeError, "logprobs of type Tensor; accepted: a list"),
+    ([*fixed()[:4], Rollout([5], True, [None])], TypeError, "the log-probability None; accepted: a float"),
+    ([*fixed()[:4], Rollout([5], "length", [-1.0])], TypeError, "truncated 'length'; accepted: True or False"),
     ([*fixed()[:4], [5, 6]], TypeError, "rollout 0 of example 4 must be an opsd.rollouts.Rollout, got list"),
     ([*fixed()[:4], Rollout([5, 10**6], True)], ValueError, "token id 1000000; accepted: ints from 0 to"),
     ([*fixed()[:4], Rollout([5, -1], True)], ValueError, "token id -1"),
@@ -245,6 +250,34 @@ def test_packed_rows_hold_a_prompt_once_for_all_its_rollouts(monkeypatch, fixed_
 ])  # fmt: skip
 def test_a_samplers_mistakes_are_named(given, error, part):
     run = dataclasses.replace(run_of(model(), rollout__importance_cap=1.0), sample=lambda *_: given)
+    with pytest.raises(error) as raised:
+        opsd_step(run, examples(), 1)
+    assert part in str(raised.value)
+
+
+@pytest.mark.parametrize(("make", "error", "part"), [
+    (lambda loss, d: loss, TypeError, "the loss function (loss) returned a tensor of shape (); accepted: (loss, stat"),
+    (lambda loss, d: None, TypeError, "returned None; accepted: (loss, statistics)"),
+    (lambda loss, d: (loss, {}, 0), ValueError, "returned 3 values; accepted: (loss, statistics)"),
+    (lambda loss, d: (loss, None), TypeError, "returned None as the statistics; accepted: a dict of (R,) tensors"),
+    (lambda loss, d: (loss.item(), {}), TypeError, "as the loss; accepted: (loss, statistics)"),
+    (lambda loss, d: (d, {}), ValueError, "a loss of shape (11,); accepted: 0-d"),
+    (lambda loss, d: (loss.detach(), {}), ValueError, "a loss without a gradient; accepted: one computed"),
+    (lambda loss, d: (loss, {"d": 0.5}), TypeError, "0.5 as statistic 'd'; accepted: an (R,) tensor, here (11,)"),
+    (lambda loss, d: (loss, {"d": loss}), ValueError, "statistic 'd' of shape (); accepted: (R,), one value for each"),
+    (lambda loss, d: (loss, {"d": d[1:]}), ValueError, "statistic 'd' of shape (10,); accepted: (R,)"),
+    (lambda loss, d: (loss, {"loss": d}), ValueError, "a statistic called 'loss'; accepted: text other than"),
+    (lambda loss, d: (loss, {3: d}), ValueError, "a statistic called 3"),
+    (lambda loss, d: (loss, {f"d{len(d)}": d}), ValueError, "called d5, for another micro-batch d11; accepted"),
+])  # fmt: skip
+def test_a_losss_mistakes_are_named(fixed_rollouts, make, error, part):
+    """Of eleven tokens in the first micro-batch and five in the second."""
+
+    def divergence(run, student_hidden, teacher_hidden, rollouts, denominator):
+        distance = (student_hidden - teacher_hidden).square().sum(-1)
+        return make(distance.sum() / denominator, distance)
+
+    run = dataclasses.replace(run_of(model(), optim__micro_batch_size=2), divergence=divergence)
     with pytest.raises(error) as raised:
         opsd_step(run, examples(), 1)
     assert part in str(raised.value)

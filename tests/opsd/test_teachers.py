@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import json
 
@@ -277,3 +278,45 @@ def test_unknown_presets_and_those_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match=r"preset tiny"):
         load_config(None, [("model.path", "m"), ("data.train", "t")], "tiny")
     assert load_config(None, [], "tiny") == load_config()
+
+
+class Own:
+    """A teacher of one's own, with something wrong in it."""
+
+    def __init__(self, wrapped, **wrong):
+        self.wrapped, self.wrong = wrapped, wrong
+
+    def __getattr__(self, name):
+        if name in ("wrapped", "wrong"):
+            raise AttributeError(name)
+        if name in self.wrong and self.wrong[name] is AttributeError:
+            raise AttributeError(name)
+        return self.wrong[name] if name in self.wrong else getattr(self.wrapped, name)
+
+
+@pytest.mark.parametrize(("wrong", "error", "said"), [
+    ({"update": AttributeError, "hidden": 5}, TypeError, r"type Own, which lacks hidden, update; accepted: an opsd"),
+    ({"head": torch.nn.Linear(3, 4)}, TypeError, r"its head of type Linear; accepted: an opsd_kernels.Head"),
+    ({"source": "ema"}, ValueError, r"its source 'ema'; accepted: 'live', 'base' or the model"),
+    ({"active": lambda: model()}, TypeError, r"active\(\) is no context manager"),
+    ({"active": lambda: contextlib.nullcontext(None)}, TypeError, r"active\(\) yields NoneType; accepted: a torch.nn"),
+    ({"hidden": lambda *_: None}, TypeError, r"hidden\(\) returned NoneType; accepted: \(R, H\) rows"),
+    ({"hidden": lambda p, r: torch.ones(2, 32)}, ValueError, r"hidden\(\) returned shape \(2, 32\); accepted: .* 32\)"),
+    (
+        {"hidden": lambda p, r: torch.ones(sum(map(len, r)), 32, requires_grad=True)},
+        ValueError,
+        r"states with a gradient; accepted: .* without a gradient",
+    ),
+])  # fmt: skip
+def test_a_teachers_mistakes_are_named(tmp_path, wrong, error, said):
+    options = {
+        "model": {"path": write_model(tmp_path / "base"), "packing": "off"},
+        "data": {"train": write_rows(tmp_path / "train.jsonl")},
+        "rollout": {"max_new_tokens": 4},
+        "optim": {"steps": 1, "batch_size": 2},
+        "run": {"device": "cpu", "dir": str(tmp_path / "out")},
+    }
+    with pytest.raises(error, match=said):
+        opsd.train(options, teacher=lambda *given: Own(make_teacher(*given), **wrong), quiet=True)
+    with pytest.raises(TypeError, match=r"the teacher \(teacher\) is of type NoneType, which lacks head, source"):
+        opsd.train(options, teacher=lambda *_: None, quiet=True)

@@ -1,7 +1,9 @@
 import json
 import os
+import pydoc
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ from _models import SIZES, lora, model, write_model, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, DogeConfig, DogeForCausalLM
 
 from opsd.cli import main
-from opsd.config import OptimConfig, load_config
+from opsd.config import ConfigError, OptimConfig, load_config
 from opsd.evaluate import Evaluation, wilson
 from opsd.optim import learning_rate, make_optimizer
 from opsd.scorers import extract
@@ -159,6 +161,122 @@ def test_a_run_never_overwrites_another(setup, tmp_path, capsys):
     assert main(words(setup)) == 2
     assert "run.dir" in capsys.readouterr().err
     assert os.listdir(tmp_path / "out") == ["precious"]
+
+
+def fails(run, batch, number):
+    raise RuntimeError("mine")
+
+
+def test_a_directory_of_a_run_that_took_no_step_is_used_again(setup, tmp_path, capsys):
+    config, out = load_config(None, setup.items()), tmp_path / "out"
+    with pytest.raises(RuntimeError, match="mine"):
+        train(config, step=fails, quiet=True)
+    assert {"run.json", "evaluations.jsonl"} < set(os.listdir(out))
+    first = json.loads((out / "run.json").read_text())["id"]
+    train(config, quiet=True)
+    assert json.loads((out / "run.json").read_text())["id"] != first
+    assert [record["name"] for record in lines(out / "evaluations.jsonl")] == ["base", "teacher", "trained"]
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"already holds a run.*name a new directory.*opsd train --resume .*out$"):
+        train(config, quiet=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "notes.txt", "best"])
+def test_a_directory_that_may_hold_something_of_value_is_not_used_again(setup, tmp_path, name):
+    config = load_config(None, setup.items())
+    with pytest.raises(RuntimeError, match="mine"):
+        train(config, step=fails, quiet=True)
+    (tmp_path / "out" / name).touch()
+    with pytest.raises(ConfigError, match="already holds a run"):
+        train(config, quiet=True)
+
+
+def test_the_directory_of_a_run_at_work_is_not_used_again(setup, tmp_path, monkeypatch):
+    """Neither while it is before its first step, nor when it ends while another is about to begin."""
+    import opsd.trainer
+
+    config = load_config(None, setup.items())
+
+    def step(run, batch, number):
+        if number == 1:
+            with pytest.raises(ConfigError, match="another process works on this run"):
+                train(config, quiet=True)
+        return opsd_step(run, batch, number)
+
+    real = opsd.trainer.set_up
+
+    def late(*given):
+        monkeypatch.setattr(opsd.trainer, "set_up", real)
+        train(config, step=step, quiet=True)
+        return real(*given)
+
+    monkeypatch.setattr(opsd.trainer, "set_up", late)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        train(config, step=fails, quiet=True)
+    assert len(lines(tmp_path / "out" / "metrics.jsonl")) == 2
+
+
+GOOD = Evaluation(0.5, 0.4, 0.6, 3, 1, 3.0, 0.0)
+
+
+@pytest.mark.parametrize(("returned", "error", "said"), [
+    (0.5, TypeError, r"evaluate\) returned float; accepted: an opsd.Evaluation"),
+    (None, TypeError, r"evaluate\) returned NoneType"),
+    (replace(GOOD, accuracy=torch.tensor(0.5)), TypeError, r"Evaluation.accuracy is tensor\(0.5000\); accepted"),
+    (replace(GOOD, low=float("nan")), TypeError, r"Evaluation.low is nan; accepted: a finite float"),
+    (replace(GOOD, problems=3.0), TypeError, r"Evaluation.problems is 3.0; accepted: an int"),
+    (replace(GOOD, pass_at=[{"k": 1}]), TypeError, r"Evaluation.pass_at is .*; accepted: a tuple"),
+])  # fmt: skip
+def test_what_is_no_evaluation_is_named(setup, returned, error, said):
+    with pytest.raises(error, match=said):
+        train(load_config(None, setup.items()), evaluate=lambda *_: returned, quiet=True)
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    (None, r"step\) returned Tensor; accepted: an opsd.step.StepResult"),
+    ({"loss": 0.5}, r"a loss that is 0.5; accepted: a 0-d tensor"),
+    ({"loss": torch.ones(3)}, r"a loss that is \(3,\); accepted: a 0-d tensor"),
+    ({"tokens": torch.tensor(3)}, r"tokens tensor\(3\); accepted: an int"),
+    ({"metrics": [("mine", 1)]}, r"metrics of type list; accepted: a dict"),
+    ({"metrics": {"mine": torch.ones(2)}}, r"metric 'mine' of shape \(2,\); accepted: a number or a 0-d tensor"),
+    ({"metrics": {"mine": "much"}}, r"metric 'mine' 'much'; accepted: a number"),
+    ({"metrics": {"loss": 1.0}}, r"a metric called 'loss'; accepted: text other than step, loss, grad_norm"),
+    ({"rollouts": [[3, 4]]}, r"rollouts \[\[3, 4\]\]; accepted: a list of opsd.Rollout"),
+])  # fmt: skip
+def test_what_is_no_result_of_a_step_is_named(setup, changes, said):
+    del setup["data.eval"]
+    states = []
+
+    def step(run, batch, number):
+        result = opsd_step(run, batch, number)
+        states[:] = [run.model, {n: p.detach().clone() for n, p in run.model.named_parameters()}]
+        return result.loss if changes is None else replace(result, **changes)
+
+    with pytest.raises((TypeError, ValueError), match=said):
+        train(load_config(None, setup.items()), step=step, quiet=True)
+    student, before = states
+    assert all(torch.equal(p, before[n]) for n, p in student.named_parameters())
+
+
+def test_the_parts_that_may_be_replaced_are_documented():
+    from opsd.scorers import Scorer
+    from opsd.setup import MakeTeacher
+    from opsd.step import Divergence, Sampler, Step
+    from opsd.trainer import Evaluate
+
+    for part, word in (
+        (Sampler, "vocabulary"),
+        (Divergence, "denominator"),
+        (Step, "gradient"),
+        (Evaluate, "student"),
+        (MakeTeacher, "student"),
+        (Scorer, "Undecided"),
+    ):
+        shown = pydoc.render_doc(part, renderer=pydoc.plaintext)
+        assert f"class {part.__name__}" in shown
+        assert "__call__" in shown
+        assert word in shown
 
 
 def test_default_run_directories_are_numbered(setup, tmp_path, monkeypatch):
