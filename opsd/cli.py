@@ -91,7 +91,7 @@ def _train(known: argparse.Namespace, rest: Sequence[str]) -> int:
             if getattr(known, option):
                 raise ConfigError(f"--{option.replace('_', '-')} has no meaning with --resume")
         return _run(lambda trainer: trainer.resume(known.resume, overrides))
-    config = load_config(known.config, overrides, known.preset)
+    config = load_config(known.config, overrides, known.preset, complete=not known.print_config)
     if known.print_config:
         print(to_yaml(config), end="")
         return 0

@@ -22,6 +22,10 @@ import yaml
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
+ABBREVIATED = {"learning-rate": "lr", "learnrate": "lr", "rank": "r"}
+"""Names of options that one would expect, too far from ours to be found by their letters."""
+
+
 class ConfigError(Exception):
     """The run cannot start as asked: an option, a file or a combination of them is unusable."""
 
@@ -251,9 +255,16 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    preset: str | None = None
+    """Of `opsd.presets.PRESETS`, the one that lies below; what it sets is in the sections already."""
 
 
-SECTIONS: dict[str, type] = {f.name: f.default_factory for f in fields(Config)}  # type: ignore[misc]
+SECTIONS: dict[str, type] = {f.name: f.default_factory for f in fields(Config) if f.name != "preset"}  # type: ignore[misc]
+
+
+def sections(config: Config) -> dict[str, dict[str, Any]]:
+    """The options of `config` by section and name."""
+    return {name: asdict(getattr(config, name)) for name in SECTIONS}
 
 
 def load_config(
@@ -262,6 +273,7 @@ def load_config(
     preset: str | None = None,
     *,
     training: bool = True,
+    complete: bool = True,
     below: Iterable[tuple[str, Any]] = (),
 ) -> Config:
     """The configuration of a run: defaults, below a preset, below a file or mapping, below `overrides`.
@@ -273,6 +285,8 @@ def load_config(
             `model.path`; wins over that of `source`.
         training: whether the options are for training. If not, they are for the evaluation of a model: `model.path` and
             `data.eval` must be there, `data.train` need not, and presets mean nothing.
+        complete: whether the model and the data that a run needs have to be named. If not, the options are to be looked
+            at and filled in, and what goes with a model that is not named is left as it is.
         below: more pairs, between the defaults and `source`.
 
     Raises:
@@ -285,7 +299,7 @@ def load_config(
         section, option = _find(name)
         user.setdefault(section, {})[option.name] = _coerce(f"{section}.{option.name}", value, option)
     if training:
-        for name, value in _preset_options(preset, user):
+        for name, value in _preset_options(preset, user, complete):
             section, option = _find(name)
             user.setdefault(section, {}).setdefault(option.name, _coerce(name, value, option))
     else:
@@ -293,14 +307,16 @@ def load_config(
             section, _, name = needed.partition(".")
             if not user.get(section, {}).get(name):
                 raise ConfigError(f"{needed} is not given: an evaluation needs a model and data with answers")
-    config = Config(**{name: section(**user.get(name, {})) for name, section in SECTIONS.items()})
-    _check_together(config)
+    made: dict[str, Any] = {name: section(**user.get(name, {})) for name, section in SECTIONS.items()}
+    # "tiny" is what there is without a model, and names its own: it must not stand beside that name in config.yaml.
+    config = Config(**made, preset=preset if training and preset != "tiny" else None)
+    _check_together(config, complete)
     if config.optim.lr is None:
         object.__setattr__(config.optim, "lr", 5e-6 if config.lora.enabled else 1e-6)
     return config
 
 
-def _preset_options(preset: str | None, user: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Any]]:
+def _preset_options(preset: str | None, user: Mapping[str, Mapping[str, Any]], complete: bool) -> list[tuple[str, Any]]:
     """The settings of `preset`, which has to go with what the user says of model and data."""
     from opsd.presets import PRESETS
 
@@ -309,15 +325,17 @@ def _preset_options(preset: str | None, user: Mapping[str, Mapping[str, Any]]) -
     model_path, data = user.get("model", {}).get("path"), user.get("data", {})
     if preset == "tiny" and model_path:
         raise ConfigError(f"preset tiny is the embedded model and its data; model.path is {model_path!r}")
+    named = [option for option in ("train", "eval") if data.get(option)]
+    if not complete and preset != "tiny" and (model_path or named or preset):
+        return _flatten(PRESETS[preset], f"preset {preset}") if preset in PRESETS else []
     if model_path:
         if not data.get("train"):
             raise ConfigError("model.path is given without data.train: name a file with problem and solution")
     else:
-        for option in ("train", "eval"):
-            if data.get(option):
-                raise ConfigError(
-                    f"data.{option} is given without model.path: the embedded tiny model only fits its own data"
-                )
+        for option in named:
+            raise ConfigError(
+                f"data.{option} is given without model.path: the embedded tiny model only fits its own data"
+            )
     if preset in PRESETS:
         if not model_path:
             raise ConfigError(f"preset {preset} needs a model.path and data.train")
@@ -332,8 +350,10 @@ def _preset_options(preset: str | None, user: Mapping[str, Mapping[str, Any]]) -
 def unused_options(config: Config) -> list[str]:
     """What is set and changes nothing, since what it belongs to is off: a line each that says so.
 
-    Options at their defaults do not count, so that a file of all options is as good as one of the few that matter.
+    Options at their defaults do not count, nor as the preset has them, so that a file of all options is as good as one
+    of the few that matter.
     """
+    preset = _of_preset(config)
     off: dict[str, list[str]] = {}  # what is off: the options that belong to it
     if not config.lora.enabled:
         off["lora.enabled is false"] = [f"lora.{option.name}" for option in fields(LoraConfig)]
@@ -353,9 +373,17 @@ def unused_options(config: Config) -> list[str]:
         for name in names:
             section, option = _find(name)
             value = getattr(getattr(config, section), option.name)
-            if value != option.default:
+            if value != option.default and value != preset.get(name, option.default):
                 lines.append(f"{name} is {_shown(value)}, which changes nothing, since {why}")
     return lines
+
+
+def _of_preset(config: Config) -> dict[str, Any]:
+    """The settings of `config.preset` by their dotted names."""
+    from opsd.presets import PRESETS
+
+    pairs = _flatten(PRESETS[config.preset], "") if config.preset else []
+    return {name: _coerce(name, value, _find(name)[1]) for name, value in pairs}
 
 
 def describe(accepts: Callable[[str], bool] = lambda name: True) -> str:
@@ -384,8 +412,9 @@ def _shown(value: Any) -> str:
 
 def to_yaml(config: Config) -> str:
     """`config` as YAML that `load_config` reads back."""
-    plain = {s: {k: list(v) if isinstance(v, tuple) else v for k, v in d.items()} for s, d in asdict(config).items()}
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    plain = {s: {k: list(v) if isinstance(v, tuple) else v for k, v in d.items()} for s, d in sections(config).items()}
+    named = {"preset": config.preset} if config.preset else {}
+    return yaml.safe_dump({**named, **plain}, sort_keys=False, allow_unicode=True)
 
 
 def is_flag(name: str) -> bool:
@@ -461,15 +490,29 @@ def _find(name: str) -> tuple[str, Field]:
         for candidate in fields(SECTIONS[section]):
             if candidate.name == option:
                 return section, candidate
-    known = [f"{s}.{f.name}" for s, cls in SECTIONS.items() for f in fields(cls)]
-    raise ConfigError(f"unknown option {name!r}; {_nearest(name.replace('-', '_'), known)}")
+    raise ConfigError(f"unknown option {name!r}; {_advice(section, option)}")
+
+
+def _advice(section: str, option: str) -> str:
+    """What there is instead of an option that does not exist, spelt as in the help."""
+    known = [(s, f.name.replace("_", "-")) for s, cls in SECTIONS.items() for f in fields(cls)]
+    spelt = (option or section).replace("_", "-")
+    spelt = ABBREVIATED.get(spelt, spelt)
+    own = [name for s, name in known if s == section]
+    # In other sections, too: optim.temperature should suggest rollout.temperature.
+    names = {name for _, name in known}
+    near = [spelt] if spelt in names else difflib.get_close_matches(spelt, sorted(names), n=4, cutoff=0.6)
+    found = [(s, name) for s, name in known if name in near]
+    found = [(s, name) for s, name in found if s == section] or found
+    if found:
+        return f"did you mean {' or '.join(f'{s}.{name}' for s, name in found)}?"
+    if own:
+        return f"known in {section}: {', '.join(f'{section}.{name}' for name in own)}"
+    return f"options are spelt section.option; the sections: {', '.join(SECTIONS)}"
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    # The option's own name counts too: optim.temperature should suggest rollout.temperature.
-    same = [k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2]]
-    close = list(dict.fromkeys(difflib.get_close_matches(name, known, n=4, cutoff=0.6) + same))
+    close = difflib.get_close_matches(name, known, n=4, cutoff=0.6)
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
 
 
@@ -556,8 +599,8 @@ def _scalar(value: Any, kind: type, option: Field, error: ConfigError) -> Any:
     return number
 
 
-def _check_together(config: Config) -> None:
-    """What no single option can tell."""
+def _check_together(config: Config, complete: bool = True) -> None:
+    """What no single option can tell; with `complete`, of what has to be named, too."""
     o = config.objective
     if o.tail_bucket and o.top_k is None:
         raise ConfigError("objective.tail_bucket is true without objective.top_k: it holds the mass outside the top k")
@@ -565,16 +608,19 @@ def _check_together(config: Config) -> None:
         for name in ("entry_clip", "token_clip", "top_k"):
             if getattr(o, name) is not None:
                 raise ConfigError(f"objective.{name} has no meaning with objective.form sampled_token")
-    if (config.teacher.kind == "model") != (config.teacher.path is not None):
+    kind, path = config.teacher.kind, config.teacher.path
+    if complete and kind == "model" and path is None:
+        raise ConfigError("teacher.kind model needs teacher.path: a local directory or hub id")
+    if kind != "model" and path is not None:
         raise ConfigError(
-            f"teacher.kind is {config.teacher.kind!r} and teacher.path {config.teacher.path!r}: the kind model, and no "
-            "other, has a path"
+            f"teacher.path is {path!r} with teacher.kind {kind}, which has none; set teacher.kind model or leave it out"
         )
     for option in ("keep_best", "patience"):
         if getattr(config.eval, option) and not config.eval.every:
-            raise ConfigError(f"eval.{option} is {getattr(config.eval, option)!r} without eval.every")
+            value = _shown(getattr(config.eval, option))
+            raise ConfigError(f"eval.{option} is {value} without eval.every: set eval.every to the steps between two")
     # Without a model.path it is the embedded set-up, which has data of its own.
-    if config.eval.every and config.model.path and not config.data.eval:
+    if complete and config.eval.every and config.model.path and not config.data.eval:
         raise ConfigError(f"eval.every is {config.eval.every} without data.eval: name a file with problem and answer")
     for tracker in config.run.trackers or ():
         if tracker not in TRACKERS:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from opsd import models
-from opsd.config import Config, ConfigError, load_config, yaml_options
+from opsd.config import Config, ConfigError, load_config, sections, yaml_options
 from opsd.data import DataError
 from opsd.evaluate import Answer, Context, Evaluation, answer, check_examples, summarise
 from opsd.prompts import Example, Prompter, read_examples
@@ -53,7 +53,7 @@ class Report:
         """Everything but the answers, for JSON."""
         options = {
             section: {name: value for name, value in values.items() if is_used(f"{section}.{name}")}
-            for section, values in asdict(self.config).items()
+            for section, values in sections(self.config).items()
         }
         return {
             "model": self.config.model.path,
@@ -134,7 +134,7 @@ def evaluation_config(
 
 
 def _pairs(config: Config) -> list[tuple[str, Any]]:
-    return [(f"{section}.{name}", value) for section, of in asdict(config).items() for name, value in of.items()]
+    return [(f"{section}.{name}", value) for section, of in sections(config).items() for name, value in of.items()]
 
 
 def _shown(value: Any) -> str:

@@ -17,6 +17,7 @@ _AVERAGED: dict[str, dict[str, Any]] = {
     "rollout": {"importance_cap": 2.0},
 }
 
+# Without a learning rate: that of the paper, 5e-6, is what optim.lr is for LoRA, and too high without.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {
         "lora": {
@@ -28,7 +29,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "rollout": {"max_new_tokens": 1024, "per_prompt": 1, "temperature": 1.1, "top_p": 0.95, "top_k": 20},
         "teacher": {"kind": "base"},
         "objective": {"beta": 0.0, "entry_clip": 0.05},
-        "optim": {"lr": 5e-6, "max_grad_norm": 0.1, "batch_size": 32, "steps": 100},
+        "optim": {"max_grad_norm": 0.1, "batch_size": 32, "steps": 100},
     },
     "sdft": _AVERAGED,
     "sdpo": {**_AVERAGED, "rollout": {"importance_cap": 2.0, "per_prompt": 8}},

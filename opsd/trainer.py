@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from opsd import checkpoint, models
-from opsd.config import Config, ConfigError, EvalConfig, load_config, to_yaml
+from opsd.config import Config, ConfigError, EvalConfig, load_config, sections, to_yaml
 from opsd.data import batches
 from opsd.evaluate import Context, Evaluation
 from opsd.evaluate import evaluate as score_answers
@@ -228,7 +228,7 @@ MEASURE = {f"eval.{f.name}" for f in dataclasses.fields(EvalConfig)} - {
 def _changes(began: Config, config: Config) -> set[str]:
     """The options in which a resumed run differs, if all of them may; else a ConfigError."""
     changed = set()
-    for name, section in asdict(began).items():
+    for name, section in sections(began).items():
         for option, value in section.items():
             full, now = f"{name}.{option}", getattr(getattr(config, name), option)
             if now == value:

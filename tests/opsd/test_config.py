@@ -1,6 +1,6 @@
 import pytest
 
-from opsd.cli import parse_overrides
+from opsd.cli import main, parse_overrides
 from opsd.config import ConfigError, load_config, to_yaml, unused_options
 
 OWN = [("model.path", "m"), ("data.train", "t.jsonl")]
@@ -32,7 +32,11 @@ def test_learning_rate_follows_the_kind_of_training():
 @pytest.mark.parametrize(
     ("name", "value", "parts"),
     [
-        ("optim.learnrate", "1", ["optim.learnrate", "known"]),
+        ("optim.learning-rate", "1", ["unknown option 'optim.learning-rate'; did you mean optim.lr?"]),
+        ("lora.rank", "1", ["did you mean lora.r?"]),
+        ("optim.xyz", "1", ["'optim.xyz'; known in optim: optim.lr, optim.betas, ", "optim.batch-size", "norm"]),
+        ("learning_rate", "1", ["did you mean optim.lr?"]),
+        ("epochs", "1", ["options are spelt section.option; the sections: model, lora,"]),
         ("optim.temprature", "1", ["optim.temprature", "did you mean"]),
         ("optim.temperature", "1", ["rollout.temperature", "objective.temperature"]),
         ("optim.step", "1", ["optim.steps"]),
@@ -55,6 +59,10 @@ def test_learning_rate_follows_the_kind_of_training():
         ("eval.top_k", "5", ["eval.top_k is 5", "eval.temperature 0", "accepted then: 0"]),
         ("eval.min_p", "0.1", ["eval.min_p is 0.1", "eval.temperature 0", "accepted then: 0"]),
         ("eval.every", "3", ["eval.every is 3", "data.eval"]),
+        ("eval.keep_best", "true", ["eval.keep_best is true without eval.every: set eval.every"]),
+        ("eval.patience", "2", ["eval.patience is 2 without eval.every: set eval.every"]),
+        ("teacher.kind", "model", ["teacher.kind model needs teacher.path"]),
+        ("teacher.path", "m", ["teacher.path is 'm' with teacher.kind base", "set teacher.kind model"]),
         ("prompts.student_chat_args", {"x": object()}, ["prompts.student_chat_args", "text"]),
         ("data.columns", {"problem": 5}, ["data.columns", "{'problem': 5}", "text"]),
     ],
@@ -63,6 +71,13 @@ def test_errors_name_option_value_and_what_is_accepted(name, value, parts):
     with pytest.raises(ConfigError) as caught:
         load((name, value))
     assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_an_unknown_option_is_answered_with_its_own_section():
+    with pytest.raises(ConfigError) as caught:
+        load(("optim.xyz", "1"))
+    assert "_" not in str(caught.value)
+    assert "rollout" not in str(caught.value)
 
 
 def test_clips_are_refused_where_they_would_be_ignored():
@@ -148,6 +163,40 @@ def test_evaluations_during_training_need_data_unless_those_are_embedded():
         load(("eval.every", "3"), ("eval.keep_best", "true"))
     assert load_config(None, [("eval.every", "3"), ("eval.patience", "2")]).eval.patience == 2
     assert load(("eval.every", "3"), ("data.eval", "e")).eval.every == 3
+
+
+def test_a_presets_settings_are_not_the_users(tmp_path):
+    config = load_config(None, [*OWN, ("lora.enabled", "false")], "paper")
+    assert config.optim.lr == 1e-6
+    assert load_config(None, OWN, "paper").optim.lr == 5e-6
+    assert unused_options(config) == []
+    path = tmp_path / "c.yaml"
+    path.write_text(to_yaml(config))
+    assert load_config(path) == config
+    assert unused_options(load_config(path)) == []
+    told = unused_options(load_config(path, [("lora.target_modules", "q_proj"), ("lora.dropout", "0.1")]))
+    assert [line.split()[0] for line in told] == ["lora.dropout", "lora.target_modules"]
+
+
+@pytest.mark.parametrize("preset", ["paper", "sdft", "sdpo", None])
+@pytest.mark.parametrize("named", [[], ["--model.path=m"], ["--data.train=t"], ["--model.path=m", "--eval.every=3"]])
+def test_printing_needs_no_model(tmp_path, capsys, preset, named):
+    words = ["train", "--print-config", *named, *([f"--preset={preset}"] if preset else [])]
+    assert main(words) == 0
+    path = tmp_path / "c.yaml"
+    path.write_text(capsys.readouterr().out)
+    own = [*OWN, ("data.eval", "e")]
+    given = [tuple(word.removeprefix("--").split("=")) for word in named]
+    if preset or named:  # what is filled in later makes it what it had been with it
+        assert load_config(path, own) == load_config(None, [*given, *own], preset)
+    if preset:
+        with pytest.raises(ConfigError, match=r"needs a model.path|without data.train|without model.path"):
+            load_config(path)
+
+
+def test_printing_the_embedded_set_up_with_other_data_is_refused(capsys):
+    assert main(["train", "--print-config", "--preset=tiny", "--data.train=t"]) == 2
+    assert "data.train is given without model.path" in capsys.readouterr().err
 
 
 def test_what_belongs_to_something_off_is_told(tmp_path):
