@@ -1,5 +1,8 @@
 """On-policy self-distillation: a language model learns from itself, told more."""
 
+missing: str | None = None
+"""The package that everything here but the losses needs and that is not installed."""
+
 try:
     from opsd.checkpoint import CheckpointError
     from opsd.config import Config, ConfigError, load_config
@@ -7,9 +10,9 @@ try:
     from opsd.rollouts import Rollout
     from opsd.trainer import Interrupted, NonFiniteError, RunError, RunResult, WriteError, resume, train
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        f"the training loop needs {error.name}, which is not installed: pip install 'opsd[train]'", name=error.name
-    ) from error
+    missing = (error.name or "opsd").partition(".")[0]
+    if missing == "opsd":
+        raise
 
 __all__ = [
     "CheckpointError",
@@ -26,3 +29,12 @@ __all__ = [
     "resume",
     "train",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # Not at the import: the command line, which imports this first, has to be able to say what to do.
+    if missing and name in __all__:
+        raise ModuleNotFoundError(
+            f"the training loop needs {missing}, which is not installed: pip install 'opsd[train]'", name=missing
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

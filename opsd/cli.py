@@ -125,7 +125,8 @@ def _run(train: Callable[[Any], Any]) -> int:
             row = (name, f"{e.accuracy:.1%}", interval, str(e.problems), f"{e.mean_length:.0f}", f"{e.truncated:.1%}")
             table.add_row(*row)
         Console().print(table)
-    print(f"{result.summary['steps']} steps, {result.summary['tokens']:,} rollout tokens, {result.seconds:.0f} s")
+    steps = "1 step" if result.summary["steps"] == 1 else f"{result.summary['steps']} steps"
+    print(f"{steps}, {result.summary['tokens']:,} rollout tokens, {result.seconds:.0f} s")
     print(f"metrics and samples: {result.run_dir}")
     if result.model_dir:
         print(f"model: {result.model_dir}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -79,8 +80,37 @@ def load_model(config: Config, device: torch.device) -> nn.Module:
     if config.lora.enabled:
         model = _add_adapters(model, config)
     if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with _renamed():
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+@contextmanager
+def _renamed() -> Iterator[None]:
+    """Silences that transformers renames gradient checkpointing: peft and older versions have the old names only."""
+    with warnings.catch_warnings():
+        old = "`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated"
+        warnings.filterwarnings("ignore", old, FutureWarning)
+        yield
+
+
+@contextmanager
+def progress_bars(shown: bool) -> Iterator[None]:
+    """Unless `shown`, transformers and the hub show no bars of theirs; afterwards they do as before."""
+    from transformers.utils import logging
+
+    if shown or not logging.is_progress_bar_enabled():
+        yield
+        return
+    with warnings.catch_warnings():  # the hub tells where a variable of the environment forbids a change
+        warnings.filterwarnings("ignore", "Cannot (dis|en)able progress bars", UserWarning)
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Cannot (dis|en)able progress bars", UserWarning)
+            logging.enable_progress_bar()
 
 
 def _refuse_adapter(path: str | None, adapter: bool) -> None:
@@ -118,7 +148,8 @@ def load_trained(config: Config, device: torch.device) -> nn.Module:
     except ConfigError as error:
         raise ConfigError(f"{adapter} names a base model that cannot be loaded: {error}") from error
     try:
-        adapted = PeftModel.from_pretrained(model, path).to(device)
+        with _renamed():
+            adapted = PeftModel.from_pretrained(model, path).to(device)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ConfigError(f"model.path {path!r}: the adapter cannot be loaded onto {base!r}: {error}") from error
     try:
@@ -147,16 +178,17 @@ def _add_adapters(model: nn.Module, config: Config) -> nn.Module:
         raise ConfigError("lora.enabled needs the package peft") from error
     targets = config.lora.target_modules
     try:
-        return get_peft_model(
-            model,
-            LoraConfig(
-                r=config.lora.r,
-                lora_alpha=config.lora.alpha,
-                lora_dropout=config.lora.dropout,
-                target_modules="all-linear" if targets == ("all-linear",) else list(targets),
-                task_type="CAUSAL_LM",
-            ),
-        )
+        with _renamed():
+            return get_peft_model(
+                model,
+                LoraConfig(
+                    r=config.lora.r,
+                    lora_alpha=config.lora.alpha,
+                    lora_dropout=config.lora.dropout,
+                    target_modules="all-linear" if targets == ("all-linear",) else list(targets),
+                    task_type="CAUSAL_LM",
+                ),
+            )
     except ValueError as error:
         raise ConfigError(f"lora.target_modules {','.join(targets)}: {error}") from error
 

@@ -248,7 +248,9 @@ def introduce(setup: Setup, run_dir: Any, display: Display) -> None:
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in run.model.parameters())
     display.note(f"run directory {run_dir}; {run.device.type}; {trained:,} of {total:,} parameters are trained")
-    display.note("; ".join(f"{name.replace('_', ' ')} {count}" for name, count in setup.counts.items()))
+    display.note(_kind_of_training(run.config))
+    counted = {name: count for name, count in setup.counts.items() if count}
+    display.note("; ".join(f"{name.replace('_', ' ')} {count}" for name, count in counted.items()))
     for name, ids in (("student", example.student), ("teacher", example.teacher)):
         display.note(f"--- first {name} prompt, {len(ids)} tokens ---\n{run.tokenizer.decode(ids)}")
     display.note("---")
@@ -256,6 +258,13 @@ def introduce(setup: Setup, run_dir: Any, display: Display) -> None:
         display.note(note)
     for warning in setup.warnings:
         display.warn(warning)
+
+
+def _kind_of_training(config: Config) -> str:
+    lora = config.lora
+    named = [f"preset {config.preset}"] if config.preset else []
+    kind = f"LoRA r {lora.r} alpha {lora.alpha}" if lora.enabled else "full training"
+    return "; ".join([*named, kind, f"lr {config.optim.lr:g}"])
 
 
 def _check_context(config: Config, model: nn.Module, examples: Sequence[Example]) -> None:
@@ -294,4 +303,5 @@ def _packing(config: Config, model: nn.Module, teacher: Teacher) -> tuple[bool, 
         if config.model.packing == "on":
             raise ConfigError(f"model.packing is on, but {error}") from error
         return False, f"scoring: padded, since {error}"
-    return True, f"scoring: packed, {plan.passes} ({plan.reason})"
+    how = f"scoring: packed rows, student and teacher in {'one pass' if plan.passes == 'joint' else 'two passes'}"
+    return True, f"{how} ({plan.reason})" if config.model.packing == "on" else how

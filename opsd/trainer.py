@@ -145,7 +145,9 @@ def train(
     if not isinstance(config, Config):
         config = load_config(config)
     config = absolute_paths(config)
-    with Display(every=config.run.log_every, quiet=quiet) as display:
+    # Those of the embedded model, which is small, would only flash by.
+    bars = models.progress_bars(not quiet and config.model.path is not None)
+    with Display(every=config.run.log_every, quiet=quiet) as display, bars:
         run_dir = _check_run_dir(config)
         if run_dir is not None and (run_dir / LOCK).exists():
             with suppress(OSError):
@@ -205,7 +207,7 @@ def resume(
         began = load_config(run_dir / "config.yaml")
         config = absolute_paths(load_config(run_dir / "config.yaml", overrides))
         changed = _changes(began, config)
-        with Display(every=config.run.log_every, quiet=quiet) as display:
+        with Display(every=config.run.log_every, quiet=quiet) as display, models.progress_bars(not quiet):
             check_trackers(config.run.trackers)
             setup = _with_parts(set_up(config, teacher), rollouts, loss)
             identity = setup.identity()  # of the initial weights
@@ -472,7 +474,9 @@ class _Loop:
         if self._out_of_patience() and name != "trained":
             self.progress.evaluations["trained"] = asdict(result)
             than = f"{best['accuracy']:.1%} at step {best['step']}"
-            self.display.note(f"stopped early: {self.progress.since_best} evaluations were no better than {than}")
+            worse = self.progress.since_best
+            told = "1 evaluation was" if worse == 1 else f"{worse} evaluations were"
+            self.display.note(f"stopped early: {told} no better than {than}")
 
     def _out_of_patience(self) -> bool:
         patience = self.config.eval.patience
@@ -536,7 +540,7 @@ class _Loop:
 
     def _save_model(self, directory: Path) -> Path:
         """The model, or its adapter, and the tokenizer, for `from_pretrained`."""
-        with self._writing():
+        with self._writing(), models.progress_bars(False):  # they would break into the display's
             return checkpoint.replace_directory(directory, lambda fresh: save_model(self.state, fresh))
 
 

@@ -326,6 +326,37 @@ def test_module_entry_point():
     assert done.stderr.startswith("opsd: optim.lr is 'fast'")
 
 
+@pytest.mark.parametrize(("absent", "words"), [("rich", ["--help"]), ("yaml", ["train"]), ("numpy", ["--help"])])
+def test_without_the_packages_for_training_the_command_says_what_to_install(absent, words):
+    code = f"import sys, runpy; sys.modules[{absent!r}] = None; runpy.run_module('opsd', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120)
+    said = f"opsd: needs {absent}, which is not installed: pip install 'opsd[train]'\n"
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.endswith(said)  # torch has a word on numpy
+    assert "Traceback" not in done.stderr
+    code = f"import sys; sys.modules[{absent!r}] = None; import opsd_kernels, opsd; opsd.train"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert f"the training loop needs {absent}, which is not installed: pip install 'opsd[train]'" in done.stderr
+
+
+@pytest.mark.parametrize("extra", [{}, {"lora.enabled": "true", "model.gradient_checkpointing": "true"}])
+def test_quiet_prints_nothing(setup, extra):
+    """Of what transformers and peft would print, neither, and their bars are as before afterwards."""
+    code = (
+        "import sys, json, opsd\n"
+        "from transformers.utils import logging\n"
+        "options = json.loads(sys.argv[1])\n"
+        "opsd.train(opsd.load_config(None, options.items()), quiet=True)\n"
+        "opsd.resume(options['run.dir'], [('optim.steps', 3)], quiet=True)\n"
+        "assert logging.is_progress_bar_enabled()\n"
+    )
+    options = {**setup, **extra, "run.checkpoint_every": "1"}
+    command = [sys.executable, "-c", code, json.dumps(options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (Path(setup["run.dir"]) / "model").is_dir()
+
+
 def test_answers_and_intervals():
     assert extract("a \\boxed{1} then \\boxed{ \\frac{1}{2} } end", load_config_pattern()) == "\\frac{1}{2}"
     assert extract("nothing", load_config_pattern()) is None
@@ -340,7 +371,8 @@ def load_config_pattern():
 
 
 @pytest.mark.parametrize(("kind", "packing", "code", "said"), [
-    ("llama", "auto", 0, "scoring: packed, two"),
+    ("llama", "auto", 0, "scoring: packed rows, student and teacher in two passes\n"),
+    ("llama", "on", 0, "scoring: packed rows, student and teacher in two passes ("),
     ("llama", "off", 0, "scoring: padded, as asked"),
     ("gpt2", "auto", 0, "scoring: padded, since"),
     ("gpt2", "on", 2, "model.packing is on, but"),
@@ -351,6 +383,26 @@ def test_packing_is_said_and_refused_by_name(setup, tmp_path, capsys, kind, pack
     setup |= {"model.path": str(write_model(tmp_path / "other", kind)), "model.packing": packing, "optim.steps": "1"}
     assert main(words(setup)) == code
     assert said in "".join(capsys.readouterr())
+
+
+def test_the_header_says_what_kind_of_training_it_is(setup, capsys):
+    del setup["data.eval"], setup["optim.lr"]
+    setup |= {"optim.steps": "1", "lora.r": "3", "optim.batch_size": "2", "run.sample_every": "0"}
+    with open(setup["data.train"], "a") as file:
+        file.write("{}\n")
+    setup["data.skip_bad_rows"] = "true"
+    assert main([*words(setup), "--preset=paper", "--rollout.max-new-tokens=4"]) == 0
+    said = capsys.readouterr().out
+    assert "\npreset paper; LoRA r 3 alpha 128; lr 5e-06\n" in said
+    assert "\ntrain rows 8; train rows skipped 1\n" in said
+    assert "\n1 step, " in said
+    setup |= {"run.dir": setup["run.dir"] + "2", "optim.lr": "1e-3", "model.gradient_checkpointing": "true"}
+    assert main(words({**setup, "lora.r": "64", "optim.steps": "2", "teacher.kind": "live"})) == 0
+    said = capsys.readouterr().out
+    assert "\nfull training; lr 0.001\n" in said
+    assert "preset" not in said
+    assert "student and teacher in one pass\n" in said
+    assert "\n2 steps, " in said
 
 
 def test_what_shows_only_in_a_pass_shows_before_the_first_step():
