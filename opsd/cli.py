@@ -69,6 +69,11 @@ def _add_train(commands: Any) -> None:
         help="train a model; without options: the embedded tiny set-up",
         usage="opsd train [--preset NAME] [--config FILE] [--resume RUN_DIR] [--print-config] "
         "[--section.option VALUE ...]",
+        description="""\
+examples:
+  opsd train                                        the embedded tiny model and its data
+  opsd train --model.path DIR_OR_HUB_ID --data.train problems.jsonl --data.eval held_out.jsonl --lora.enabled
+  opsd train --resume runs/model-1 --optim.steps 200""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=describe(),
         allow_abbrev=False,
@@ -168,6 +173,7 @@ def _eval(known: argparse.Namespace, rest: Sequence[str]) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from opsd.evaluate_model import answers_path, evaluate_model, evaluation_config
+    from opsd.models import hub_notes
 
     config, said = evaluation_config(known.model, known.data, known.config, parse_overrides(rest))
     output = Path(known.output) if known.output else None
@@ -179,8 +185,8 @@ def _eval(known: argparse.Namespace, rest: Sequence[str]) -> int:
             output.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"--output {output}: the directory cannot be made: {error.strerror}") from error
-    if said:
-        print(said)
+    for line in [*([said] if said else []), *hub_notes(config)]:
+        print(line, flush=True)
     if not sys.stderr.isatty():
         disable_progress_bar()
     try:

@@ -211,13 +211,20 @@ def _dataset_records(path: Path, use: str) -> Iterator[tuple[str, Any]]:
 def _parse(line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:  # which would name the line, of the one that it was given
+        raise ValueError(f"not JSON: {error.msg}, column {error.colno}{_hint(line)}") from None
     except ValueError as error:
         raise ValueError(f"not JSON: {error}") from None
     except RecursionError:
         raise ValueError("not JSON: nested too deeply") from None
     if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object, got {type(record).__name__}")
+        raise ValueError(f"expected a JSON object, got {type(record).__name__}{_hint(line)}")
     return record
+
+
+def _hint(line: bytes) -> str:
+    """What to do about the first line of one large array."""
+    return "; accepted: one object per line (JSONL), no array around them" if line.lstrip().startswith(b"[") else ""
 
 
 def _row(record: Mapping[str, Any], source: str, required: Sequence[str], mapped: Mapping[str, str]) -> Row:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,6 +17,9 @@ from torch import nn
 from opsd.config import Config, ConfigError
 from opsd_kernels.packing.hooks import outside_adapter
 
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+"""What may be the name of a model on the hub: all other text is a path."""
+
 ADAPTER = "adapter_config.json"
 """What makes a directory that of an adapter."""
 
@@ -24,15 +28,50 @@ def load_tokenizer(path: str | None, option: str = "model.path") -> Any:
     """The tokenizer of `path`, which errors call `option`.
 
     Raises:
-        ConfigError: there is none, or `path` is a run or a checkpoint, of which transformers would say odd things.
+        ConfigError: there is none, or `path` is a run or a checkpoint, of which transformers would say odd things, or
+            the path of nothing.
     """
     from transformers import AutoTokenizer
 
     _check_no_run(path, option)
+    _check_there(path, option)
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConfigError(f"{option} {path!r}: no tokenizer can be loaded: {error}") from error
+        raise ConfigError(f"{_asked(option, path)}no tokenizer can be loaded: {error}") from error
+
+
+def hub_notes(config: Config) -> list[str]:
+    """A line for each model that is no directory here, so that the hub will be asked for it, which may take long."""
+    return [
+        f"there is no directory {path}: the hub is asked for it ({option})"
+        for option, path in (("model.path", config.model.path), ("teacher.path", config.teacher.path))
+        if path and not Path(path).exists() and HUB_ID.fullmatch(path)
+    ]
+
+
+def _asked(option: str, path: str | None) -> str:
+    """What an error about `path` begins with."""
+    if path and not Path(path).exists():
+        return f"{option}: there is no directory {path}, and from the hub "
+    return f"{option} {path!r}: "
+
+
+def _check_there(path: str | None, option: str) -> None:
+    """Refuses what can be no name on the hub, which would be asked in vain."""
+    if not path or Path(path).is_dir():
+        return
+    if Path(path).exists():
+        raise ConfigError(f"{option} {path!r} is a file; accepted: a directory, or the id of a model on the hub")
+    run = Path(os.path.normpath(Path(path) / ".."))
+    if Path(path).name in ("model", "best") and (run / "run.json").is_file():
+        if (run / "summary.json").is_file():
+            advice = f"its run kept none; its directory is {run}"
+        else:
+            advice = f"the run is not finished; opsd train --resume {run} goes on to it"
+        raise ConfigError(f"{option}: there is no directory {path}: {advice}")
+    if not HUB_ID.fullmatch(path):
+        raise ConfigError(f"{option}: there is no directory {path}; accepted: a directory, or a hub id like org/name")
 
 
 def _check_no_run(path: str | None, option: str) -> None:
@@ -63,7 +102,7 @@ def load_weights(config: Config, path: str | None, option: str = "model.path") -
             attn_implementation=config.model.attn_implementation,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConfigError(f"{option} {path!r}: no model can be loaded: {error}") from error
+        raise ConfigError(f"{_asked(option, path)}no model can be loaded: {error}") from error
 
 
 def load_model(config: Config, device: torch.device) -> nn.Module:

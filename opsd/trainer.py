@@ -156,6 +156,8 @@ def train(
         if config.model.path is None:
             config = embedded(config, display)
         check_trackers(config.run.trackers)
+        for note in models.hub_notes(config):
+            display.note(note)
         setup = _with_parts(set_up(config, teacher), rollouts, loss)
         described = describe_run(setup)
         with ExitStack() as held:

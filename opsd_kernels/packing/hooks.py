@@ -235,7 +235,7 @@ def _refusal(lm: Any, config: Any, *, training: bool) -> str | None:
         return "its attention cannot be replaced (no attention interface of transformers)"
     for name in ("attention_dropout", "attn_pdrop"):  # as the older models call it
         if getattr(config, name, 0) and training:
-            return f"{name} is {getattr(config, name):g} in training; accepted: 0"
+            return f"{name} is {getattr(config, name):g} in training; accepted: 0, to be set in the model's config.json"
     return None
 
 

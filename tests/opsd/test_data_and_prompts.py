@@ -61,7 +61,9 @@ def named(path, number):
     ("line", "reason"),
     [
         ('{"problem": "x"', "not JSON"),
-        ('["problem"]', "expected a JSON object, got list"),
+        ('{"problem": "x",, "y": 1}', "not JSON: Expecting property name enclosed in double quotes, column 17"),
+        ('["problem"]', "expected a JSON object, got list; accepted: one object per line (JSONL), no array"),
+        ("[", "not JSON: Expecting value, column 2; accepted: one object per line (JSONL), no array around them"),
         ("[" * 100_000, "not JSON"),
         ('{"problem": "x"}', "'solution' is missing"),
         ('{"problem": "x", "solution": null}', "'solution' is missing"),
@@ -91,6 +93,7 @@ def test_bad_row_is_named_or_skipped_with_its_reason(tmp_path, line, reason):
     with pytest.raises(DataError) as caught:
         read_rows(path)
     assert f"{path}:4: {reason}" in str(caught.value)
+    assert "line 1" not in str(caught.value)
     rows, skipped = read_rows(path, skip_bad_rows=True)
     assert [row.source for row in rows] == [f"{path}:1", f"{path}:2"]
     assert len(skipped) == 1

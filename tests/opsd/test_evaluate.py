@@ -308,7 +308,7 @@ def test_a_config_of_another_program_is_not_a_runs(words, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        (["--model", "/nowhere/at-all"], ["/nowhere/at-all", "no tokenizer can be loaded"]),
+        (["--model", "/nowhere/at-all"], ["model.path: there is no directory /nowhere/at-all"]),
         (["--data", "nowhere.jsonl"], ["nowhere.jsonl: cannot be read"]),
         (["--optim.lr", "1"], ["optim.lr changes nothing in an evaluation"]),
         (["--rollout.top-p", "0.9"], ["rollout.top-p changes nothing"]),

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from _models import lora, model, run_of, tokenizer, write_model, write_rows
+from transformers import AutoTokenizer
 
 from opsd import models
 from opsd.cli import main
@@ -82,6 +83,54 @@ def test_prompt_learning_is_refused_wherever_the_wrapper_is_left(tmp_path):
     config = load_config(None, [("model.path", tmp_path / "tuned"), ("data.eval", "e")], training=False)
     with pytest.raises(ConfigError, match=f"model.path '.*tuned': {reason}"):
         models.load_trained(config, CPU)
+
+
+@pytest.mark.parametrize("path", ["absent/of/all", "./absent", "../absent", "/absent", "~/absent", "absent/", "a b"])
+@pytest.mark.parametrize("option", ["model.path", "teacher.path"])
+def test_what_can_be_no_hub_id_is_not_asked_for(tmp_path, monkeypatch, path, option):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_: pytest.fail("the hub was asked"))
+    with pytest.raises(ConfigError, match=rf"^{option}: there is no directory {path}; accepted: a directory, or a hub"):
+        models.load_tokenizer(path, option)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"model.path 'file' is a file; accepted: a directory"):
+        models.load_tokenizer("file")
+
+
+@pytest.mark.parametrize("path", ["nomodel", "org/no-model_1.5"])
+def test_the_hub_is_asked_for_what_may_be_on_it_once_that_is_said(tmp_path, monkeypatch, capsys, path):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "t.jsonl")
+    said = f"there is no directory {path}: the hub is asked for it (model.path)\n"
+    asked = []
+
+    def from_pretrained(name, **_):
+        asked.append(name)
+        assert said in capsys.readouterr().out
+        raise OSError("no such model")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+    for command in (f"train --model.path={path} --data.train=t.jsonl", f"eval --model={path} --data=t.jsonl"):
+        assert main(command.split()) == 2
+        told = f"opsd: model.path: there is no directory {path}, and from the hub no tokenizer can be loaded: no such"
+        assert capsys.readouterr().err.startswith(told)
+    assert asked == [path] * 2
+
+
+def test_the_model_of_a_run_that_has_none_is_explained(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "x"
+    run.mkdir(parents=True)
+    (run / "run.json").touch()
+    for path in ("runs/x/model", "runs/x/best"):
+        with pytest.raises(ConfigError, match=f"there is no directory {path}: .*; opsd train --resume runs/x goes on"):
+            models.load_tokenizer(path)
+    monkeypatch.chdir(tmp_path / "runs")
+    with pytest.raises(ConfigError, match=r"there is no directory x/model: .*; opsd train --resume x goes on"):
+        models.load_tokenizer("x/model")
+    (run / "summary.json").touch()
+    with pytest.raises(ConfigError, match=r"there is no directory x/model: its run kept none; its directory is x"):
+        models.load_tokenizer("x/model")
 
 
 @pytest.mark.parametrize(("own", "ends", "expected"), [(0, [5], 0), (7, [], 7), (None, [5, 6], 5), (None, [], 0)])

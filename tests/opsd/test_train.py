@@ -13,7 +13,7 @@ import torch
 from _models import SIZES, lora, model, write_model, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, DogeConfig, DogeForCausalLM
 
-from opsd.cli import main
+from opsd.cli import main, parse_overrides
 from opsd.config import ConfigError, OptimConfig, load_config
 from opsd.evaluate import Evaluation, wilson
 from opsd.optim import learning_rate, make_optimizer
@@ -339,6 +339,17 @@ def test_without_the_packages_for_training_the_command_says_what_to_install(abse
     assert f"the training loop needs {absent}, which is not installed: pip install 'opsd[train]'" in done.stderr
 
 
+def test_the_help_begins_with_examples_that_are_understood(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = capsys.readouterr().out.splitlines()
+    examples = [line.split("   ")[0].split()[2:] for line in shown[:10] if line.startswith("  opsd train")]
+    assert len(examples) == 3
+    assert "--resume" in examples[2]
+    for example in examples[:2]:
+        load_config(None, parse_overrides(example))
+
+
 @pytest.mark.parametrize("extra", [{}, {"lora.enabled": "true", "model.gradient_checkpointing": "true"}])
 def test_quiet_prints_nothing(setup, extra):
     """Of what transformers and peft would print, neither, and their bars are as before afterwards."""
@@ -374,7 +385,7 @@ def load_config_pattern():
     ("llama", "auto", 0, "scoring: packed rows, student and teacher in two passes\n"),
     ("llama", "on", 0, "scoring: packed rows, student and teacher in two passes ("),
     ("llama", "off", 0, "scoring: padded, as asked"),
-    ("gpt2", "auto", 0, "scoring: padded, since"),
+    ("gpt2", "auto", 0, "in training; accepted: 0, to be set in the model's config.json\n"),
     ("gpt2", "on", 2, "model.packing is on, but"),
     ("nemotron", "auto", 0, "scoring: padded, since model NemotronForCausalLM cannot run on packed rows: Nemotron"),
     ("nemotron", "on", 2, "model.packing is on, but model NemotronForCausalLM cannot run on packed rows"),
