@@ -119,9 +119,9 @@ def table(stored: dict[str, Any]) -> str:
     where = stored["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     above = (
-        f"Time of forward and backward over that of the bare GEMMs, torch's matrix products of the same shapes and "
-        f"nothing else; median of {_counts(cells)} alternating rounds. Before each time ours is run once untimed, so "
-        f"that its workspace is there, as from step to step; the others keep none. "
+        f"Time of forward and backward over that of the bare GEMMs in the same rounds, torch's matrix products of the "
+        f"same shapes and nothing else; median of {_counts(cells)} alternating rounds. Before each time ours "
+        f"is run once untimed, so that its workspace is there, as from step to step; the others keep none. "
         f"{where['processor']}, {where['threads']} threads, float32, {where['date']}; "
         f"{versions}."
     )
