@@ -132,7 +132,7 @@ def _run(train: Callable[[Any], Any]) -> int:
         Console().print(table)
     steps = "1 step" if result.summary["steps"] == 1 else f"{result.summary['steps']} steps"
     print(f"{steps}, {result.summary['tokens']:,} rollout tokens, {result.seconds:.0f} s")
-    print(f"metrics and samples: {result.run_dir}")
+    print(f"metrics and samples: {result.run_dir} (as a page: opsd report {result.run_dir})")
     if result.model_dir:
         print(f"model: {result.model_dir}")
     if best := result.summary["best"]:
