@@ -6,7 +6,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -141,15 +141,17 @@ def progress_bars(shown: bool) -> Iterator[None]:
     if shown or not logging.is_progress_bar_enabled():
         yield
         return
-    with warnings.catch_warnings():  # the hub tells where a variable of the environment forbids a change
-        warnings.filterwarnings("ignore", "Cannot (dis|en)able progress bars", UserWarning)
-        logging.disable_progress_bar()
+
+    def quietly(switch: Callable[[], None]) -> None:
+        with warnings.catch_warnings():  # the hub tells where a variable of the environment forbids a change
+            warnings.filterwarnings("ignore", "Cannot (dis|en)able progress bars", UserWarning)
+            switch()
+
+    quietly(logging.disable_progress_bar)
     try:
         yield
     finally:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Cannot (dis|en)able progress bars", UserWarning)
-            logging.enable_progress_bar()
+        quietly(logging.enable_progress_bar)
 
 
 def _refuse_adapter(path: str | None, adapter: bool) -> None:

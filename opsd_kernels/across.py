@@ -23,6 +23,10 @@ class Across:
         self.widest = columns  # the most that any rank has
         self.budget = budget  # bytes that every rank has for its workspace
 
+    def keywords(self) -> dict[str, Any]:
+        """For a backend: only torch's, which alone is used for a vocabulary that is split, knows the argument."""
+        return {}
+
     def add(self, values: Tensor) -> Tensor:
         """The sum over ranks, in place."""
         return values
@@ -71,6 +75,9 @@ class AcrossGroup(Across):
         self.offset = starts[dist.get_rank(group)]
         super().__init__(taking_part[dist.get_rank(group)], min(budgets))
         self.vocab, self.widest, self.taking_part = vocab, max(taking_part), taking_part
+
+    def keywords(self) -> dict[str, Any]:
+        return {"across": self}
 
     def add(self, values: Tensor) -> Tensor:
         dist.all_reduce(values, group=self.group)

@@ -400,7 +400,7 @@ class _Sweep:
                 self._project(chunk, logits, gathered)
                 at = chunk if self.rows is None else self.rows[chunk]
                 part = logits[: chunk.stop - chunk.start]
-                found = top_k_rows(part, k, objective.student, objective.temperature, **self._group())
+                found = top_k_rows(part, k, objective.student, objective.temperature, **self.across.keywords())
                 logprobs[at], ids[at], log_z[at] = found
         return logprobs, ids, log_z
 
@@ -445,26 +445,26 @@ class _Sweep:
 
         def divergence(student: Tensor, teacher: Tensor, *, chunk: slice, **out: Tensor | None) -> None:
             targets = self._counted(inputs.targets, chunk)
-            backends.divergence_rows(backend, student, teacher, spec.objective, targets=targets, **self._group(), **out)
+            backends.divergence_rows(
+                backend, student, teacher, spec.objective, targets=targets, **self.across.keywords(), **out
+            )
 
         def logprob(logits: Tensor, _: None, *, chunk: slice, **out: Tensor | None) -> None:
             targets = self._counted(inputs.targets, chunk)
             transform, temperature = spec.objective.student, spec.objective.temperature
-            backend.logprob_rows(logits, targets, transform, temperature, **self._group(), **out)
+            backend.logprob_rows(logits, targets, transform, temperature, **self.across.keywords(), **out)
 
         def cached(student: Tensor, _: None, *, chunk: slice, **out: Any) -> None:
             support, logprobs = self._counted(inputs.support, chunk), self._counted(inputs.teacher, chunk)
             assert support is not None
             assert logprobs is not None
             targets = self._counted(inputs.targets, chunk)
-            cached_rows(backend, student, logprobs, support, spec.objective, targets=targets, **self._group(), **out)
+            cached_rows(
+                backend, student, logprobs, support, spec.objective, targets=targets, **self.across.keywords(), **out
+            )
 
         passes: dict[str, Callable] = {"divergence": divergence, "logprob": logprob, "cached": cached}
         return passes[spec.kind]
-
-    def _group(self) -> dict[str, Any]:
-        """The torch row pass alone knows how to reduce over ranks."""
-        return {"across": self.across} if self.spec.group else {}
 
     def _counted(self, per_token: Tensor | None, chunk: slice) -> Tensor | None:
         return None if per_token is None else self._rows_of(per_token, chunk)

@@ -17,7 +17,7 @@ from ..across import Across
 from ..objective import Objective
 from ..workspace import block_rows_of
 from . import Column, LogprobColumn
-from .torch_backend import HERE, Pair, entropy_of, paired, settle, through_transform, token_loss, transformed
+from .torch_backend import HERE, Pair, blocks_of, entropy_of, paired, settle, through_transform, token_loss, transformed
 
 
 def divergence_rows(
@@ -41,14 +41,14 @@ def divergence_rows(
     if table.shape[0] > 1:  # before dz may take the student's place
         whole = dataclasses.replace(objective, entry_clip=None, token_clip=None, top_k=None, tail_bucket=False)
         alone = {"table": table, "dz": None, "row_scale": None}
-        backend.divergence_rows(student, teacher, whole, targets=targets, **alone, **_split(across))
+        backend.divergence_rows(student, teacher, whole, targets=targets, **alone, **across.keywords())
     for block in _blocks(student, k, across):
         z_s, z_t = student[block], teacher[block]
-        ids = backend.top_k_ids(z_t if objective.top_k_from == "teacher" else z_s, k, **_split(across))
+        ids = backend.top_k_ids(z_t if objective.top_k_from == "teacher" else z_s, k, **across.keywords())
         y_s = transformed(_wide(across.take(z_s, ids)), objective.student, objective.temperature)
         y_t = transformed(_wide(across.take(z_t, ids)), objective.teacher, objective.temperature)
         if objective.tail_bucket:
-            log_s, log_t, apart = map(_wide, backend.outside_rows(z_s, z_t, ids, objective, **_split(across)))
+            log_s, log_t, apart = map(_wide, backend.outside_rows(z_s, z_t, ids, objective, **across.keywords()))
             log_s = torch.where(apart.isfinite(), log_t + apart, log_s)
             y_s, y_t = _with(y_s, log_s), _with(y_t, log_t)
         rows = _Rows(backend, z_s, table[:, block], _part(dz, block), _part(row_scale, block), across)
@@ -87,7 +87,7 @@ def cached_rows(
             stored = y_t.masked_fill(~hit, -math.inf).amax(-1)
             table[Column.TEACHER_LOGPROB, block] = stored.masked_fill(~hit.any(-1), math.nan)
         if objective.tail_bucket:
-            tail_s = _wide(backend.outside_rows(z_s, None, ids, objective, **_split(across))[0])
+            tail_s = _wide(backend.outside_rows(z_s, None, ids, objective, **across.keywords())[0])
             tail_t = _log_complement(y_t)
             nothing = (tail_s == -math.inf) & (tail_t <= least)
             y_s, y_t = _with(y_s, tail_s), _with(y_t, tail_t.clamp(min=least).masked_fill_(nothing, -math.inf))
@@ -156,22 +156,14 @@ def _fill_own_stats(
     own = table.new_empty(len(LogprobColumn), table.shape[1])
     at = support[:, 0].contiguous() if targets is None else targets
     alone = {"table": own, "dz": None, "row_scale": None}
-    backend.logprob_rows(student, at, objective.student, objective.temperature, **alone, **_split(across))
+    backend.logprob_rows(student, at, objective.student, objective.temperature, **alone, **across.keywords())
     table[Column.STUDENT_ENTROPY] = own[LogprobColumn.ENTROPY]
     if targets is not None:
         table[Column.STUDENT_LOGPROB] = own[LogprobColumn.LOGPROB]
 
 
-def _split(across: Across) -> dict[str, Across]:
-    """For a backend: only torch's, which alone is used for a vocabulary that is split, knows the argument."""
-    return {} if across is HERE else {"across": across}
-
-
 def _blocks(student: Tensor, k: int, across: Across) -> list[slice]:
-    """A few rows at a time; all of them where each block would cost a round of collectives."""
-    step = block_rows_of(student.device, support_width(k, student.itemsize))
-    step = step if across is HERE else max(1, student.shape[0])
-    return [slice(start, start + step) for start in range(0, student.shape[0], step)]
+    return blocks_of(student, block_rows_of(student.device, support_width(k, student.itemsize)), across)
 
 
 def _part(rows: Tensor | None, block: slice) -> Tensor | None:

@@ -145,9 +145,13 @@ def tail_gradient_rows(
 
 
 def _blocks(logits: Tensor, across: Across) -> list[slice]:
-    """A few rows at a time; all of them where each block would cost a round of collectives."""
-    step = block_rows(logits) if across is HERE else max(1, logits.shape[0])
-    return [slice(start, start + step) for start in range(0, logits.shape[0], step)]
+    return blocks_of(logits, block_rows(logits), across)
+
+
+def blocks_of(rows: Tensor, step: int, across: Across) -> list[slice]:
+    """`step` rows at a time; all of them where each block would cost a round of collectives."""
+    step = step if across is HERE else max(1, rows.shape[0])
+    return [slice(start, start + step) for start in range(0, rows.shape[0], step)]
 
 
 class _Out:
