@@ -1,0 +1,258 @@
+"""The row pass in few instructions, for nearly all rows: the device's side.
+
+`lean_kernel` serves divergences of logits under one scale, without caps or an entry clip. It takes less care than
+`triton_careful` and knows where that is not enough: a row with −inf, NaN, a gap beyond `FAR`, or whose student is far
+from where its first tile says, it leaves alone and marks as `declined`, for the careful kernel to do.
+
+Everything is in bits, nats·log2 e. For a token of a row, with x the logits and s their scale over the temperature,
+
+    a = s·x_T − K              K: an integer near the first tile's maximum. The difference is exact, 2^a in range.
+    G = s·(x_S − x_T) − C      C: the first tile's mean gap. A constant between the models would cost G its digits.
+    d = G − δ                  δ = log2 Σ2^(a + G) − log2 Σ2^a, so that d = log2 p_S − log2 p_T
+
+and p_T = 2^a / Σ2^a, p_S = p_T·2^d. Sweep 1 sums 2^a, 2^(a + G), and 2^a·(2^G − 1), which gives δ as accurately as G is
+known. A token's part of the divergence is p_T·f(d); its gradient, before the mean is taken off, is p_T·(2^d − 1) for the
+forward KL and c·p_S·y(d) for the others: y = d, c = ln 2 for the reverse KL, y = log2 m − log2 p_S, c = (β − 1)·ln 2 for
+the JSD. Near 0, f and y are power series in d. Sweep 2 sums and sweep 3 writes the gradient; both in one for the KLs,
+whose mean follows from sweep 1.
+
+A token with nearly all of a row's p_S is *sure*. What is left of its gradient, some 1 − p_S of it, drowns in rounding,
+but a row's gradient sums to 0: it is what the others' sum to, with the other sign.
+"""
+
+from __future__ import annotations
+
+from ..triton_jit import LN2, LOG2E, constant, exp2, fma, jit, log2, tl
+from .triton_careful import FORWARD_KL, JSD, REVERSE_KL, _log1p, _store, _token, _write_token
+
+FAR = constant(60.0)  # bits, of G
+LOST = constant(76.0)  # Σ2^(a + G) must be above 2^(max |G| − LOST): what 2^a lost below its range is 2^−33 of that
+NEAR = constant(0.25 / 0.6931471805599453)  # bits: where the error of five terms meets that of exp2 and log2
+SURE = constant(0.75)
+PADDING = constant(-1e30)  # a teacher's logit past the end of the row: 2^a is 0 there
+
+# ln2^n / n!: 2^x − 1 − x·ln 2 from the square on
+E2, E3, E4 = constant(0.24022650695910072), constant(0.05550410866482158), constant(0.009618129107628477)
+E5, E6 = constant(0.0013333558146428443), constant(0.00015403530393381608)
+
+
+@jit()
+def _tile(student, teacher, start, end, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """Float32 logits of columns [start, start + BLOCK), and which of them are before `end`: all, if not MASKED."""
+    columns = start + tl.arange(0, BLOCK)
+    inside = columns < end
+    if MASKED:
+        x_s, x_t = (
+            tl.load(student + columns, mask=inside, other=0.0),
+            tl.load(teacher + columns, mask=inside, other=0.0),
+        )
+    else:
+        x_s, x_t = tl.load(student + columns), tl.load(teacher + columns)
+    return x_s.to(tl.float32), x_t.to(tl.float32), inside
+
+
+@jit()
+def _reference(student, teacher, columns, scale, BLOCK: tl.constexpr):
+    """K and C from the row's first tile; any integer and any finite number would be correct."""
+    x_s, x_t, inside = _tile(student, teacher, 0, columns, BLOCK, True)
+    top = tl.max(tl.where(inside, x_t, PADDING), 0)
+    weight = tl.where(inside, exp2((x_t - top) * scale), 0.0)
+    level = tl.floor(top * scale)
+    centre = tl.sum(tl.where(inside, weight * (x_s - x_t), 0.0), 0) / tl.sum(weight, 0) * scale
+    return tl.where(tl.abs(level) < 1e30, level, 0.0), tl.where(tl.abs(centre) < 1e30, centre, 0.0)
+
+
+@jit()
+def _pair(student, teacher, start, end, scale, reference, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """a and G of a tile; past `end`, 2^a and G are 0."""
+    x_s, x_t, inside = _tile(student, teacher, start, end, BLOCK, MASKED)
+    level, centre = reference
+    gap = fma(x_s - x_t, scale, -centre)
+    if MASKED:
+        x_t, gap = tl.where(inside, x_t, PADDING), tl.where(inside, gap, 0.0)
+    return fma(x_t, scale, -level), gap
+
+
+@jit()
+def _normaliser_tile(
+    furthest, sum_t, sum_s, excess, drift, student, teacher, start, end, scale, reference,
+    KIND: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Adds a tile to max |G|, Σ2^a, Σ2^(a + G), Σ2^a·(2^G − 1) and, for the reverse KL, Σ2^(a + G)·G."""
+    a, gap = _pair(student, teacher, start, end, scale, reference, BLOCK, MASKED)
+    w, ratio = exp2(a), exp2(gap)
+    series = gap * fma(gap, fma(gap, fma(gap, fma(gap, fma(gap, E6, E5), E4), E3), E2), LN2)
+    furthest = tl.maximum(furthest, tl.abs(gap))
+    sum_t += w
+    excess = fma(w, tl.where(tl.abs(gap) < NEAR, series, ratio - 1.0), excess)
+    if KIND == REVERSE_KL:
+        w_s = w * ratio
+        sum_s += w_s
+        drift = fma(w_s, gap, drift)
+    else:
+        sum_s = fma(w, ratio, sum_s)
+    return furthest, sum_t, sum_s, excess, drift
+
+
+@jit()
+def _normalisers(student, teacher, columns, scale, reference, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """Sweep 1: the sums of `_normaliser_tile` over the row."""
+    zero = tl.zeros((BLOCK,), tl.float32)
+    furthest, sum_t, sum_s, excess, drift = zero, zero, zero, zero, zero
+    start = 0
+    while start + BLOCK <= columns:
+        furthest, sum_t, sum_s, excess, drift = _normaliser_tile(
+            furthest, sum_t, sum_s, excess, drift, student, teacher, start, columns, scale, reference,
+            KIND, BLOCK, False,
+        )  # fmt: skip
+        start += BLOCK
+    if start < columns:
+        furthest, sum_t, sum_s, excess, drift = _normaliser_tile(
+            furthest, sum_t, sum_s, excess, drift, student, teacher, start, columns, scale, reference,
+            KIND, BLOCK, True,
+        )  # fmt: skip
+    return tl.max(furthest, 0), tl.sum(sum_t, 0), tl.sum(sum_s, 0), tl.sum(excess, 0), tl.sum(drift, 0)
+
+
+@jit()
+def _terms(d, ratio, mixture, series, KIND: tl.constexpr):
+    """f(d), the divergence over p_T in nats, and the y(d) that the gradient is made of; `ratio` is 2^d."""
+    beta, one_minus_beta = mixture
+    y1, y2, y3, y4, y5, f2, f3, f4, f5, f6 = series
+    near = tl.abs(d) < NEAR
+    small = d * d * fma(d, fma(d, fma(d, fma(d, f6, f5), f4), f3), f2)
+    if KIND == JSD:
+        # log2 m − log2 p_S, where m = β·p_T + (1 − β)·p_S
+        y = log2(fma(ratio, one_minus_beta, beta)) - d
+        large = -fma(fma(ratio, one_minus_beta, beta), y, beta * d) * LN2
+        y = tl.where(near, d * fma(d, fma(d, fma(d, fma(d, y5, y4), y3), y2), y1), y)
+    elif KIND == FORWARD_KL:
+        large = fma(d, -LN2, ratio - 1.0)
+        y = tl.where(near, fma(d, LN2, small), ratio - 1.0)
+    else:
+        large = fma(d * LN2, ratio, 1.0 - ratio)
+        y = d
+    return tl.where(near, small, large), y
+
+
+@jit()
+def _sweep_tile(
+    total, mean, rest, own, h_s, h_t, student, teacher, dz, start, end, scale, reference, drift, mixture, series,
+    sure, gradient, KIND: tl.constexpr, LOSS: tl.constexpr, STATS: tl.constexpr, MEAN: tl.constexpr,
+    BLOCK: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One tile of sweep 2, of sweep 3 (with dz), or of both: LOSS adds to Σ2^a·f, MEAN to Σ2^a·2^d·y, STATS to the sums
+    of both models' p·log2 p, and a gradient to the sum of all but a sure token's, whose column is found."""
+    a, gap = _pair(student, teacher, start, end, scale, reference, BLOCK, MASKED)
+    d = gap - drift
+    w, ratio = exp2(a), exp2(d)
+    w_s = w * ratio
+    f, y = _terms(d, ratio, mixture, series, KIND)
+    if LOSS:
+        total = fma(w, f, total)
+    if MEAN:
+        mean = fma(w_s, y, mean)
+    if STATS:
+        h_t = fma(w, a, h_t)
+        h_s = fma(w_s, a + d, h_s)
+    if dz is not None:
+        slope, shift = gradient
+        if KIND == FORWARD_KL:
+            value = w * y * slope
+        else:
+            value = w_s * fma(y, slope, shift)
+        rest += tl.where(w_s > sure, 0.0, value)
+        own = tl.where(w_s > sure, start + tl.arange(0, BLOCK), own)
+        _store(dz, start, end, value, BLOCK, MASKED)
+    return total, mean, rest, own, h_s, h_t
+
+
+@jit()
+def _sweep(
+    student, teacher, dz, columns, scale, reference, drift, mixture, series, sure, gradient,
+    KIND: tl.constexpr, LOSS: tl.constexpr, STATS: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sweep 2, 3 or both over the row: the sums of `_sweep_tile`, and a sure token's column (−1: there is none)."""
+    zero = tl.zeros((BLOCK,), tl.float32)
+    total, mean, rest, h_s, h_t = zero, zero, zero, zero, zero
+    own = tl.full((BLOCK,), -1, tl.int32)
+    start = 0
+    while start + BLOCK <= columns:
+        total, mean, rest, own, h_s, h_t = _sweep_tile(
+            total, mean, rest, own, h_s, h_t, student, teacher, dz, start, columns, scale, reference, drift,
+            mixture, series, sure, gradient, KIND, LOSS, STATS, MEAN, BLOCK, False,
+        )  # fmt: skip
+        start += BLOCK
+    if start < columns:
+        total, mean, rest, own, h_s, h_t = _sweep_tile(
+            total, mean, rest, own, h_s, h_t, student, teacher, dz, start, columns, scale, reference, drift,
+            mixture, series, sure, gradient, KIND, LOSS, STATS, MEAN, BLOCK, True,
+        )  # fmt: skip
+    return tl.sum(total, 0), tl.sum(mean, 0), tl.sum(rest, 0), tl.max(own, 0), tl.sum(h_s, 0), tl.sum(h_t, 0)
+
+
+@jit("columns", "table_stride")
+def lean_kernel(
+    student, teacher, dz, table, targets, row_scale, declined, columns,
+    student_stride, teacher_stride, dz_stride, table_stride, token_stride,
+    scale, mixture, series, token_clip, slope, grad_factor,
+    KIND: tl.constexpr, STATS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per row; dz, targets and row_scale may be None. `declined`, (n,): 1 where the row is left undone."""
+    row = tl.program_id(0).to(tl.int64)
+    student += row * student_stride
+    teacher += row * teacher_stride
+    table += row * token_stride
+    reference = _reference(student, teacher, columns, scale, BLOCK)
+    furthest, sum_t, sum_s, excess, gaps = _normalisers(student, teacher, columns, scale, reference, KIND, BLOCK)
+    # each comparison is false for NaN
+    fit = (furthest <= FAR) & (sum_t < 1e30) & (sum_s < 1e30) & (sum_s > tl.exp2(furthest - LOST))
+    tl.store(declined + row, tl.where(fit, 0, 1))
+    if fit:
+        log_t, x = tl.log2(sum_t), excess / sum_t
+        drift = tl.where(tl.abs(x) < 0.5, _log1p(x, 1.0 + x) * LOG2E, tl.log2(sum_s) - log_t)
+        if targets is not None:
+            target = tl.load(targets + row)
+            inside = (target >= 0) & (target < columns)
+            x_s = tl.load(student + target, mask=inside, other=float("nan")).to(tl.float32)
+            x_t = tl.load(teacher + target, mask=inside, other=float("nan")).to(tl.float32)
+            log_p = fma(x_t, scale, -reference[0]) - log_t
+            tl.store(table + 8 * table_stride, log_p * LN2)
+            tl.store(table + 7 * table_stride, (log_p + (fma(x_s - x_t, scale, -reference[1]) - drift)) * LN2)
+            tl.debug_barrier()  # all have read the target's logits before any writes dz in their place
+
+        sure = SURE * sum_t
+        mean, kept = gaps / sum_s - drift, fit
+        SUMS_FIRST: tl.constexpr = KIND == JSD or dz is None
+        if SUMS_FIRST:
+            total, mean, _, _, h_s, h_t = _sweep(
+                student, teacher, None, columns, scale, reference, drift, mixture, series, sure, None,
+                KIND, True, STATS and dz is None, dz is not None, BLOCK,
+            )  # fmt: skip
+            mean /= sum_t
+            loss, divergence, clipped, amount, over, kept = _token(total / sum_t, 0.0, fit, token_clip)
+        if dz is not None:
+            dz += row * dz_stride
+            weight = slope * grad_factor / sum_t
+            if row_scale is not None:
+                weight *= tl.load(row_scale + row).to(tl.float32)
+            weight = tl.where(kept, weight, 0.0)
+            late, _, rest, own, h_s, h_t = _sweep(
+                student, teacher, dz, columns, scale, reference, drift, mixture, series, sure,
+                (weight, -mean * weight), KIND, not SUMS_FIRST, STATS, False, BLOCK,
+            )  # fmt: skip
+            if not SUMS_FIRST:
+                loss, divergence, clipped, amount, over, kept = _token(late / sum_t, 0.0, fit, token_clip)
+            tl.debug_barrier()  # what follows goes over what the sweep wrote
+            if own >= 0:
+                tl.store(dz + own, (-rest).to(dz.dtype.element_ty))
+            if not SUMS_FIRST:
+                if kept == 0:  # a clipped token, which only the whole row can tell: rare
+                    tl.debug_barrier()
+                    zero = tl.zeros((BLOCK,), tl.float32)
+                    start = 0
+                    while start < columns:
+                        _store(dz, start, columns, zero, BLOCK, True)
+                        start += BLOCK
+        h_s, h_t = log_t - h_s / sum_t, log_t - h_t / sum_t
+        _write_token(table, table_stride, loss, divergence, clipped, amount, over, h_s, h_t, STATS)
