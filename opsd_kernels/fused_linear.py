@@ -27,7 +27,7 @@ from .gemm import Products, accumulation_dtype
 from .objective import Objective
 from .rows import DROPPED, Column
 from .rows.support import cached_rows, support_width
-from .workspace import GATHERED_SHARE, ChunkPlan, block_rows, filter_bytes, plan_chunks, workspace
+from .workspace import GATHERED_SHARE, ChunkPlan, block_rows, filter_bytes, plan_chunks, row_stride, workspace
 
 
 @dataclass(frozen=True)
@@ -314,7 +314,8 @@ class _Sweep:
         spec, own_dz = self.spec, self._own_dz()
         streams = 2 if self.second else 1
         element = spec.accumulate.itemsize
-        row_bytes = self.across.widest * (streams * element + own_dz * spec.compute.itemsize)
+        stride = row_stride(self.across.widest, self.inputs.x.device)
+        row_bytes = stride * (streams * element + own_dz * spec.compute.itemsize)
         widths = self.inputs.x.shape[1]
         if self.second and self.inputs.teacher is not None:
             widths += self.inputs.teacher.shape[1]
@@ -341,13 +342,14 @@ class _Sweep:
     @contextmanager
     def _workspace(self, n: int) -> Iterator[list[Tensor]]:
         """For n tokens: their logits, the student's above the teacher's, and dz where it has a buffer of its own."""
-        spec = self.spec
-        buffers = [(((2 if self.second else 1) * n, self.vocab), spec.accumulate)]
+        spec, device = self.spec, self.inputs.x.device
+        stride = row_stride(self.vocab, device)
+        buffers = [(((2 if self.second else 1) * n, stride), spec.accumulate)]
         if self._own_dz():
-            buffers.append(((n, self.vocab), spec.compute))
+            buffers.append(((n, stride), spec.compute))
         buffers.append(((1, self.products.bytes if self.products.native else 0), torch.uint8))
-        with workspace(self.inputs.x.device, buffers, spec.budget) as (*of_tokens, self.products.scratch):
-            yield of_tokens
+        with workspace(device, buffers, spec.budget) as (*of_tokens, self.products.scratch):
+            yield [rows[:, : self.vocab] for rows in of_tokens]
 
     def _sweep(self, plan: ChunkPlan, logits: Tensor, dz_buffer: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         inputs, spec, wanted, n = self.inputs, self.spec, self.wanted, plan.rows

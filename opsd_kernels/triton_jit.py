@@ -1,8 +1,8 @@
 """What every Triton file here needs: Triton if it is there, its decorators, and arithmetic of one instruction each.
 
-`fma`, `exp2` and `log2` are the hardware's: fused, and approximate to 2⁻²² (of the value; between 0.5 and 2, of log2 in
-absolute terms), with arguments and results below 2⁻¹²⁶ taken as 0. Triton's own spend three instructions more on those.
-The interpreter, which knows no assembly, has numpy's, made as wrong as the hardware's may be.
+`fma`, `exp2`, `log2` and `reciprocal` are the hardware's: fused, and approximate to 2⁻²² (of the value; between 0.5 and
+2, of log2 in absolute terms), with arguments and results below 2⁻¹²⁶ taken as 0. Triton's own spend three instructions
+more on those. The interpreter, which knows no assembly, has numpy's, made as wrong as the hardware's may be.
 """
 
 from __future__ import annotations
@@ -58,6 +58,11 @@ if INTERPRETED:
         y = tl.log2(x)
         return y + _error(x) * tl.maximum(1.0, tl.abs(y))
 
+    @jit()
+    def reciprocal(x):
+        """1 / x."""
+        return (1.0 + _error(x)) / x
+
 else:
 
     @jit()
@@ -74,3 +79,8 @@ else:
     def log2(x):
         """log2 x."""
         return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+    @jit()
+    def reciprocal(x):
+        """1 / x."""
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)

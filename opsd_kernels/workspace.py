@@ -24,6 +24,7 @@ DEFAULT_BYTES = {"cuda": 1536 << 20, "cpu": 384 << 20}
 BLOCK_ELEMENTS = {"cuda": 1 << 22, "cpu": 1 << 18}
 BLOCK_TEMPORARIES = 20  # at most this many (rows, width) tensors of a block are alive at once
 HUGE_FROM = 32 << 20  # bytes from which memory is mapped for itself, so that its advice is no one else's
+ALIGNED_ELEMENTS = 8  # what the row pass reads and writes with one instruction, in bfloat16
 GATHERED_SHARE = 16  # one part in so many of the budget is for the head's rows that a gradient filter gathers at a time
 
 
@@ -53,6 +54,11 @@ def filter_bytes(vocab: int, weight: Tensor) -> int:
 def block_rows_of(device: torch.device, width: int) -> int:
     """Rows of `width` elements in a block."""
     return max(1, BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cuda"]) // max(1, width))
+
+
+def row_stride(width: int, device: torch.device) -> int:
+    """Elements from one row of logits to the next: on a GPU, such that every row begins at a multiple of 16 bytes."""
+    return -(-width // ALIGNED_ELEMENTS) * ALIGNED_ELEMENTS if device.type == "cuda" else width
 
 
 @dataclass(frozen=True)

@@ -31,13 +31,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..rows.triton_backend import available
+from ..triton_jit import constant, jit, tl
 from .layout import Layout, Range, Segment
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = tl = None
 
 LARGEST_HEAD = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}
 
@@ -200,21 +195,11 @@ def _table(
 
 # Small functions of one tile, on the device.
 
-
-def _jit(*runtime: str) -> Callable[[Any], Any]:
-    """triton.jit, with `runtime` the integers whose value must not select a compilation; nothing without Triton."""
-    return (lambda function: function) if triton is None else triton.jit(do_not_specialize=list(runtime))
+NEG_INF = constant(-math.inf)
+LOWEST = constant(-3.4028234663852886e38)  # a running maximum's start: finite, so that −inf − LOWEST is no NaN
 
 
-def _constant(value: Any) -> Any:
-    return value if tl is None else tl.constexpr(value)
-
-
-NEG_INF = _constant(-math.inf)
-LOWEST = _constant(-3.4028234663852886e38)  # a running maximum's start: finite, so that −inf − LOWEST is no NaN
-
-
-@_jit()
+@jit()
 def _load_rows(
     pointer, first, stop, stride,
     ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr,
@@ -234,7 +219,7 @@ def _load_rows(
     return rows
 
 
-@_jit()
+@jit()
 def _store_rows(pointer, first, stop, stride, value, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
     """The rows before `stop` and the columns before D of a (ROWS, WIDTH) value."""
     row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
@@ -245,7 +230,7 @@ def _store_rows(pointer, first, stop, stride, value, ROWS: tl.constexpr, D: tl.c
     tl.store(at, value.to(pointer.dtype.element_ty), mask=inside)
 
 
-@_jit()
+@jit()
 def _place(count, together):
     """The head and the tile of this program, of `count` tiles: `together` heads take turns, tile by tile, then the next
     so many. In one dimension, since a grid's others end at 65535."""
@@ -255,14 +240,14 @@ def _place(count, together):
     return (program // turn * together + within % together).to(tl.int64), within // together
 
 
-@_jit()
+@jit()
 def _load_run(runs, number):
     """start, masked, stop, shift of a `Run`."""
     at = runs + 4 * number
     return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
 
 
-@_jit()
+@jit()
 def _visible(query, key, shift, window, WINDOW: tl.constexpr):
     """Whether a query sees a key, by their rows."""
     distance = query - key + shift
@@ -272,7 +257,7 @@ def _visible(query, key, shift, window, WINDOW: tl.constexpr):
     return seen
 
 
-@_jit()
+@jit()
 def _capped(s, inner, CAP: tl.constexpr):
     """Scores as they enter the exponent, up to a factor, and their slope: tanh of them under a cap."""
     if CAP:
@@ -288,7 +273,7 @@ def _capped(s, inner, CAP: tl.constexpr):
 # The main loops' bodies.
 
 
-@_jit()
+@jit()
 def _forward_step(
     acc, top, total, q, keys, values, k_row, v_row, query, first, stop, shift, inner, outer, window,
     D: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
@@ -309,7 +294,7 @@ def _forward_step(
     return acc, higher, total * keep + tl.sum(p, 1)
 
 
-@_jit()
+@jit()
 def _query_gradient_step(
     dq, q, d_out, lse, delta, keys, values, k_row, v_row, query, first, stop, shift, inner, outer, window,
     D: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
@@ -329,7 +314,7 @@ def _query_gradient_step(
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
-@_jit()
+@jit()
 def _key_gradient_step(
     dk, dv, k, v, queries, d_outs, lse, delta, q_row, do_row, key, first, stop, shift, inner, outer, window,
     D: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr,
@@ -357,7 +342,7 @@ def _key_gradient_step(
 # The kernels. Tensors are (heads, rows, D) by strides; `inner` and `outer` are of `_Scores`.
 
 
-@_jit("rows", "count", "together", "window")
+@jit("rows", "count", "together", "window")
 def forward_kernel(
     q, k, v, out, lse, tiles, runs,
     q_head, q_row, k_head, k_row, v_head, v_row, o_head, o_row, rows, count, together, inner, outer, window,
@@ -390,7 +375,7 @@ def forward_kernel(
     tl.store(lse + head * rows + query, top + tl.log2(total), mask=query < stop)
 
 
-@_jit("rows", "count", "together", "window")
+@jit("rows", "count", "together", "window")
 def query_gradient_kernel(
     q, k, v, out, d_out, d_q, lse, delta, tiles, runs,
     q_head, q_row, k_head, k_row, v_head, v_row, o_head, o_row, do_head, do_row, rows, count, together, scale,
@@ -425,7 +410,7 @@ def query_gradient_kernel(
     _store_rows(d_q + head * o_head, start, stop, o_row, dq * scale, QUERIES, D, WIDTH)
 
 
-@_jit("rows", "count", "together", "window")
+@jit("rows", "count", "together", "window")
 def key_gradient_kernel(
     q, k, v, d_out, d_k, d_v, lse, delta, tiles, runs,
     q_head, q_row, k_head, k_row, v_head, v_row, do_head, do_row, dk_head, dk_row, rows, count, together, scale,

@@ -51,7 +51,9 @@ class Configuration:
 # Three programs of 256 threads share a multiprocessor's 65,536 registers; left alone, ptxas aims at four in the
 # unclipped KLs and spills for it. A cap and an entry clip need a few more than that: two programs.
 REGISTERS, REGISTERS_OF_CAPS = 80, 112
-LEAN_BETA = 0.05
+# Four programs of the lean kernel (WIDE); three from Blackwell on, whose compiler pairs operations and needs more.
+LEAN_REGISTERS, LEAN_REGISTERS_OF_BLACKWELL = 64, 80
+LEAN_BETA = 0.125  # nearer to 0 or 1, the JSD's y is the difference of two logarithms that nearly agree
 WIDE = Configuration(1024, 8)
 NARROW = Configuration(512, 4)
 TINY = Configuration(256, 1)  # the interpreter's: several tiles even at the sizes that it can do
@@ -118,7 +120,14 @@ _TYPES: dict[str, Any] = {
 _ALIGNED = (*_POINTERS, "dz", "targets", "absent", "stride", "student_stride", "teacher_stride", "dz_stride")
 
 
-def _compilation(name: str, kernel: Any, plan: Configuration, constants: dict[str, Any], **types: Any) -> Compilation:
+def _compilation(
+    name: str,
+    kernel: Any,
+    plan: Configuration,
+    constants: dict[str, Any],
+    limits: dict[str, int] | None = None,
+    **types: Any,
+) -> Compilation:
     """`types` replaces an argument's usual type; None is an absent tensor."""
     sizes = {"ITEMS": SWEEP_PARTIALS, "SUM_ITEMS": SUM_PARTIALS, "MAX": MAX_SPLITS, "BLOCK": plan.block}
     constants = {**sizes, **constants}
@@ -130,48 +139,45 @@ def _compilation(name: str, kernel: Any, plan: Configuration, constants: dict[st
         if kind is None:
             chosen[argument] = constants.get(argument)
     aligned = tuple(argument for argument in _ALIGNED if signature.get(argument, "constexpr") != "constexpr")
-    limits = _limits(plan, chosen) if kernel is divergence_kernel else {}
-    return Compilation(name, kernel, signature, chosen, aligned, {"num_warps": plan.warps, **limits})
+    return Compilation(name, kernel, signature, chosen, aligned, {"num_warps": plan.warps, **(limits or {})})
 
 
-def compilations() -> list[Compilation]:
-    """What is shipped, one of each shape: every divergence in its common form and the most demanding of each kernel."""
-    plain, capped = Objective.checked(), Objective.checked(softcap=30.0, teacher_softcap=50.0, entry_clip=0.05)
+def compilations(capability: int = 9) -> list[Compilation]:
+    """What is shipped for compute capability 8, 9, …, one of each shape: every divergence in its common form and the
+    most demanding of each kernel."""
+    capped = Objective.checked(softcap=30.0, teacher_softcap=50.0, entry_clip=0.05)
     same_cap = Objective.checked(softcap=30.0, entry_clip=0.05)
+    jsd, forward, reverse = (Objective.checked(beta=beta) for beta in (0.5, 0.0, 1.0))
+    loss_only = {"targets": None, "row_scale": None}
 
     def constants(objective: Objective, stats: bool = True) -> dict[str, Any]:
         return _Meaning.of(objective, stats=stats).constants
 
-    def lean(objective: Objective, stats: bool = True) -> dict[str, Any]:
-        return {name: constants(objective, stats)[name] for name in ("KIND", "STATS")}
+    def lean(name: str, objective: Objective, plan: Configuration = WIDE, stats: bool = True, **types: Any):
+        chosen = {name: constants(objective, stats)[name] for name in ("KIND", "STATS")}
+        return _compilation(name, lean_kernel, plan, chosen, _lean_limits(plan, capability), **types)
 
-    forward, reverse = Objective.checked(beta=0.0), Objective.checked(beta=1.0)
-    clipped = Objective.checked(beta=0.0, entry_clip=0.05)
-    loss_only = {"targets": None, "row_scale": None}
+    def careful(name: str, objective: Objective, plan: Configuration = WIDE, stats: bool = True, **types: Any):
+        chosen = constants(objective, stats)
+        return _compilation(name, divergence_kernel, plan, chosen, _limits(plan, chosen), **types)
+
     return [
-        _compilation("jsd", lean_kernel, WIDE, lean(plain)),
-        _compilation("jsd, narrow, loss only", lean_kernel, NARROW, lean(plain, False), **loss_only),
-        _compilation("jsd, float32 dz", lean_kernel, WIDE, lean(plain), dz="*fp32"),
-        _compilation("jsd, no gradient", lean_kernel, WIDE, lean(plain), dz=None, row_scale=None),
-        _compilation("forward KL", lean_kernel, WIDE, lean(forward)),
-        _compilation("reverse KL", lean_kernel, WIDE, lean(reverse)),
-        _compilation("careful jsd", divergence_kernel, WIDE, constants(plain), wanted="*i32"),
-        _compilation("careful jsd, narrow, loss only", divergence_kernel, NARROW, constants(plain, False), **loss_only),
-        _compilation("careful forward KL", divergence_kernel, WIDE, constants(forward), wanted="*i32"),
-        _compilation("forward KL, clipped", divergence_kernel, WIDE, constants(clipped)),
-        _compilation("careful reverse KL", divergence_kernel, WIDE, constants(reverse), wanted="*i32"),
-        _compilation(
-            "careful reverse KL, float32 dz",
-            divergence_kernel,
-            WIDE,
-            constants(reverse, False),
-            dz="*fp32",
-            **loss_only,
-        ),
-        _compilation("careful jsd, no gradient", divergence_kernel, WIDE, constants(plain), dz=None, row_scale=None),
-        _compilation("jsd, one cap, clipped", divergence_kernel, WIDE, constants(same_cap)),
-        _compilation("jsd, two caps, clipped", divergence_kernel, WIDE, constants(capped)),
-        _compilation("split: normalisers", split_normalisers_kernel, WIDE, {**constants(plain), "absent": None}),
+        lean("jsd", jsd),
+        lean("jsd, narrow, loss only", jsd, NARROW, False, **loss_only),
+        lean("jsd, float32 dz", jsd, dz="*fp32"),
+        lean("jsd, no gradient", jsd, dz=None, row_scale=None),
+        lean("forward KL", forward),
+        lean("reverse KL", reverse),
+        careful("careful: jsd", jsd, wanted="*i32"),
+        careful("careful: jsd, narrow, loss only", jsd, NARROW, False, **loss_only),
+        careful("careful: jsd, no gradient", jsd, dz=None, row_scale=None),
+        careful("careful: jsd, one cap, clipped", same_cap),
+        careful("careful: jsd, two caps, clipped", capped),
+        careful("careful: forward KL", forward, wanted="*i32"),
+        careful("careful: forward KL, clipped", Objective.checked(beta=0.0, entry_clip=0.05)),
+        careful("careful: reverse KL", reverse, wanted="*i32"),
+        careful("careful: reverse KL, float32 dz", reverse, WIDE, False, dz="*fp32", **loss_only),
+        _compilation("split: normalisers", split_normalisers_kernel, WIDE, {**constants(jsd), "absent": None}),
         _compilation("split: sums", split_sums_kernel, WIDE, constants(same_cap)),
         _compilation("split: gradient", split_gradient_kernel, WIDE, constants(same_cap)),
         _compilation("outside of a support", split_normalisers_kernel, WIDE, constants(capped)),
@@ -236,7 +242,7 @@ class _LeanMeaning:
 
     @classmethod
     def of(cls, objective: Objective) -> _LeanMeaning | None:
-        """None where the lean kernel does not serve: near its ends, the JSD's y is the difference of two logarithms."""
+        """None where the lean kernel does not serve."""
         transform, beta = objective.student, objective.beta
         if transform != objective.teacher or transform.softcap is not None or objective.entry_clip is not None:
             return None
@@ -274,6 +280,13 @@ def _series(beta: float) -> tuple[float, ...]:
         y = [log_m[k] * ln2 ** (k - 1) for k in n]
         y[1] = -beta
     return (*y[1:6], *(f[k] * ln2**k for k in n[2:]))
+
+
+def _lean_limits(plan: Configuration, capability: int) -> dict[str, int]:
+    """Further compiler options of `lean_kernel`."""
+    if plan.warps == TINY.warps:
+        return {}
+    return {"maxnreg": LEAN_REGISTERS if capability < 10 else LEAN_REGISTERS_OF_BLACKWELL}
 
 
 def _limits(plan: Configuration, constants: dict[str, Any]) -> dict[str, int]:
@@ -325,17 +338,20 @@ def divergence_rows(
     with _on(student.device):
         if plan.splits == 1:
             lean, declined = _LeanMeaning.of(objective), None
+            capability = torch.cuda.get_device_capability(student.device)[0] if student.is_cuda else 0
+            launch = {"BLOCK": plan.block, "num_warps": plan.warps}
+            shape = (vocab, *strides, dz_stride, *table_strides)
             if lean is not None:
                 declined = torch.empty(tokens, dtype=torch.int32, device=student.device)
                 lean_kernel[(tokens,)](
-                    student, teacher, dz, table, targets, row_scale, declined, vocab,
-                    *strides, dz_stride, *table_strides, *dataclasses.astuple(lean), meaning.grad_factor,
-                    KIND=meaning.constants["KIND"], STATS=stats, BLOCK=plan.block, num_warps=plan.warps,
+                    student, teacher, dz, table, targets, row_scale, declined, *shape,
+                    *dataclasses.astuple(lean), meaning.grad_factor,
+                    KIND=meaning.constants["KIND"], STATS=stats, **launch, **_lean_limits(plan, capability),
                 )  # fmt: skip
             divergence_kernel[(tokens,)](
-                student, teacher, dz, table, targets, row_scale, declined, vocab, *strides, dz_stride, *table_strides,
+                student, teacher, dz, table, targets, row_scale, declined, *shape,
                 meaning.transform, meaning.clips, meaning.grad_factor,
-                **meaning.constants, BLOCK=plan.block, num_warps=plan.warps, **_limits(plan, meaning.constants),
+                **meaning.constants, **launch, **_limits(plan, meaning.constants),
             )  # fmt: skip
             return
         tiles, splits = plan.parts(vocab)

@@ -10,11 +10,13 @@ Everything is in bits, nats·log2 e. For a token of a row, with x the logits and
     G = s·(x_S − x_T) − C      C: the first tile's mean gap. A constant between the models would cost G its digits.
     d = G − δ                  δ = log2 Σ2^(a + G) − log2 Σ2^a, so that d = log2 p_S − log2 p_T
 
-and p_T = 2^a / Σ2^a, p_S = p_T·2^d. Sweep 1 sums 2^a, 2^(a + G), and 2^a·(2^G − 1), which gives δ as accurately as G is
-known. A token's part of the divergence is p_T·f(d); its gradient, before the mean is taken off, is p_T·(2^d − 1) for the
-forward KL and c·p_S·y(d) for the others: y = d, c = ln 2 for the reverse KL, y = log2 m − log2 p_S, c = (β − 1)·ln 2 for
-the JSD. Near 0, f and y are power series in d. Sweep 2 sums and sweep 3 writes the gradient; both in one for the KLs,
-whose mean follows from sweep 1.
+and p_T = 2^a / Σ2^a, p_S = p_T·2^d. What a token adds to the divergence is p_T·f(d). Its gradient, before the mean is
+taken off, is p_T·(2^d − 1) for the forward KL and c·p_S·y(d) otherwise: for the reverse KL y = d and c = ln 2, for the
+JSD y = log2 m − log2 p_S and c = (β − 1)·ln 2. Near 0, f and y are power series.
+
+Sweep 1 sums 2^a, 2^(a + G), and 2^a·(2^G − 1), which gives δ as accurately as G is known; and what gives the mean of y
+over p_S: for the reverse KL that of G, for the JSD that of y(G), which `_shifted_mean` takes from G to d where the two
+are near enough for its series. Where they are not, another sweep does. The last one writes the gradient.
 
 A token with nearly all of a row's p_S is *sure*. What is left of its gradient, some 1 − p_S of it, drowns in rounding,
 but a row's gradient sums to 0: it is what the others' sum to, with the other sign.
@@ -22,13 +24,14 @@ but a row's gradient sums to 0: it is what the others' sum to, with the other si
 
 from __future__ import annotations
 
-from ..triton_jit import LN2, LOG2E, constant, exp2, fma, jit, log2, tl
+from ..triton_jit import LN2, LOG2E, constant, exp2, fma, jit, log2, reciprocal, tl
 from .triton_careful import FORWARD_KL, JSD, REVERSE_KL, _log1p, _store, _token, _write_token
 
 FAR = constant(60.0)  # bits, of G
 LOST = constant(76.0)  # Σ2^(a + G) must be above 2^(max |G| − LOST): what 2^a lost below its range is 2^−33 of that
 NEAR = constant(0.25 / 0.6931471805599453)  # bits: where the error of five terms meets that of exp2 and log2
 SURE = constant(0.75)
+EXACT = constant(1e-6)  # the error that the mean of a row's y may have, relative to y
 PADDING = constant(-1e30)  # a teacher's logit past the end of the row: 2^a is 0 there
 
 # ln2^n / n!: 2^x − 1 − x·ln 2 from the square on
@@ -52,14 +55,28 @@ def _tile(student, teacher, start, end, BLOCK: tl.constexpr, MASKED: tl.constexp
 
 
 @jit()
-def _reference(student, teacher, columns, scale, BLOCK: tl.constexpr):
-    """K and C from the row's first tile; any integer and any finite number would be correct."""
+def _reference(student, teacher, targets, row, columns, scale, BLOCK: tl.constexpr):
+    """K and C from the row's first tile and its target; any integer and any finite number would be correct.
+
+    A sampled token is likely, and its gap therefore near the row's mean. Returns the target's logits too (0: none).
+    """
     x_s, x_t, inside = _tile(student, teacher, 0, columns, BLOCK, True)
     top = tl.max(tl.where(inside, x_t, PADDING), 0)
+    target_s, target_t = top * 0.0, top * 0.0
+    if targets is not None:
+        target = tl.load(targets + row)
+        there = (target >= 0) & (target < columns)
+        target_s = tl.load(student + target, mask=there, other=float("nan")).to(tl.float32)
+        target_t = tl.load(teacher + target, mask=there, other=float("nan")).to(tl.float32)
+        top = tl.maximum(top, tl.where(there, target_t, top))
     weight = tl.where(inside, exp2((x_t - top) * scale), 0.0)
-    level = tl.floor(top * scale)
-    centre = tl.sum(tl.where(inside, weight * (x_s - x_t), 0.0), 0) / tl.sum(weight, 0) * scale
-    return tl.where(tl.abs(level) < 1e30, level, 0.0), tl.where(tl.abs(centre) < 1e30, centre, 0.0)
+    total, centre = tl.sum(weight, 0), tl.sum(tl.where(inside, weight * (x_s - x_t), 0.0), 0)
+    if targets is not None:  # a target of the first tile counts twice
+        weight = tl.where(there, tl.exp2((target_t - top) * scale), 0.0)
+        total, centre = total + weight, centre + tl.where(there, weight * (target_s - target_t), 0.0)
+    level, centre = tl.floor(top * scale), centre / total * scale
+    reference = (tl.where(tl.abs(level) < 1e30, level, 0.0), tl.where(tl.abs(centre) < 1e30, centre, 0.0))
+    return reference, target_s, target_t
 
 
 @jit()
@@ -74,63 +91,112 @@ def _pair(student, teacher, start, end, scale, reference, BLOCK: tl.constexpr, M
 
 
 @jit()
-def _normaliser_tile(
-    furthest, sum_t, sum_s, excess, drift, student, teacher, start, end, scale, reference,
-    KIND: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Adds a tile to max |G|, Σ2^a, Σ2^(a + G), Σ2^a·(2^G − 1) and, for the reverse KL, Σ2^(a + G)·G."""
-    a, gap = _pair(student, teacher, start, end, scale, reference, BLOCK, MASKED)
-    w, ratio = exp2(a), exp2(gap)
-    series = gap * fma(gap, fma(gap, fma(gap, fma(gap, fma(gap, E6, E5), E4), E3), E2), LN2)
-    furthest = tl.maximum(furthest, tl.abs(gap))
-    sum_t += w
-    excess = fma(w, tl.where(tl.abs(gap) < NEAR, series, ratio - 1.0), excess)
-    if KIND == REVERSE_KL:
-        w_s = w * ratio
-        sum_s += w_s
-        drift = fma(w_s, gap, drift)
-    else:
-        sum_s = fma(w, ratio, sum_s)
-    return furthest, sum_t, sum_s, excess, drift
+def _exp2m1(x, power):
+    """2^x − 1, given 2^x."""
+    series = x * fma(x, fma(x, fma(x, fma(x, fma(x, E6, E5), E4), E3), E2), LN2)
+    return tl.where(tl.abs(x) < NEAR, series, power - 1.0)
 
 
 @jit()
-def _normalisers(student, teacher, columns, scale, reference, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def _log2_ratio(d, power, mixture, series):
+    """y of the JSD, log2 m − log2 p_S with m = β·p_T + (1 − β)·p_S, where d = log2 p_S − log2 p_T; also m / p_T."""
+    beta, one_minus_beta = mixture
+    y1, y2, y3, y4, y5, _, _, _, _, _ = series
+    m = fma(power, one_minus_beta, beta)
+    small = d * fma(d, fma(d, fma(d, fma(d, y5, y4), y3), y2), y1)
+    return tl.where(tl.abs(d) < NEAR, small, log2(m) - d), m
+
+
+@jit()
+def _normaliser_tile(
+    sums, student, teacher, start, end, scale, reference, mixture, series,
+    KIND: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Adds a tile to max |G|, Σ2^a, Σ2^a·(2^G − 1), Σw and, with MEAN, Σw·y(G) and Σw·v, Σw·v², …; w is 2^(a + G),
+    and v = (2^G − 1)·p_T / m what `_shifted_mean` needs."""
+    furthest, sum_t, excess, sum_s, mean, v1, v2, v3, v4 = sums
+    a, gap = _pair(student, teacher, start, end, scale, reference, BLOCK, MASKED)
+    w_t, power = exp2(a), exp2(gap)
+    less_one = _exp2m1(gap, power)
+    furthest = tl.maximum(furthest, tl.abs(gap))
+    sum_t += w_t
+    excess = fma(w_t, less_one, excess)
+    w = w_t * power
+    sum_s += w
+    if MEAN and KIND == REVERSE_KL:
+        mean = fma(w, gap, mean)
+    if MEAN and KIND == JSD:
+        y, m = _log2_ratio(gap, power, mixture, series)
+        mean = fma(w, y, mean)
+        v = less_one * reciprocal(m)
+        w *= v
+        v1 += w
+        w *= v
+        v2 += w
+        w *= v
+        v3 += w
+        v4 = fma(w, v, v4)
+    return furthest, sum_t, excess, sum_s, mean, v1, v2, v3, v4
+
+
+@jit()
+def _normalisers(
+    student, teacher, columns, scale, reference, mixture, series,
+    KIND: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Sweep 1: the sums of `_normaliser_tile` over the row."""
     zero = tl.zeros((BLOCK,), tl.float32)
-    furthest, sum_t, sum_s, excess, drift = zero, zero, zero, zero, zero
+    sums = (zero, zero, zero, zero, zero, zero, zero, zero, zero)
     start = 0
     while start + BLOCK <= columns:
-        furthest, sum_t, sum_s, excess, drift = _normaliser_tile(
-            furthest, sum_t, sum_s, excess, drift, student, teacher, start, columns, scale, reference,
-            KIND, BLOCK, False,
-        )  # fmt: skip
+        sums = _normaliser_tile(
+            sums, student, teacher, start, columns, scale, reference, mixture, series, KIND, MEAN, BLOCK, False
+        )
         start += BLOCK
     if start < columns:
-        furthest, sum_t, sum_s, excess, drift = _normaliser_tile(
-            furthest, sum_t, sum_s, excess, drift, student, teacher, start, columns, scale, reference,
-            KIND, BLOCK, True,
-        )  # fmt: skip
-    return tl.max(furthest, 0), tl.sum(sum_t, 0), tl.sum(sum_s, 0), tl.sum(excess, 0), tl.sum(drift, 0)
+        sums = _normaliser_tile(
+            sums, student, teacher, start, columns, scale, reference, mixture, series, KIND, MEAN, BLOCK, True
+        )
+    furthest, sum_t, excess, sum_s, mean, v1, v2, v3, v4 = sums
+    powers = (tl.sum(v1, 0), tl.sum(v2, 0), tl.sum(v3, 0), tl.sum(v4, 0))
+    return tl.max(furthest, 0), tl.sum(sum_t, 0), tl.sum(excess, 0), tl.sum(sum_s, 0), tl.sum(mean, 0), powers
 
 
 @jit()
-def _terms(d, ratio, mixture, series, KIND: tl.constexpr):
-    """f(d), the divergence over p_T in nats, and the y(d) that the gradient is made of; `ratio` is 2^d."""
+def _shifted_mean(mean, powers, sum_s, drift, mixture):
+    """The JSD's Σp_S·y(G − δ) from sweep 1's sums, and whether it is accurate.
+
+    With η = 2^δ − 1 and v as above, y(G − δ) = y(G) + log2(1 + β·η) + log2(1 + k·v), k = −β(1 − β)·η / (1 + β·η), and
+    the last logarithm's series is cut after k⁴v⁴. What follows that is compared with β times the root mean square of v,
+    which is about that of y.
+    """
     beta, one_minus_beta = mixture
-    y1, y2, y3, y4, y5, f2, f3, f4, f5, f6 = series
+    v1, v2, v3, v4 = powers
+    eta = _exp2m1(drift, tl.exp2(drift))
+    k = -beta * one_minus_beta * eta / (1.0 + beta * eta)
+    series = k * (v1 - k * (v2 / 2 - k * (v3 / 3 - k * (v4 / 4)))) / sum_s
+    shifted = mean / sum_s + (_log1p(beta * eta, 1.0 + beta * eta) + series) * LOG2E
+    # |k·v|, as v is between −1 / β and 1 / (1 − β)
+    largest = tl.abs(k) * tl.maximum(1.0 / beta, 1.0 / one_minus_beta)
+    left = k * k * k * k * v4 / sum_s * largest / 5 / (1.0 - largest)
+    return shifted, (largest < 0.5) & (left * left * v2 <= EXACT * EXACT * beta * beta * v4)
+
+
+@jit()
+def _terms(d, power, mixture, series, KIND: tl.constexpr):
+    """f(d), the divergence over p_T in nats, and the y(d) that the gradient is made of; `power` is 2^d."""
+    beta, _ = mixture
+    _, _, _, _, _, f2, f3, f4, f5, f6 = series
     near = tl.abs(d) < NEAR
     small = d * d * fma(d, fma(d, fma(d, fma(d, f6, f5), f4), f3), f2)
     if KIND == JSD:
-        # log2 m − log2 p_S, where m = β·p_T + (1 − β)·p_S
-        y = log2(fma(ratio, one_minus_beta, beta)) - d
-        large = -fma(fma(ratio, one_minus_beta, beta), y, beta * d) * LN2
-        y = tl.where(near, d * fma(d, fma(d, fma(d, fma(d, y5, y4), y3), y2), y1), y)
+        y, m = _log2_ratio(d, power, mixture, series)
+        large = fma(m, y, beta * d) * -LN2
     elif KIND == FORWARD_KL:
-        large = fma(d, -LN2, ratio - 1.0)
-        y = tl.where(near, fma(d, LN2, small), ratio - 1.0)
+        large = fma(d, -LN2, power - 1.0)
+        y = tl.where(near, fma(d, LN2, small), power - 1.0)
     else:
-        large = fma(d * LN2, ratio, 1.0 - ratio)
+        large = fma(d * LN2, power, 1.0 - power)
         y = d
     return tl.where(near, small, large), y
 
@@ -141,13 +207,13 @@ def _sweep_tile(
     sure, gradient, KIND: tl.constexpr, LOSS: tl.constexpr, STATS: tl.constexpr, MEAN: tl.constexpr,
     BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of sweep 2, of sweep 3 (with dz), or of both: LOSS adds to Σ2^a·f, MEAN to Σ2^a·2^d·y, STATS to the sums
-    of both models' p·log2 p, and a gradient to the sum of all but a sure token's, whose column is found."""
+    """One tile of a later sweep. LOSS adds to Σ2^a·f, MEAN to Σ2^(a + d)·y, STATS to the sums of 2^a·a and
+    2^(a + d)·(a + d); dz is written, all but a sure token's added up, and that token's column found."""
     a, gap = _pair(student, teacher, start, end, scale, reference, BLOCK, MASKED)
     d = gap - drift
-    w, ratio = exp2(a), exp2(d)
-    w_s = w * ratio
-    f, y = _terms(d, ratio, mixture, series, KIND)
+    w, power = exp2(a), exp2(d)
+    w_s = w * power
+    f, y = _terms(d, power, mixture, series, KIND)
     if LOSS:
         total = fma(w, f, total)
     if MEAN:
@@ -157,10 +223,7 @@ def _sweep_tile(
         h_s = fma(w_s, a + d, h_s)
     if dz is not None:
         slope, shift = gradient
-        if KIND == FORWARD_KL:
-            value = w * y * slope
-        else:
-            value = w_s * fma(y, slope, shift)
+        value = w * y * slope if KIND == FORWARD_KL else w_s * fma(y, slope, shift)
         rest += tl.where(w_s > sure, 0.0, value)
         own = tl.where(w_s > sure, start + tl.arange(0, BLOCK), own)
         _store(dz, start, end, value, BLOCK, MASKED)
@@ -172,7 +235,7 @@ def _sweep(
     student, teacher, dz, columns, scale, reference, drift, mixture, series, sure, gradient,
     KIND: tl.constexpr, LOSS: tl.constexpr, STATS: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sweep 2, 3 or both over the row: the sums of `_sweep_tile`, and a sure token's column (−1: there is none)."""
+    """A later sweep over the row: the sums of `_sweep_tile`, and a sure token's column (−1: there is none)."""
     zero = tl.zeros((BLOCK,), tl.float32)
     total, mean, rest, h_s, h_t = zero, zero, zero, zero, zero
     own = tl.full((BLOCK,), -1, tl.int32)
@@ -203,8 +266,10 @@ def lean_kernel(
     student += row * student_stride
     teacher += row * teacher_stride
     table += row * token_stride
-    reference = _reference(student, teacher, columns, scale, BLOCK)
-    furthest, sum_t, sum_s, excess, gaps = _normalisers(student, teacher, columns, scale, reference, KIND, BLOCK)
+    reference, target_s, target_t = _reference(student, teacher, targets, row, columns, scale, BLOCK)
+    furthest, sum_t, excess, sum_s, mean, powers = _normalisers(
+        student, teacher, columns, scale, reference, mixture, series, KIND, dz is not None, BLOCK
+    )
     # each comparison is false for NaN
     fit = (furthest <= FAR) & (sum_t < 1e30) & (sum_s < 1e30) & (sum_s > tl.exp2(furthest - LOST))
     tl.store(declined + row, tl.where(fit, 0, 1))
@@ -212,47 +277,43 @@ def lean_kernel(
         log_t, x = tl.log2(sum_t), excess / sum_t
         drift = tl.where(tl.abs(x) < 0.5, _log1p(x, 1.0 + x) * LOG2E, tl.log2(sum_s) - log_t)
         if targets is not None:
-            target = tl.load(targets + row)
-            inside = (target >= 0) & (target < columns)
-            x_s = tl.load(student + target, mask=inside, other=float("nan")).to(tl.float32)
-            x_t = tl.load(teacher + target, mask=inside, other=float("nan")).to(tl.float32)
-            log_p = fma(x_t, scale, -reference[0]) - log_t
+            log_p = fma(target_t, scale, -reference[0]) - log_t
             tl.store(table + 8 * table_stride, log_p * LN2)
-            tl.store(table + 7 * table_stride, (log_p + (fma(x_s - x_t, scale, -reference[1]) - drift)) * LN2)
-            tl.debug_barrier()  # all have read the target's logits before any writes dz in their place
+            tl.store(table + 7 * table_stride, (log_p + (fma(target_s - target_t, scale, -reference[1]) - drift)) * LN2)
 
-        sure = SURE * sum_t
-        mean, kept = gaps / sum_s - drift, fit
-        SUMS_FIRST: tl.constexpr = KIND == JSD or dz is None
-        if SUMS_FIRST:
-            total, mean, _, _, h_s, h_t = _sweep(
-                student, teacher, None, columns, scale, reference, drift, mixture, series, sure, None,
-                KIND, True, STATS and dz is None, dz is not None, BLOCK,
-            )  # fmt: skip
-            mean /= sum_t
-            loss, divergence, clipped, amount, over, kept = _token(total / sum_t, 0.0, fit, token_clip)
+        sure, weight = SURE * sum_t, 0.0
+        gradient = (weight, weight)
         if dz is not None:
+            if KIND == JSD:
+                mean, known = _shifted_mean(mean, powers, sum_s, drift, mixture)
+                if not known:
+                    _, mean, _, _, _, _ = _sweep(
+                        student, teacher, None, columns, scale, reference, drift, mixture, series, sure, gradient,
+                        KIND, False, False, True, BLOCK,
+                    )  # fmt: skip
+                    mean /= sum_t
+            else:
+                mean = mean / sum_s - drift
             dz += row * dz_stride
             weight = slope * grad_factor / sum_t
             if row_scale is not None:
                 weight *= tl.load(row_scale + row).to(tl.float32)
-            weight = tl.where(kept, weight, 0.0)
-            late, _, rest, own, h_s, h_t = _sweep(
-                student, teacher, dz, columns, scale, reference, drift, mixture, series, sure,
-                (weight, -mean * weight), KIND, not SUMS_FIRST, STATS, False, BLOCK,
-            )  # fmt: skip
-            if not SUMS_FIRST:
-                loss, divergence, clipped, amount, over, kept = _token(late / sum_t, 0.0, fit, token_clip)
+            gradient = (weight, -mean * weight)
+        total, _, rest, own, h_s, h_t = _sweep(
+            student, teacher, dz, columns, scale, reference, drift, mixture, series, sure, gradient,
+            KIND, True, STATS, False, BLOCK,
+        )  # fmt: skip
+        loss, divergence, clipped, amount, over, kept = _token(total / sum_t, 0.0, fit, token_clip)
+        if dz is not None:
             tl.debug_barrier()  # what follows goes over what the sweep wrote
             if own >= 0:
                 tl.store(dz + own, (-rest).to(dz.dtype.element_ty))
-            if not SUMS_FIRST:
-                if kept == 0:  # a clipped token, which only the whole row can tell: rare
-                    tl.debug_barrier()
-                    zero = tl.zeros((BLOCK,), tl.float32)
-                    start = 0
-                    while start < columns:
-                        _store(dz, start, columns, zero, BLOCK, True)
-                        start += BLOCK
+            if kept == 0:  # a clipped token, which only the whole row can tell: rare
+                tl.debug_barrier()
+                zero = tl.zeros((BLOCK,), tl.float32)
+                start = 0
+                while start < columns:
+                    _store(dz, start, columns, zero, BLOCK, True)
+                    start += BLOCK
         h_s, h_t = log_t - h_s / sum_t, log_t - h_t / sum_t
         _write_token(table, table_stride, loss, divergence, clipped, amount, over, h_s, h_t, STATS)

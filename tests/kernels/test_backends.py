@@ -9,7 +9,7 @@ from _helpers import problem
 
 import opsd_kernels
 from opsd_kernels import backends, native
-from opsd_kernels.rows import native_backend
+from opsd_kernels.rows import native_backend, torch_backend
 
 CPU = torch.device("cpu")
 
@@ -49,6 +49,26 @@ def test_a_backend_that_fails_its_self_check_is_not_used(monkeypatch, fault):
 
     monkeypatch.setattr(native_backend, "divergence_rows", broken)
     assert backends.chosen("auto", CPU, torch.float32) == "torch"
+    assert "self-check" in backends.unfit("native", CPU, torch.float32)
+
+
+@pytest.mark.parametrize("fault", ["the last columns", "narrow dz", "dz in place", "sure tokens"])
+def test_the_self_check_reaches_what_is_used(monkeypatch, fault):
+    """A backend that is wrong in one of the forms that a row pass has, and right in all others."""
+    right = torch_backend.divergence_rows
+
+    def broken(student, teacher, objective, *, targets, table, dz, row_scale):
+        sure = student.amax(-1) > 24
+        right(student, teacher, objective, targets=targets, table=table, dz=dz, row_scale=row_scale)
+        if fault == "the last columns":
+            dz[:, 4096:] *= 1.1
+        elif fault == "sure tokens":
+            dz[sure] *= 1.1
+        elif (fault == "narrow dz") == (dz.dtype == torch.bfloat16):
+            dz *= 1.1
+
+    monkeypatch.setattr(native_backend, "available", lambda device: (True, ""))
+    monkeypatch.setattr(native_backend, "divergence_rows", broken)
     assert "self-check" in backends.unfit("native", CPU, torch.float32)
 
 

@@ -9,7 +9,7 @@ import torch
 from _helpers import allocations, leaf, peak, problem, product_flops
 
 import opsd_kernels
-from opsd_kernels import native, workspace
+from opsd_kernels import backends, fused_linear, native, workspace
 from opsd_kernels.workspace import budget_bytes, plan_chunks
 
 N, H, V = 512, 32, 4096
@@ -231,3 +231,31 @@ def test_given_logits_have_one_gradient_saved_and_one_returned():
         z_s.grad = None
 
     assert sum(size >= N * V * 4 for size in allocations(step)) == 2
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_begin_at_whole_loads_change_nothing(monkeypatch, backend, dtype):
+    """As they do on a GPU, where the vocabulary is no multiple of 8."""
+    if backend == "native" and not native.available()[0]:
+        pytest.skip("no native library")
+    student, teacher, weight = problem(40, 16, 1003, dtype=dtype)
+
+    def run():
+        x, head = leaf(student), leaf(weight)
+        loss = opsd_kernels.jsd_loss(x, teacher, head, backend=backend, workspace_bytes=200_000)
+        loss.backward()
+        return loss.detach(), x.grad, head.grad
+
+    want = run()
+    strides = set()
+    monkeypatch.setattr(fused_linear, "row_stride", lambda width, device: -(-width // 8) * 8)
+    row_pass = backends.divergence_rows
+    monkeypatch.setattr(
+        backends, "divergence_rows", lambda b, s, t, o, **out: (strides.add(s.stride(0)), row_pass(b, s, t, o, **out))
+    )
+    for mine, theirs in zip(run(), want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
+    assert strides == {1008}
+    assert workspace.row_stride(1003, torch.device("cuda")) == 1008
+    assert workspace.row_stride(1003, torch.device("cpu")) == 1003

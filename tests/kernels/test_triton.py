@@ -11,7 +11,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from _helpers import close_divergence, close_pair
@@ -19,11 +21,11 @@ from torch import Tensor
 
 from opsd_kernels import backends, reference
 from opsd_kernels.objective import LogitTransform, Objective
-from opsd_kernels.rows import Column, torch_backend, triton_backend
+from opsd_kernels.rows import Column, torch_backend, triton_backend, triton_lean
+from opsd_kernels.triton_jit import INTERPRETED
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-INTERPRETED = triton_backend.INTERPRETED
 inner = pytest.mark.skipif(not INTERPRETED, reason="runs in the process with TRITON_INTERPRET=1")
 # numpy warns of infinities that the kernels select away
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -189,6 +191,75 @@ def test_accuracy_with_a_constant_between_the_models(beta: float, monkeypatch: p
     table, dz = run(student, teacher, objective)
     assert rms((dz.double() - want).norm(dim=-1) / want.norm(dim=-1)) <= 1e-5
     assert rms((table[0] - loss).abs() / loss.abs()) <= 1e-4
+
+
+def declined(student: Tensor, teacher: Tensor, objective: Objective) -> list[bool] | None:
+    """The rows that the lean kernel leaves to the careful one; None: all, as the objective is not for it."""
+    seen = []
+
+    class Spy:
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                lean[grid](*arguments, **options)
+                seen.append(arguments[6].bool().tolist())
+
+            return launch
+
+    lean = triton_backend.lean_kernel
+    with mock.patch.object(triton_backend, "lean_kernel", Spy()):
+        run(student, teacher, objective)
+    return seen[0] if seen else None
+
+
+@inner
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_which_rows_need_care(beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout(monkeypatch)
+    student, teacher = logits(9, 501, 3.0)
+    student[1] += 1000.0  # a constant between the models is no reason
+    student[2, 7] = teacher[3, 7] = -math.inf
+    student[4, 7] = teacher[4, 7] = -math.inf
+    student[5, 7] = math.nan
+    student[6, 7] = teacher[6, 7] + 60.0  # in nats: a gap too far
+    student[7, 256:] -= 40.0  # all of the student's mass is in the first tile
+    student[7, :256], teacher[7, :256] = -20.0, -20.0
+    teacher[8, 400] = 110.0  # far above what the first tile says
+    plain = [False, False, True, True, True, True, True, True, True]
+    assert declined(student, teacher, Objective.checked(beta=beta)) == plain
+    for options in ({"entry_clip": 0.1}, {"softcap": 30.0}, {"logit_scale": 1.1, "teacher_logit_scale": 1.0}):
+        assert declined(student[:2], teacher[:2], Objective.checked(beta=beta, **options)) is None
+    assert declined(student[:2], teacher[:2], Objective.checked(beta=0.1)) is None
+
+
+@inner
+@pytest.mark.parametrize(("gap", "sweeps"), [(0.05, 2), (3.0, 3)])
+def test_sweeps_of_the_jsd(gap: float, sweeps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the models are near each other, the mean that the gradient needs comes out of the first sweep."""
+    layout(monkeypatch)
+    student, teacher = logits(4, 1027, gap)
+    later = mock.Mock(wraps=triton_lean._sweep)
+    monkeypatch.setattr(triton_lean, "_sweep", later)
+    _, dz = run(student, teacher, Objective.checked())
+    assert later.call_count == 4 * (sweeps - 1)
+    _, want = expected(student, teacher, Objective.checked(), None)
+    assert rms((dz.double() - want).norm(dim=-1) / want.norm(dim=-1)) <= 1e-5
+
+
+@inner
+def test_series_of_the_lean_kernel() -> None:
+    """Its polynomials in d (bits) against the functions they stand for, at the edge of where they are used."""
+    edge, ln2 = triton_lean.NEAR.value, math.log(2.0)
+    for beta in (0.0, 0.13, 0.5, 0.87, 1.0):
+        y, f = np.split(np.array(triton_backend._series(beta)), 2)
+        for d in (edge, -edge):
+            x, q = d * ln2, 1.0 - beta
+            m = beta + q * math.exp(x)
+            exact = {0.0: math.expm1(x) - x, 1.0: math.exp(x) * x - math.expm1(x)}.get(
+                beta, q * math.exp(x) * x - m * math.log(m)
+            )
+            assert f @ d ** np.arange(2, 7) == pytest.approx(exact, rel=2e-5)
+            if beta not in (0.0, 1.0):
+                assert y @ d ** np.arange(1, 6) == pytest.approx((math.log(m) - x) / ln2, rel=2e-6)
 
 
 @inner

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from _aot import compiled, usage
+from _aot import compiled, hot_loops, usage
 
 from opsd_kernels.rows import triton_backend
+from opsd_kernels.triton_jit import INTERPRETED
 
 pytestmark = [
-    pytest.mark.skipif(triton_backend.INTERPRETED, reason="TRITON_INTERPRET=1 replaces the compiler"),
+    pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 replaces the compiler"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 
@@ -18,24 +19,45 @@ ARCHITECTURES = (80, 90, 100)
 REGISTERS_PER_PROCESSOR = 65536
 LEAST_PROGRAMS = 2  # resident per multiprocessor, so that one's arithmetic covers another's loads
 SHARED_BYTES = 48 << 10  # what every device gives without opting in
-COMPILATIONS: list[triton_backend.Compilation] = [] if triton_backend.INTERPRETED else triton_backend.compilations()
-WIDE = [c for c in COMPILATIONS if "BLOCK" in c.constants]  # the kernels that read rows of logits
+SHIPPED: list[tuple[int, triton_backend.Compilation]] = []
+if not INTERPRETED:
+    SHIPPED += [(a, c) for a in ARCHITECTURES for c in triton_backend.compilations(a // 10)]
+OF_HOPPER = {c.name: c for architecture, c in SHIPPED if architecture == 90}
+# At most so many instructions per vocabulary entry, in all sweeps; the careful kernel's are there to notice growth.
+INSTRUCTIONS = {
+    "jsd": 104,  # with the sweep for the mean that most rows do without
+    "jsd, no gradient": 54,
+    "forward KL": 55,
+    "reverse KL": 55,
+    "careful: forward KL, clipped": 166,
+}
+LEAN_REGISTERS = 64  # four programs to a multiprocessor
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("compilation", COMPILATIONS, ids=lambda c: c.name)
+@pytest.mark.parametrize(("architecture", "compilation"), SHIPPED, ids=[f"sm_{a}, {c.name}" for a, c in SHIPPED])
 def test_resources(compilation: triton_backend.Compilation, architecture: int, tmp_path: Path) -> None:
     kernel = compiled(compilation, architecture)
     assert kernel.metadata.shared <= SHARED_BYTES
     # both logit rows are read, and a narrow dz written, with the widest instructions in the unmasked loops
-    assert "ld.global.v4" in kernel.asm["ptx"] or compilation not in WIDE
+    assert "ld.global.v4" in kernel.asm["ptx"] or "BLOCK" not in compilation.constants
     found = usage(kernel, tmp_path)
     assert (found.stack, found.local) == (0, 0), f"spills: {found}"
     assert found.registers * 32 * compilation.options["num_warps"] * LEAST_PROGRAMS <= REGISTERS_PER_PROCESSOR, found
+    if compilation.kernel is triton_backend.lean_kernel and architecture < 100:
+        assert found.registers <= LEAN_REGISTERS, found
     assert found.shared <= SHARED_BYTES
 
 
-@pytest.mark.parametrize("compilation", WIDE, ids=lambda c: c.name)
+@pytest.mark.parametrize("name", INSTRUCTIONS)
+def test_instructions_per_entry(name: str, tmp_path: Path) -> None:
+    compilation = OF_HOPPER[name]
+    loops = hot_loops(compiled(compilation, 90), tmp_path)
+    assert len(loops) >= 2, "the sweeps were not found in the binary"
+    of_a_thread = compilation.constants["BLOCK"] / (32 * compilation.options["num_warps"])
+    assert sum(loops) / of_a_thread <= INSTRUCTIONS[name], [n / of_a_thread for n in loops]
+
+
+@pytest.mark.parametrize("compilation", [c for c in OF_HOPPER.values() if "BLOCK" in c.constants], ids=lambda c: c.name)
 def test_a_tile_gives_every_thread_its_own_elements(compilation: triton_backend.Compilation) -> None:
     # what dz in the student's place relies on; see WIDE
     assert compilation.constants["BLOCK"] >= compilation.options["num_warps"] * 32 * 4

@@ -13,7 +13,7 @@ from torch import nn
 import opsd_kernels.packing.attention as attention
 import opsd_kernels.packing.hooks as hooks
 from opsd_kernels.packing import dual_hidden_states, pack_dual_context, plan_passes
-from opsd_kernels.rows.triton_backend import INTERPRETED
+from opsd_kernels.triton_jit import INTERPRETED
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

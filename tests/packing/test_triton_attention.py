@@ -24,7 +24,7 @@ from torch import Tensor
 from opsd_kernels.packing import attention, dual_hidden_states, pack_dual_context, plan_passes, triton_attention
 from opsd_kernels.packing.layout import Layout
 from opsd_kernels.packing.triton_attention import Work
-from opsd_kernels.rows.triton_backend import INTERPRETED
+from opsd_kernels.triton_jit import INTERPRETED
 
 pytest.importorskip("triton", reason="Triton is not installed")
 import triton.language as tl

@@ -9,7 +9,7 @@ import torch
 from _aot import compiled, triton, usage
 
 from opsd_kernels.packing.triton_attention import Compilation, compilations
-from opsd_kernels.rows.triton_backend import INTERPRETED
+from opsd_kernels.triton_jit import INTERPRETED
 
 pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 replaces the compiler"),
