@@ -31,7 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import machine, peak_bytes
+from benchmarks.machine import machine
+from benchmarks.measure import peak_bytes
 from benchmarks.report import replace_section
 from opsd.metrics import Clock
 from opsd.models import evaluating, is_adapted
