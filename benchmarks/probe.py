@@ -1,5 +1,5 @@
-"""What a GPU's time is made of, piece by piece: the machine's two ceilings, the row pass by itself, each product against
-the number of rows in a chunk, and what Nsight Compute counts in the row kernels.
+"""What a GPU's time is made of: the machine's two ceilings, the row pass by itself, each product against the number of
+rows in a chunk, and what Nsight Compute counts in the row kernels.
 
 `python -m benchmarks.probe` runs each row pass twice and measures nothing: it is what the profiler looks into.
 """
@@ -84,7 +84,7 @@ def rows(report: Report, tokens: int, vocab: int, dtype: torch.dtype) -> dict[st
         for backend in report.wanted(fit(report.device)):
             for objective, beta in OBJECTIVES.items():
                 name = f"{backend}, {objective}{', confident rows' * confident}"
-                times = report.attempt(name, lambda b=backend, x=beta: sampled(chunk.run(b, x), report.device))
+                times = report.attempt(name, lambda c=chunk, b=backend, x=beta: sampled(c.run(b, x), report.device))
                 if times is None:
                     found[name] = dict(report.out[name])
                     continue

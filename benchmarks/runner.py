@@ -404,6 +404,7 @@ def _here(item: Item, options: argparse.Namespace, deadline: float, report: Repo
         found = item.run(report)
     except Unavailable as error:
         found = {"unavailable": str(error)}
+        print(f"  not to be had here: {error}", flush=True)
     except Exception as error:
         traceback.print_exc()
         return {"error": described(error)}
