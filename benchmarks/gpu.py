@@ -76,16 +76,16 @@ def _items(device: torch.device, sizes: Sizes) -> Iterator[Item]:
     def cell(hidden: int, **options: Any) -> Cell:
         return Cell(**{"tokens": sizes.tokens, "hidden": hidden, "vocab": sizes.vocab, "dtype": sizes.dtype, **options})
 
-    def of(step: str, seconds: float, cell: Cell, names: list[str], suffix: str = "") -> Item:
+    def of(step: str, seconds: float, cell: Cell, names: list[str], suffix: str = "", **options: Any) -> Item:
         def run(report: Report) -> dict[str, Any]:
             return measured(report, cell, names)
 
-        return Item(f"{step}/{cell.key}{suffix}", seconds, run)
+        return Item(f"{step}/{cell.key}{suffix}", seconds, run, **options)
 
     def tests(path: str, seconds: float) -> Item:
         return Item(f"tests/{Path(path).name}", seconds, lambda report: tested(report, path))
 
-    yield Item("compile/kernels", 90, precompile.run)
+    yield Item("compile/kernels", 90, precompile.run, holds=lambda _: precompile.cached())
     for path in TESTS:
         yield tests(path, 60)
     yield of("loss", 80, cell(large), every)
@@ -103,7 +103,7 @@ def _items(device: torch.device, sizes: Sizes) -> Iterator[Item]:
     found = sorted(f"tests/gpu/{path.name}" for path in (ROOT / "tests/gpu").glob("test_*.py"))
     for path in (*(path for path in found if path not in TESTS + LAST_TESTS), *LAST_TESTS):
         yield tests(path, 60)
-    yield of("compiled", 150, cell(small), [FLOOR, own, "liger-chunked", "dense-compiled"])
+    yield of("compiled", 150, cell(small), [FLOOR, own, "liger-chunked", "dense-compiled"], patience=200)
     for tokens in sizes.more_tokens:
         yield of("sweep", 30 if tokens <= sizes.tokens else 90, cell(small, tokens=tokens), few)
     for vocab in sizes.more_vocab:
@@ -127,20 +127,14 @@ def tested(report: Report, path: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", path, *ONLY.get(path, [])]
     if importlib.util.find_spec("xdist") is not None:
         command += ["--numprocesses", str(min(WORKERS, len(os.sched_getaffinity(0))))]
-    before, begun = _cached(), time.monotonic()
+    before, begun = precompile.entries(), time.monotonic()
     status, lines = run_command(command, report.deadline - time.monotonic() - 2.0)
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     seconds = round(time.monotonic() - begun, 1)
     ended = f"stopped after {seconds:.0f} s" if status is None else f"status {status}"
     print("\n".join(f"  {line}" for line in [ended, *failed[:20], *lines[-1:]]), flush=True)
     return {"status": status, "seconds": seconds, "agree": status == 0, "failed": failed, "tail": lines[-40:],
-            "compiled_anew": _cached() - before}  # fmt: skip
-
-
-def _cached() -> int:
-    """Entries in Triton's cache on disk."""
-    folder = os.environ.get("TRITON_CACHE_DIR") or os.path.expanduser("~/.triton/cache")
-    return len(os.listdir(folder)) if os.path.isdir(folder) else 0
+            "compiled_anew": precompile.entries() - before}  # fmt: skip
 
 
 # The tables.
@@ -151,8 +145,8 @@ def tables(data: dict[str, Any]) -> dict[str, str]:
     cells = [cell for step in ("loss", "compiled", "sweep") for cell in of_step(data, step)]
     if cells:
         parts = [times_table(cells), "", where(data, ["loss", "compiled", "sweep"]), "",
-                 "<details><summary>Peak memory and phases</summary>", "", "Peak MiB (bound):", "", peaks_table(cells), "",
-                 phases_table(cells), "", "</details>"]  # fmt: skip
+                 "<details><summary>Peak memory and phases</summary>", "", "Peak MiB (bound):", "", peaks_table(cells),
+                 "", phases_table(cells), "", "</details>"]  # fmt: skip
         made["loss-gpu"] = "\n".join(parts)
     rows, products, most = (of_step(data, step) for step in ("rows", "products", "ceilings"))
     if rows or products:

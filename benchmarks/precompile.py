@@ -8,9 +8,11 @@ compiled in a process of its own, so that one which fails, or takes its compiler
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import multiprocessing
 import os
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -18,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -59,6 +62,13 @@ class Launch:
     attributes: dict[Any, Any]
     options: Any
     target: Any
+
+    @property
+    def choices(self) -> str:
+        """Its compile-time arguments, but for absent tensors and strides."""
+        names = self.kernel.arg_names
+        chosen = {names[path[0]]: value for path, value in self.constants.items()}
+        return ", ".join(f"{name} {value}" for name, value in chosen.items() if name.isupper())
 
     def compile(self) -> Any:
         import triton
@@ -228,17 +238,45 @@ def run(report: Report) -> dict[str, Any]:
     print(f"  {len(wanted)} kernels for sm_{capability[0]}{capability[1]}, {workers} at a time", flush=True)
     found = compile_all(wanted, workers, report)
     failed = [name for name, one in found.items() if "failed" in one]
-    print(f"  {len(found) - len(failed)} compiled in {time.monotonic() - begun:.0f} s, failed: {failed or 'none'}")
-    return {"capability": list(capability), "workers": workers, "seconds_recording": recorded, "contenders": found}
+    print(f"  {len(found) - len(failed)} compiled in {time.monotonic() - begun:.0f} s", flush=True)
+    for name in failed:
+        print(f"  {name} ({found[name]['choices']}): {found[name]['failed']}", flush=True)
+    if on_gpu and not failed:
+        _marker().parent.mkdir(parents=True, exist_ok=True)
+        _marker().write_text("", encoding="utf-8")
+    return {
+        "capability": list(capability),
+        "workers": workers,
+        "seconds_recording": round(recorded, 1),
+        "contenders": found,
+    }
 
 
 DRY_KERNELS = 3
 
 
+def _cache() -> Path:
+    return Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+
+
+def entries() -> int:
+    """Of Triton's cache on disk."""
+    return sum(1 for _ in _cache().iterdir()) if _cache().is_dir() else 0
+
+
+def _marker() -> Path:
+    """There once all kernels of these sources are in the cache."""
+    sources = b"".join(Path(module.__file__ or "").read_bytes() for module in (triton_backend, triton_attention))
+    return _cache() / f"opsd-{hashlib.sha256(sources).hexdigest()[:16]}"
+
+
+def cached() -> bool:
+    """Whether this machine has all kernels, as after `run`."""
+    return _marker().exists()
+
+
 def _capability() -> tuple[int, int]:
     """Asked of another process: this one forks, which a process with a device must not."""
-    import subprocess
-
     program = "import torch; print(*torch.cuda.get_device_capability())"
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     major, minor = map(int, ran.stdout.split())
@@ -274,7 +312,7 @@ def compile_all(wanted: list[Launch], workers: int, report: Report) -> dict[str,
                 process.kill()
                 running.pop(pipe)
                 found[name] = {"failed": f"stopped after {time.monotonic() - begun:.0f} s"}
-    return {launch.name: found[launch.name] for launch in wanted}
+    return {launch.name: {"choices": launch.choices, **found[launch.name]} for launch in wanted}
 
 
 def _compile(launch: Launch, pipe: Any, inject: list[str]) -> None:

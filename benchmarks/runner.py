@@ -155,11 +155,14 @@ def release(device: torch.device) -> None:
 @dataclass(frozen=True)
 class Item:
     """One measurement: "step/what", and about how many seconds it takes on a GPU. It is not begun with less left, and
-    stopped after three times as much."""
+    stopped after three times as much, or once one contender's turn lasts longer than `patience`."""
 
     name: str
     seconds: float
     run: Callable[[Report], dict[str, Any]] = field(compare=False)
+    patience: float = 60.0
+    #: whether what was found before still holds on this machine
+    holds: Callable[[dict[str, Any]], bool] = field(default=lambda _: True, compare=False)
 
     @property
     def step(self) -> str:
@@ -316,7 +319,8 @@ def main(
     items = items_of(device_of(options))
     if options.item:
         return _child({item.name: item for item in items}[options.item], options)
-    chosen = [i for i in items if not options.only or any(n == i.step or n in i.name for n in options.only)]
+    steps = {item.step for item in items}
+    chosen = [i for i in items if not options.only or any(_named(i, n, steps) for n in options.only)]
     if not chosen:
         parser.error(f"--only {' '.join(options.only)}: no such measurement; --list names them")
     if options.list:
@@ -336,6 +340,10 @@ def main(
         parser.error("there is no CUDA device; --dry-run does without")
     results.write()
     return _run_all(module, chosen, results, options, list(sys.argv[1:] if arguments is None else arguments))
+
+
+def _named(item: Item, name: str, steps: set[str]) -> bool:
+    return item.step == name if name in steps else name in item.name
 
 
 def _write_tables(results: Results, tables: Tables) -> int:
@@ -359,8 +367,7 @@ def _run_all(
     if options.again:
         for item in chosen:
             results.data["faults"].pop(item.name, None)
-    known = results.data["cells"].keys() | results.data["failed"].keys()
-    todo = [item for item in chosen if options.again or item.name not in known]
+    todo = [item for item in chosen if options.again or not _known(item, results.data)]
     for item in todo:
         if options.here:
             found = _here(item, options, deadline)
@@ -384,6 +391,11 @@ def _run_all(
         print(f"to go on: python -m {module} {shlex.join(again)}")
         print(f"  and where {options.out} does not outlast this command: --from PATH/TO/{results.path.name}")
     return 1 if failed or wrong else 3 if left_out else 0
+
+
+def _known(item: Item, data: dict[str, Any]) -> bool:
+    cell = data["cells"].get(item.name)
+    return item.name in data["failed"] if cell is None else item.holds(cell)
 
 
 def _wrong(cell: dict[str, Any]) -> bool:
@@ -441,11 +453,13 @@ def _protected(module: str, item: Item, results: Results, options: argparse.Name
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / "report.json"
             command = [sys.executable, "-m", module, "--item", item.name, "--report", str(path)]
-            command += ["--seconds", f"{limit:.1f}", *_passed_on(options)]
+            command += ["--seconds", f"{0.85 * limit:.1f}", *_passed_on(options)]  # to come to an end by itself
             faults = results.faults(item.name)
             if faults:
                 command += ["--without", *(text for pair in faults.items() for text in pair)]
-            status, output = _spawn(command, limit)
+            turns = Turns(path, options.limit or item.patience)
+            status, output = _spawn(command, limit, turns)
+            stalled = status is None and turns.stalled()
             state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         print(_shown(output), flush=True)
         if "found" in state:
@@ -453,15 +467,14 @@ def _protected(module: str, item: Item, results: Results, options: argparse.Name
                 state["found"]["faults"] = faults
             results.keep(item.name, state["found"])
             return
-        if status is None and limit == left:
+        if status is None and limit == left and not stalled:
             results.note("left_out", item.name, "stopped: the time was used up")
             return
         last = _last_line(output)
         reason = state.get("error") or state.get("reason")
         if reason is None:
-            ended = f"stopped after {limit:.0f} s" if status is None else f"its process ended with status {status}"
-            reason = ended + (f": {last}" if last else "")
-        culprit = state.get("running")
+            reason = _ended(status, time.monotonic() - begun) + (f": {last}" if last else "")
+        culprit = state.get("running") if stalled or status is not None else None
         if culprit is None or culprit in faults:
             results.note("failed", item.name, reason)
             return
@@ -487,16 +500,42 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
-def _spawn(command: list[str], limit: float) -> tuple[int | None, str]:
+@dataclass
+class Turns:
+    """Watches a report: whether a contender's turn has lasted too long."""
+
+    path: Path
+    patience: float
+
+    def stalled(self) -> bool:
+        try:
+            since = self.path.stat().st_mtime
+            running = json.loads(self.path.read_text(encoding="utf-8")).get("running")
+        except (OSError, ValueError):
+            return False
+        return running is not None and time.time() - since > self.patience
+
+
+def _ended(status: int | None, seconds: float) -> str:
+    if status is None:
+        return f"stopped after {seconds:.0f} s"
+    if status < 0:
+        return f"its process was ended by {signal.Signals(-status).name}"
+    return f"its process ended with status {status}"
+
+
+def _spawn(command: list[str], limit: float, turns: Turns | None = None) -> tuple[int | None, str]:
     """(exit status, output); None where the process had to be stopped, with all that it had started."""
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp
         )
+        deadline = time.monotonic() + limit
+        status: int | None = None
         try:
-            status: int | None = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            status = None
+            while status is None and time.monotonic() < deadline and not (turns and turns.stalled()):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    status = process.wait(min(1.0, max(0.0, deadline - time.monotonic())))
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -512,9 +551,8 @@ def run_command(command: list[str], limit: float) -> tuple[int | None, list[str]
 
 
 def _last_line(output: str) -> str:
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if "rror" in line]
-    return (errors or lines or [""])[-1][:300]
+    """The last line that speaks of an error."""
+    return next((line.strip()[:300] for line in reversed(output.splitlines()) if "rror" in line), "")
 
 
 def _shown(output: str) -> str:
