@@ -85,7 +85,7 @@ def _items(device: torch.device, sizes: Sizes) -> Iterator[Item]:
     def tests(path: str, seconds: float) -> Item:
         return Item(f"tests/{Path(path).name}", seconds, lambda report: tested(report, path))
 
-    yield Item("compile/kernels", 90, precompile.run, holds=lambda _: precompile.cached())
+    yield Item("compile/kernels", 90, precompile.run, holds=lambda _: device.type == "cpu" or precompile.cached())
     for path in TESTS:
         yield tests(path, 60)
     yield of("loss", 80, cell(large), every)

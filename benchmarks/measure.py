@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -289,10 +290,10 @@ def measure(
                 seconds[name][number] = one
         _release(sets)
         order = [*order[1:], *order[:1]]  # no one always follows the same one
-    if gpu and FLOOR in calls:
-        for _ in range(STEPS):
+    if gpu and seconds.get(FLOOR):
+        for _ in range(min(40, math.ceil(1.0 / median(seconds[FLOOR].values())))):
             step(calls[FLOOR], sets[0])
-        gpu |= {"loaded": gpu_state()}  # while those run
+        gpu |= {"loaded": gpu_state()}  # while those run, about a second
         synchronize(device)
         gpu |= {"after": gpu_state()}
     floor = seconds.get(FLOOR, {})

@@ -168,7 +168,7 @@ def profiled(report: Report, tokens: int, vocab: int) -> dict[str, Any]:
     if report.device.type != "cuda":
         raise Unavailable("there is no CUDA device")
     command = [program, "--clock-control", "none", "--csv", "--page", "details", "--target-processes", "all"]
-    command += ["--kernel-name", "regex:divergence|cluster"]
+    command += ["--kernel-name", "regex:divergence|cluster|rows"]
     command += [text for section in SECTIONS for text in ("--section", section)]
     command += [sys.executable, "-m", "benchmarks.probe", str(tokens), str(vocab)]
     status, lines = run_command(command, min(600.0, report.deadline - time.monotonic()))
@@ -182,13 +182,14 @@ def profiled(report: Report, tokens: int, vocab: int) -> dict[str, Any]:
 
 
 def parsed(lines: list[str]) -> list[dict[str, Any]]:
-    """The launches in ncu's CSV, which may begin after other output: {"kernel", "metrics": {name: "value unit"}}."""
+    """The launches in ncu's CSV, which may begin after other output: {"kernel", "metrics": {"name, unit": "value"}}."""
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     found: dict[str, dict[str, Any]] = {}
     for row in csv.DictReader(lines[start:]):
         if row.get("Metric Name") in METRICS:
             one = found.setdefault(row["ID"], {"kernel": row["Kernel Name"], "metrics": {}})
-            one["metrics"][row["Metric Name"]] = f"{row['Metric Value']} {row['Metric Unit']}".strip()
+            unit = f", {row['Metric Unit']}" if row["Metric Unit"] else ""
+            one["metrics"][row["Metric Name"] + unit] = row["Metric Value"]
     return list(found.values())
 
 

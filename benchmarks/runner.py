@@ -155,12 +155,13 @@ def release(device: torch.device) -> None:
 @dataclass(frozen=True)
 class Item:
     """One measurement: "step/what", and about how many seconds it takes on a GPU. It is not begun with less left, and
-    stopped after three times as much, or once one contender's turn lasts longer than `patience`."""
+    stopped after `limit` or three times as much, or once one contender's turn lasts longer than `patience`."""
 
     name: str
     seconds: float
     run: Callable[[Report], dict[str, Any]] = field(compare=False)
     patience: float = 60.0
+    limit: float | None = None
     #: whether what was found before still holds on this machine
     holds: Callable[[dict[str, Any]], bool] = field(default=lambda _: True, compare=False)
 
@@ -169,8 +170,8 @@ class Item:
         return self.name.partition("/")[0]
 
     @property
-    def limit(self) -> float:
-        return 3 * self.seconds + 30
+    def longest(self) -> float:
+        return self.limit or 3 * self.seconds + 30
 
 
 class Results:
@@ -342,6 +343,11 @@ def main(
     return _run_all(module, chosen, results, options, list(sys.argv[1:] if arguments is None else arguments))
 
 
+def _stripped(arguments: Sequence[str]) -> list[str]:
+    """What goes on from where a command ended."""
+    return [argument for argument in arguments if argument != "--again"]
+
+
 def _named(item: Item, name: str, steps: set[str]) -> bool:
     return item.step == name if name in steps else name in item.name
 
@@ -387,8 +393,7 @@ def _run_all(
         if names:
             print(f"{kind}: {', '.join(names)}")
     if left_out:
-        again = [a for a in arguments if a != "--again"]
-        print(f"to go on: python -m {module} {shlex.join(again)}")
+        print(f"to go on: python -m {module} {shlex.join(_stripped(arguments))}")
         print(f"  and where {options.out} does not outlast this command: --from PATH/TO/{results.path.name}")
     return 1 if failed or wrong else 3 if left_out else 0
 
@@ -427,8 +432,6 @@ def _here(item: Item, options: argparse.Namespace, deadline: float, report: Repo
 
 def _child(item: Item, options: argparse.Namespace) -> int:
     path = Path(options.report)
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never to be left over with the device
     without = dict(zip(options.without[::2], options.without[1::2], strict=True))
     report = Report(
         device_of(options), path, without=without, deadline=time.monotonic() + options.seconds, inject=options.inject,
@@ -445,7 +448,7 @@ def _protected(module: str, item: Item, results: Results, options: argparse.Name
     print(f"== {item.name}", flush=True)
     while True:
         left = deadline - SPARE - time.monotonic()
-        limit = min(left, options.limit or item.limit)
+        limit = min(left, options.limit or item.longest)
         if limit <= 0:
             results.note("left_out", item.name, "the time is used up")
             return
@@ -524,11 +527,22 @@ def _ended(status: int | None, seconds: float) -> str:
     return f"its process ended with status {status}"
 
 
+_LIBC = ctypes.CDLL(None)
+
+
+def _bound() -> None:
+    """In a new process: a group of its own, to be stopped with all that it starts, which dies with its parent: nothing
+    is left over that holds the device."""
+    os.setpgrp()
+    if hasattr(_LIBC, "prctl"):
+        _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def _spawn(command: list[str], limit: float, turns: Turns | None = None) -> tuple[int | None, str]:
     """(exit status, output); None where the process had to be stopped, with all that it had started."""
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp
+            command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT, preexec_fn=_bound
         )
         deadline = time.monotonic() + limit
         status: int | None = None
