@@ -565,8 +565,9 @@ def run_command(command: list[str], limit: float) -> tuple[int | None, list[str]
 
 
 def _last_line(output: str) -> str:
-    """The last line that speaks of an error."""
-    return next((line.strip()[:300] for line in reversed(output.splitlines()) if "rror" in line), "")
+    """The last line that speaks of an error; indented ones are the measurement's own report."""
+    errors = [line for line in output.splitlines() if "rror" in line and not line.startswith(" ")]
+    return errors[-1].strip()[:300] if errors else ""
 
 
 def _shown(output: str) -> str:
