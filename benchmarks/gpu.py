@@ -28,7 +28,8 @@ from benchmarks import precompile, probe
 from benchmarks.cells import FLOOR, FLOORS, LABELS, PROJECT, Cell, contenders
 from benchmarks.loss import label, over, peak
 from benchmarks.measure import measure
-from benchmarks.runner import ROOT, Item, Report, main, of_step, run_command, where
+from benchmarks.record import of_step, where
+from benchmarks.runner import ROOT, Item, Report, main, run_command
 
 ROUNDS = {"cuda": 9, "cpu": 2}
 MORE_BETAS = (0.1, 0.9)
@@ -144,7 +145,7 @@ def tables(data: dict[str, Any]) -> dict[str, str]:
     made = {}
     cells = [cell for step in ("loss", "compiled", "sweep") for cell in of_step(data, step)]
     if cells:
-        parts = [times_table(cells), "", where(data, ["loss", "compiled", "sweep"]), "",
+        parts = [times_table(cells), "", *load(cells), where(data, ["loss", "compiled", "sweep"]), "",
                  "<details><summary>Peak memory and phases</summary>", "", "Peak MiB (bound):", "", peaks_table(cells),
                  "", phases_table(cells), "", "</details>"]  # fmt: skip
         made["loss-gpu"] = "\n".join(parts)
@@ -157,6 +158,15 @@ def tables(data: dict[str, Any]) -> dict[str, str]:
                       f"{best['bytes_per_second'] / 1e12:.2f} TB/s."]  # fmt: skip
         made["rows-gpu"] = "\n".join([*parts, where(data, ["rows", "products", "ceilings"])])
     return made
+
+
+def load(cells: list[dict[str, Any]]) -> list[str]:
+    """What the clocks were while the cells were measured."""
+    states = [cell["gpu"]["loaded"] for cell in cells if cell.get("gpu", {}).get("loaded")]
+    if not states:
+        return []
+    clocks, power = ([float(state[name]) for state in states] for name in ("clocks.sm", "power.draw"))
+    return [f"Under load: SM clock {min(clocks):.0f} to {max(clocks):.0f} MHz, {min(power):.0f} to {max(power):.0f} W."]
 
 
 def _start(cell: dict[str, Any]) -> str:

@@ -24,7 +24,8 @@ import torch
 
 from benchmarks import attention, curves, rollouts, step
 from benchmarks.cells import Unavailable
-from benchmarks.runner import Item, Report, main, of_step, run_command, where
+from benchmarks.record import of_step, where
+from benchmarks.runner import Item, Report, main, run_command
 
 TOOLS = ("memcheck", "racecheck")
 PROGRAMS = {

@@ -31,10 +31,10 @@ import torch
 
 from benchmarks.cells import Unavailable
 from benchmarks.machine import machine
+from benchmarks.record import DRY_NAME, NAME, Results, write_json
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-NAME, DRY_NAME = "gpu.json", "gpu-dry-run.json"
 SECONDS = 560.0  # of a command of ten minutes, less the time to start and to write
 SPARE = 5.0  # seconds between the end of a measurement and that of the budget
 STICKY = 70  # exit status of a process whose device does not answer any more
@@ -149,7 +149,7 @@ def release(device: torch.device) -> None:
             torch.cuda.empty_cache()
 
 
-# What there is to measure, and what was found.
+# What there is to measure.
 
 
 @dataclass(frozen=True)
@@ -174,104 +174,10 @@ class Item:
         return self.limit or 3 * self.seconds + 30
 
 
-class Results:
-    """The file. `machines` (a cell names its own by number: not all need come from one), `cells` by name, `failed` and
-    `left_out` with reasons, and `faults`: by measurement, the contenders that ended its process, which a repetition
-    leaves out."""
-
-    def __init__(self, path: Path, dry_run: bool = False):
-        self.path = path
-        self.data: dict[str, Any] = {"dry_run": dry_run, "machines": [], "cells": {}, "failed": {}, "left_out": {},
-                                     "faults": {}}  # fmt: skip
-        if path.exists():
-            self.merge(json.loads(path.read_text(encoding="utf-8")))
-
-    def merge(self, other: dict[str, Any]) -> None:
-        """Takes over what `other` holds, in place of older entries of the same names.
-
-        Raises:
-            ValueError: one of the two is from a dry run and the other is not.
-        """
-        if other["dry_run"] != self.data["dry_run"]:
-            raise ValueError(f"{self.path} and what is merged into it must both be from a dry run, or neither")
-        for name, cell in other["cells"].items():
-            self.keep(name, {**cell, "machine": other["machines"][cell["machine"]]}, write=False)
-        for kind in ("failed", "left_out"):
-            for name, reason in other[kind].items():
-                if name not in self.data["cells"]:
-                    self._put(kind, name, reason)
-        for name, faults in other["faults"].items():
-            self.data["faults"].setdefault(name, {}).update(faults)
-
-    def keep(self, name: str, found: dict[str, Any], *, write: bool = True) -> None:
-        """`found` has the machine itself under "machine"."""
-        machines = self.data["machines"]
-        if found["machine"] not in machines:
-            machines.append(found["machine"])
-        self.forget(name)
-        self.data["cells"][name] = {**found, "machine": machines.index(found["machine"])}
-        if write:
-            self.write()
-
-    def note(self, kind: str, name: str, reason: str) -> None:
-        """That `name` "failed" or was "left_out"; what was measured of it before stays."""
-        print(f"{name}: {kind.replace('_', ' ')}: {reason}", flush=True)
-        self._put(kind, name, reason)
-        self.write()
-
-    def _put(self, kind: str, name: str, reason: str) -> None:
-        for other in ("failed", "left_out"):
-            self.data[other].pop(name, None)
-        self.data[kind][name] = reason
-
-    def fault(self, name: str, contender: str, reason: str) -> None:
-        self.data["faults"].setdefault(name, {})[contender] = reason
-        self.write()
-
-    def faults(self, name: str) -> dict[str, str]:
-        return self.data["faults"].get(name, {})
-
-    def forget(self, name: str) -> None:
-        for kind in ("cells", "failed", "left_out", "faults"):
-            self.data[kind].pop(name, None)
-
-    def write(self) -> None:
-        write_json(self.path, self.data)
-
-
-def write_json(path: Path, data: Any) -> None:
-    """A killed process leaves the old file or the new one, no half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    beside.replace(path)
-
-
-def of_step(data: dict[str, Any], step: str) -> list[dict[str, Any]]:
-    """The cells of a step that were measured."""
-    found = (cell for name, cell in data["cells"].items() if name.startswith(f"{step}/"))
-    return [cell for cell in found if "unavailable" not in cell]
-
-
-def where(data: dict[str, Any], steps: Sequence[str]) -> str:
-    """The machines that a table's figures are from, and what is missing; below every table of GPU results."""
-    used = sorted({cell["machine"] for step in steps for cell in of_step(data, step)})
-    lines = ["Dry run on a CPU at toy sizes: these are no measurements."] if data["dry_run"] else []
-    for one in (data["machines"][i] for i in used):
-        versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
-        device = f"{one['gpu']}, driver {one['driver']}, CUDA {one['cuda']}" if "gpu" in one else one["processor"]
-        lines.append(f"{device}, {one['date']}; Python {one['python']}, {versions}.")
-    missing = [
-        f"{name} ({reason})" for kind in ("failed", "left_out") for name, reason in data[kind].items()
-        if name.partition("/")[0] in steps
-    ]  # fmt: skip
-    return "\n".join(lines + ([f"Not measured: {'; '.join(missing)}."] if missing else []))
-
-
 # The command.
 
 
-def options_of(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def _add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", type=Path, default=Path(os.environ.get("OUT") or RESULTS), metavar="DIR",
         help=f"where {NAME} is, which is added to; default: $OUT, else benchmarks/results")  # fmt: skip
@@ -281,20 +187,22 @@ def options_of(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--contenders", nargs="+", metavar="NAME", help="of the measurements that have several")
     add("--rounds", type=int, help="of the measurements that have several")
     add("--seconds", type=float, default=SECONDS, help="the budget of this command (%(default)s)")
-    add("--limit", type=float, help="seconds after which a measurement is stopped; default: three times its estimate")
+    add(
+        "--limit",
+        type=float,
+        help="seconds after which a measurement, or a contender's turn, is stopped; default: from its estimate",
+    )
     add("--again", action="store_true", help="also what was measured, or failed, before")
     add("--list", action="store_true", help="run nothing: the measurements, with about the seconds of each")
     add("--table", action="store_true", help="run nothing: make the README's tables")
     add("--here", action="store_true", help="all in this process, which an error of the device then spoils")
     add("--dry-run", action="store_true", help=f"on the CPU at toy sizes, to {DRY_NAME}")
-    for hidden in ("--item", "--report"):
+    for hidden in ("--item", "--report", "--without"):  # for the process of one measurement
         add(hidden, help=argparse.SUPPRESS)
-    for hidden in ("--without", "--inject"):
-        add(hidden, nargs="+", default=[], help=argparse.SUPPRESS)
-    return parser
+    add("--inject", nargs="+", default=[], help=argparse.SUPPRESS)
 
 
-def device_of(options: argparse.Namespace) -> torch.device:
+def _device(options: argparse.Namespace) -> torch.device:
     return torch.device("cpu" if options.dry_run else "cuda")
 
 
@@ -314,10 +222,11 @@ def main(
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options = options_of(parser).parse_args(arguments)
+    _add_options(parser)
+    options = parser.parse_args(arguments)
     if options.inject and not options.dry_run:
         parser.error("--inject is for --dry-run")
-    items = items_of(device_of(options))
+    items = items_of(_device(options))
     if options.item:
         return _child({item.name: item for item in items}[options.item], options)
     steps = {item.step for item in items}
@@ -341,11 +250,6 @@ def main(
         parser.error("there is no CUDA device; --dry-run does without")
     results.write()
     return _run_all(module, chosen, results, options, list(sys.argv[1:] if arguments is None else arguments))
-
-
-def _stripped(arguments: Sequence[str]) -> list[str]:
-    """What goes on from where a command ended."""
-    return [argument for argument in arguments if argument != "--again"]
 
 
 def _named(item: Item, name: str, steps: set[str]) -> bool:
@@ -393,7 +297,7 @@ def _run_all(
         if names:
             print(f"{kind}: {', '.join(names)}")
     if left_out:
-        print(f"to go on: python -m {module} {shlex.join(_stripped(arguments))}")
+        print(f"to go on: python -m {module} {shlex.join(a for a in arguments if a != '--again')}")
         print(f"  and where {options.out} does not outlast this command: --from PATH/TO/{results.path.name}")
     return 1 if failed or wrong else 3 if left_out else 0
 
@@ -410,7 +314,7 @@ def _wrong(cell: dict[str, Any]) -> bool:
 
 def _here(item: Item, options: argparse.Namespace, deadline: float, report: Report | None = None) -> dict[str, Any]:
     """What a measurement finds, with its machine; {"error": why} where there is nothing."""
-    device = device_of(options)
+    device = _device(options)
     report = report or Report(
         device, deadline=deadline, inject=options.inject, rounds=options.rounds, contenders=options.contenders
     )
@@ -419,9 +323,10 @@ def _here(item: Item, options: argparse.Namespace, deadline: float, report: Repo
     try:
         fail_if_told(options.inject, item.name)
         found = item.run(report)
-    except Unavailable as error:
-        found = {"unavailable": str(error)}
-        print(f"  not to be had here: {error}", flush=True)
+    except (Unavailable, torch.OutOfMemoryError) as error:
+        reason = str(error) if isinstance(error, Unavailable) else "out of memory"
+        found = {"unavailable": reason}
+        print(f"  not to be had here: {reason}", flush=True)
     except Exception as error:
         traceback.print_exc()
         return {"error": described(error)}
@@ -432,9 +337,9 @@ def _here(item: Item, options: argparse.Namespace, deadline: float, report: Repo
 
 def _child(item: Item, options: argparse.Namespace) -> int:
     path = Path(options.report)
-    without = dict(zip(options.without[::2], options.without[1::2], strict=True))
+    without = json.loads(options.without or "{}")
     report = Report(
-        device_of(options), path, without=without, deadline=time.monotonic() + options.seconds, inject=options.inject,
+        _device(options), path, without=without, deadline=time.monotonic() + options.seconds, inject=options.inject,
         rounds=options.rounds, contenders=options.contenders,
     )  # fmt: skip
     found = _here(item, options, report.deadline, report)
@@ -458,8 +363,7 @@ def _protected(module: str, item: Item, results: Results, options: argparse.Name
             command = [sys.executable, "-m", module, "--item", item.name, "--report", str(path)]
             command += ["--seconds", f"{0.85 * limit:.1f}", *_passed_on(options)]  # to come to an end by itself
             faults = results.faults(item.name)
-            if faults:
-                command += ["--without", *(text for pair in faults.items() for text in pair)]
+            command += ["--without", json.dumps(faults)]
             turns = Turns(path, options.limit or item.patience)
             status, output = _spawn(command, limit, turns)
             stalled = status is None and turns.stalled()
@@ -497,7 +401,7 @@ def _passed_on(options: argparse.Namespace) -> Iterator[str]:
             yield from (f"--{name}", *values)
 
 
-def environment() -> dict[str, str]:
+def _environment() -> dict[str, str]:
     """For subprocesses: they find this project, and print as they go."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
@@ -542,7 +446,7 @@ def _spawn(command: list[str], limit: float, turns: Turns | None = None) -> tupl
     """(exit status, output); None where the process had to be stopped, with all that it had started."""
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT, preexec_fn=_bound
+            command, cwd=ROOT, env=_environment(), stdout=log, stderr=subprocess.STDOUT, preexec_fn=_bound
         )
         deadline = time.monotonic() + limit
         status: int | None = None

@@ -18,9 +18,11 @@ import torch
 
 from benchmarks import attention, gpu, machine, parts, precompile, probe, rollouts, step
 from benchmarks.attention import Heads
-from benchmarks.cells import LABELS, LIKELIEST, PROJECT, Cell, make_inputs
+from benchmarks.cells import LABELS, LIKELIEST, PROJECT, Cell, build, make_inputs
 from benchmarks.measure import phases
-from benchmarks.runner import DRY_NAME, NAME, SECONDS, Item, Report, Results, main
+from benchmarks.record import DRY_NAME, NAME, Results
+from benchmarks.report import README
+from benchmarks.runner import SECONDS, Item, Report, main
 from opsd_kernels import backends
 
 CPU = torch.device("cpu")
@@ -185,16 +187,14 @@ def test_the_dry_run_of_a_cell_with_faults(tmp_path, capsys):
         assert "injected" in compiled.pop(first.name)["failed"]
         assert all("shared" in one and "KIND" in one["choices"] for one in compiled.values())
 
-    from benchmarks import report
-
-    before = report.README.read_bytes()
+    before = README.read_bytes()
     capsys.readouterr()
     assert main("benchmarks.gpu", "", gpu.items, gpu.tables, ["--dry-run", "--out", str(tmp_path), "--table"]) == 2
     said = capsys.readouterr()
     assert "| 64 × 96 × 1,009 | frozen | 0.5 |" in said.out
     assert "Dry run on a CPU at toy sizes: these are no measurements." in said.out
     assert "The README is left as it is" in said.err
-    assert report.README.read_bytes() == before
+    assert README.read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["rows/chunk", "ceilings/square", "products/96", f"{CELL}-confident"])
@@ -259,8 +259,6 @@ def test_confident_rows_are_confident(hidden):
 def test_phases_add_up():
     cell = Cell(16, 64, 997, trainable=True)
     (inputs,) = make_inputs(cell, CPU)
-    from benchmarks.cells import build
-
     found = phases(build("torch", cell, inputs), inputs)
     whole = found.pop("whole")
     assert found.keys() == {"project", "rows", "dX", "dW"}
@@ -463,7 +461,8 @@ def test_tables(tmp_path):
     cell = {"tokens": 8192, "hidden": 4096, "vocab": 151936, "trainable": False, "beta": 0.5, "confident": False}
     floor = {"median": 0.042, "over_floor": 1.0, "phases": {"project": 0.03, "dX": 0.01, "whole": 0.042}}
     ours = {"median": 0.047, "over_floor": 1.12, "peak_bytes": 1 << 30, "phases": {"rows": 0.005, "whole": 0.047}}
-    keep("loss/a", cell=cell, contenders={"floor": floor, "triton": ours, "trl": {"failed": "why"}})
+    loaded = {"loaded": {"clocks.sm": "1755", "power.draw": "690.5"}}
+    keep("loss/a", cell=cell, gpu=loaded, contenders={"floor": floor, "triton": ours, "trl": {"failed": "why"}})
     row = {"median": 0.001, "bytes_per_second": 2.5e12}
     keep("rows/chunk", tokens=1024, vocab=151936, contenders={"triton, JSD": row, "torch, JSD": {"failed": "why"}})
     keep("ceilings/square", flops=7.9e14, bytes_per_second=3e12)
@@ -473,8 +472,11 @@ def test_tables(tmp_path):
         "| tokens × hidden × vocabulary | head | β | bare GEMMs | opsd, Triton |",
         "| 8,192 × 4096 × 151,936 | frozen | 0.5 | 42.0 ms | 1.12× |",
         "| 8,192 × 4096 × 151,936 | frozen | 0.5 | opsd, Triton | – | 5.00 | – | – | 47.00 |",
+        "Under load: SM clock 1755 to 1755 MHz, 690 to 690 W.",
         "H200, driver 1.2, CUDA 13.0, 2026-01-01; Python 3.12.3, torch 2.11.",
     ):
         assert line in made["loss-gpu"].splitlines()
     assert "| opsd, Triton: JSD | 1,024 × 151,936 | 1.000 | 2.50 |" in made["rows-gpu"]
+    for section in ("attention-gpu", *made, *parts.tables(results.data)):  # there is a place for each
+        assert README.read_text(encoding="utf-8").count(f"<!-- {section} -->") == 1
     assert "790 TFLOP/s, a large copy at 3.00 TB/s" in made["rows-gpu"]
