@@ -132,9 +132,10 @@ def tested(report: Report, path: str) -> dict[str, Any]:
     status, lines = run_command(command, report.deadline - time.monotonic() - 2.0)
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     seconds = round(time.monotonic() - begun, 1)
+    ran = report.device.type == "cpu" or "passed" in (lines or [""])[-1]  # with a GPU, all skipped is a fault
     ended = f"stopped after {seconds:.0f} s" if status is None else f"status {status}"
     print("\n".join(f"  {line}" for line in [ended, *failed[:20], *lines[-1:]]), flush=True)
-    return {"status": status, "seconds": seconds, "agree": status == 0, "failed": failed, "tail": lines[-40:],
+    return {"status": status, "seconds": seconds, "agree": status == 0 and ran, "failed": failed, "tail": lines[-40:],
             "compiled_anew": precompile.entries() - before}  # fmt: skip
 
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
+from benchmarks import runner
 from benchmarks.cells import Unavailable
 from benchmarks.runner import Item, Report, main
 
 
 def several(report: Report) -> dict[str, Any]:
-    """Four contenders; one hangs, one dies, one raises."""
+    """Some contenders that do nothing wrong, and one that hangs, one that dies, one that raises, one that also leaves
+    the device in a state in which it does not answer."""
 
     def hangs() -> int:
         time.sleep(1000)
@@ -26,7 +28,11 @@ def several(report: Report) -> dict[str, Any]:
     def raises() -> int:
         raise KeyError("nothing there")
 
-    runs = {"first": lambda: 1, "hangs": hangs, "dies": dies, "raises": raises, "last": lambda: 2}
+    def spoils() -> int:
+        runner.answers = lambda _: False
+        raise RuntimeError("an illegal memory access was encountered")
+
+    runs = {"first": lambda: 1, "hangs": hangs, "dies": dies, "raises": raises, "spoils": spoils, "last": lambda: 2}
     found = {name: report.attempt(name, run) for name, run in runs.items()}
     return {"contenders": {name: report.out.get(name, {"value": found[name]}) for name in runs}}
 

@@ -66,7 +66,8 @@ def test_a_fault_costs_only_itself(tmp_path, capsys):
     assert ways["hangs"]["failed"].startswith("stopped after")
     assert ways["dies"] == {"failed": "its process ended with status 7"}
     assert ways["raises"]["failed"].startswith("KeyError: 'nothing there'")
-    assert data["cells"]["a/several"]["faults"].keys() == {"hangs", "dies"}
+    assert ways["spoils"]["failed"].startswith("RuntimeError: an illegal memory access was encountered")
+    assert data["cells"]["a/several"]["faults"].keys() == {"hangs", "dies", "spoils"}
     assert data["faults"] == {}
     assert {"date", "processor", "versions"} <= data["machines"][data["cells"]["a/good"]["machine"]].keys()
     said = capsys.readouterr().out
@@ -97,6 +98,7 @@ def test_a_fault_that_was_met_is_not_met_again(tmp_path):
     results = Results(tmp_path / DRY_NAME, dry_run=True)
     results.fault("a/several", "hangs", "stopped")
     results.fault("a/several", "dies", "status 7")
+    results.fault("a/several", "spoils", "status 70")
     assert run_faulty(tmp_path, "--only", "a/several") == 1
     cell = stored(tmp_path)["cells"]["a/several"]
     assert cell["contenders"]["hangs"] == {"failed": "stopped"}
