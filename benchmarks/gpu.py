@@ -34,10 +34,9 @@ from benchmarks.runner import ROOT, Item, Report, main, run_command
 ROUNDS = {"cuda": 9, "cpu": 2}
 MORE_BETAS = (0.1, 0.9)
 WORKERS = 8  # of the tests: each has a context on the device, of half a gigabyte
-# Files of tests/gpu that are not named here come last.
-TESTS = ("tests/gpu/test_triton_gpu.py", "tests/kernels/test_peers.py")
-ONLY = {"tests/kernels/test_peers.py": ["-k", "liger and not chunked"]}  # the others need no GPU
-LAST_TESTS = ("tests/gpu/test_triton_attention_gpu.py",)
+FIRST_TESTS, LAST_TESTS = "tests/gpu/test_triton_gpu.py", "tests/gpu/test_triton_attention_gpu.py"
+PEERS = "tests/kernels/test_peers.py"
+ONLY = {PEERS: ["-k", "liger and not chunked"]}  # the others need no GPU
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,8 @@ def _items(device: torch.device, sizes: Sizes) -> Iterator[Item]:
         return Item(f"tests/{Path(path).name}", seconds, lambda report: tested(report, path))
 
     yield Item("compile/kernels", 90, precompile.run, holds=lambda _: device.type == "cpu" or precompile.cached())
-    for path in TESTS:
+    files = {f"tests/gpu/{path.name}" for path in (ROOT / "tests/gpu").glob("test_*.py")}
+    for path in (FIRST_TESTS, *sorted(files - {FIRST_TESTS, LAST_TESTS})):
         yield tests(path, 60)
     yield of("loss", 80, cell(large), every)
     yield of("loss", 60, cell(small), every)
@@ -96,14 +96,13 @@ def _items(device: torch.device, sizes: Sizes) -> Iterator[Item]:
     yield Item("ceilings/square", 15, lambda report: probe.ceilings(report, sizes.square, sizes.copied, dtype))
     for hidden in (large, small):
         yield Item(f"products/{hidden}", 25, lambda r, h=hidden: probe.products(r, h, sizes.vocab, dtype, sizes.chunks))
+    yield tests(PEERS, 40)
     yield of("loss", 60, cell(small, confident=True), every)
     for options in ({"beta": 0.0}, {"trainable": True}, {"beta": 1.0}, {"beta": 0.0, "trainable": True}):
         yield of("loss", 75, cell(large, **options), every)
         yield of("loss", 60, cell(small, **options), every)
     yield of("loss", 60, cell(small, beta=0.0, confident=True), every)
-    found = sorted(f"tests/gpu/{path.name}" for path in (ROOT / "tests/gpu").glob("test_*.py"))
-    for path in (*(path for path in found if path not in TESTS + LAST_TESTS), *LAST_TESTS):
-        yield tests(path, 60)
+    yield tests(LAST_TESTS, 60)
     yield of("compiled", 150, cell(small), [FLOOR, own, "liger-chunked", "dense-compiled"], patience=200)
     for tokens in sizes.more_tokens:
         yield of("sweep", 30 if tokens <= sizes.tokens else 90, cell(small, tokens=tokens), few)

@@ -1,5 +1,5 @@
-"""Compiles the project's Triton kernels for a GPU, all cores at once, before anything waits for them: they are then in
-Triton's cache on disk.
+"""Compiles the project's kernels for a GPU, all cores at once, before anything waits for them: they are then in the
+caches on disk, Triton's and that of the backends that are libraries.
 
 What is compiled is recorded, not listed: the calls that the GPU tests and the benchmarks make are made on the CPU, on
 few rows, under a driver that only names the target, and every launch is taken down instead of run. Each kernel is then
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -27,7 +27,7 @@ from unittest import mock
 import torch
 
 import opsd_kernels
-from benchmarks.cells import Unavailable
+from benchmarks.cells import PROJECT, Unavailable
 from benchmarks.runner import Report, described, fail_if_told
 from opsd_kernels import backends
 from opsd_kernels.objective import LogitTransform, Objective
@@ -70,11 +70,28 @@ class Launch:
         chosen = {names[path[0]]: value for path, value in self.constants.items()}
         return ", ".join(f"{name} {value}" for name, value in chosen.items() if name.isupper())
 
-    def compile(self) -> Any:
+    def compile(self) -> dict[str, Any]:
         import triton
 
         source = triton.compiler.ASTSource(self.kernel, self.signature, self.constants, self.attributes)
-        return triton.compile(source, target=self.target, options=self.options.__dict__)
+        return {"shared": triton.compile(source, target=self.target, options=self.options.__dict__).metadata.shared}
+
+
+@dataclass(frozen=True)
+class Library:
+    """A backend that builds itself when it is first asked for, which takes up to a minute."""
+
+    backend: str
+    device: torch.device
+    choices = ""
+
+    @property
+    def name(self) -> str:
+        return f"library {self.backend}"
+
+    def compile(self) -> dict[str, Any]:
+        reason = backends.unfit(self.backend, self.device, torch.float32, check=False)
+        return {"skipped": reason} if reason else {}
 
 
 class _Driver:
@@ -238,9 +255,10 @@ def run(report: Report) -> dict[str, Any]:
     recorded = time.monotonic() - begun
     if not on_gpu:
         wanted = wanted[:DRY_KERNELS]
+    libraries = [Library(name, report.device) for name in PROJECT if name not in ("torch", "triton")]
     workers = max(1, min(16, len(os.sched_getaffinity(0))))
     print(f"  {len(wanted)} kernels for sm_{capability[0]}{capability[1]}, {workers} at a time", flush=True)
-    found = {**broken, **compile_all(wanted, workers, report)}
+    found = {**broken, **compile_all([*libraries, *wanted], workers, report)}
     failed = [name for name, one in found.items() if "failed" in one]
     print(f"  {len(found) - len(failed)} compiled in {time.monotonic() - begun:.0f} s", flush=True)
     for name in failed:
@@ -287,8 +305,8 @@ def _capability() -> tuple[int, int]:
     return major, minor
 
 
-def compile_all(wanted: list[Launch], workers: int, report: Report) -> dict[str, dict[str, Any]]:
-    """By name, {"seconds", "registers", "shared"} or {"failed"}; not begun after the report's deadline."""
+def compile_all(wanted: Sequence[Launch | Library], workers: int, report: Report) -> dict[str, dict[str, Any]]:
+    """By name, {"seconds", ...}, {"skipped"} or {"failed"}; nothing is begun after the report's deadline."""
     context = multiprocessing.get_context("fork")
     found: dict[str, dict[str, Any]] = {}
     waiting = list(reversed(wanted))
@@ -319,10 +337,10 @@ def compile_all(wanted: list[Launch], workers: int, report: Report) -> dict[str,
     return {launch.name: {"choices": launch.choices, **found[launch.name]} for launch in wanted}
 
 
-def _compile(launch: Launch, pipe: Any, inject: list[str]) -> None:
+def _compile(launch: Launch | Library, pipe: Any, inject: list[str]) -> None:
     try:
         fail_if_told(inject, launch.name)
-        pipe.send({"shared": launch.compile().metadata.shared})
+        pipe.send(launch.compile())
     except Exception as error:
         pipe.send({"failed": described(error)})
     finally:

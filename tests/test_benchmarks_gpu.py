@@ -186,6 +186,9 @@ def test_the_dry_run_of_a_cell_with_faults(tmp_path, capsys):
     assert ways["torch"]["dx_error"] < 1e-4
     if COMPILES:
         compiled = data["cells"]["compile/kernels"]["contenders"]
+        libraries = {name: compiled.pop(name) for name in list(compiled) if name.startswith("library")}
+        assert libraries.keys() == {f"library {name}" for name in PROJECT} - {"library torch", "library triton"}
+        assert not any("failed" in one for one in libraries.values())
         assert len(compiled) == precompile.DRY_KERNELS
         assert "injected" in compiled.pop(broken)["failed"]
         assert all("shared" in one and "KIND" in one["choices"] for one in compiled.values())
