@@ -17,7 +17,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from itertools import chain
 from typing import Any
 
 import torch
@@ -71,12 +70,14 @@ def _sanitizer() -> Iterator[Item]:
 
 
 def items(device: torch.device) -> list[Item]:
-    """The most telling first: the target's step, attention, the other steps; last all other tilings."""
-    steps, tunings = list(step.items(device)), list(attention.tuning(device))
+    """The most telling first: a step, one size of attention and its likeliest tilings, the longest rollouts of the
+    largest model; last all other tilings."""
+    steps, layers, tunings = (list(of(device)) for of in (step.items, attention.items, attention.tuning))
+    rest = [*_sanitizer(), *step.longest(device), *rollouts.items(device), *curves.items(device)]
     likely = [item for item in tunings if item.name.endswith(" first")]
-    others = [item for item in tunings if item not in likely]
-    rest = (step.longest(device), rollouts.items(device), curves.items(device))
-    return [*steps[:1], *attention.items(device), *likely, *steps[1:], *_sanitizer(), *chain(*rest), *others]
+    largest = [item for item in rest if item.name.startswith("longest/8B")]
+    first = [*steps[:1], *layers[:2], *likely, *largest]
+    return [*first, *(item for item in (*steps, *layers, *rest, *tunings) if item not in first)]
 
 
 def tables(data: dict[str, Any]) -> dict[str, str]:
