@@ -1,5 +1,5 @@
 """One layer's attention over packed rows, backend beside backend, and what the Triton kernel's tiles should be: the
-parts `attention` and `tuning` of `benchmarks.parts`.
+steps `attention` and `tuning` of `benchmarks.parts`.
 
 A round is a new draw of lengths, those of `benchmarks.packing`, of as many prompts as give about the wanted number of
 rows. Timed are the student's forward and backward pass and the teacher's forward pass, all on the same tensors;
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from benchmarks.cells import Unavailable
 from benchmarks.packing import SCALE, Case, draw
-from benchmarks.record import Record, release
+from benchmarks.runner import Item, Report, release
 from opsd_kernels.packing import attention, pack_dual_context, triton_attention
 from opsd_kernels.packing.layout import Layout
 from opsd_kernels.packing.triton_attention import Tiling, Tilings
@@ -229,27 +229,26 @@ def difference(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
 
 
 def compare(
-    generations: int, rows: int, heads: Heads, device: torch.device, rounds: int, names: list[str], deadline: float
+    generations: int, rows: int, heads: Heads, report: Report, names: Sequence[str], rounds: int
 ) -> dict[str, Any]:
+    device = report.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    order, left_out, worst = list(names), {}, 0.0
+    order, worst = list(names), 0.0
     records: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     sizes = []
     for number in range(-1, rounds):  # the first one compiles and is not counted
-        if number > 0 and time.monotonic() > deadline:
+        if number > 0 and report.late:
             break
         want: dict[str, Tensor] = {}
-        for name in list(order):
+        for name in order:
             student, teacher = layouts(generations, rows, 1 + number, device)
             grad = name != "flex" or device.type == "cuda"
-            try:
-                sample = measure(contender(name), student, teacher, heads, dtype, grad)
-            except Exception as error:
-                left_out[name] = f"{type(error).__name__}: {str(error)[:300]}"
-                order.remove(name)
+            sample = report.attempt(
+                name, lambda n=name, s=student, t=teacher, g=grad: measure(contender(n), s, t, heads, dtype, g)
+            )
+            release(device)
+            if sample is None:
                 continue
-            finally:
-                release(device)
             want = want or sample.results
             worst = max(worst, difference(sample.results, want))
             if number >= 0:
@@ -266,59 +265,62 @@ def compare(
         order = [*order[1:], *order[:1]]
     return {
         "generations": generations, "heads": asdict(heads), "rows": sizes,
-        "contenders": {name: records[name] for name in names if name not in left_out},
-        "largest_difference": worst, "agree": worst <= TOLERANCE[dtype], "left_out": left_out,
+        "contenders": {name: {**records[name], **report.out.get(name, {})} for name in names},
+        "largest_difference": worst, "agree": worst <= TOLERANCE[dtype],
     }  # fmt: skip
 
 
-def run(record: Record, *, rounds: int | None = None, only: list[str] | None = None) -> None:
-    device = record.device
-    names = [name for name in CONTENDERS[device.type] if not only or name in only]
+def items(device: torch.device) -> Iterator[Item]:
     for model, heads in HEADS[device.type].items():
         for rows in ROWS[device.type]:
             for generations in (1, 8):
-                record.measure(
-                    f"{model} G{generations} T{rows}",
-                    lambda g=generations, t=rows, h=heads: compare(
-                        g, t, h, device, rounds or ROUNDS, names, record.deadline
-                    ),
-                )
+
+                def run(report: Report, g: int = generations, t: int = rows, h: Heads = heads) -> dict[str, Any]:
+                    return compare(g, t, h, report, report.wanted(CONTENDERS[device.type]), report.rounds or ROUNDS)
+
+                yield Item(f"attention/{model} G{generations} T{rows}", 45 if rows < 32768 else 90, run)
 
 
 # Which tiles the Triton kernel is fastest with.
 
-CANDIDATES = [
-    Tiling(queries, keys, warps, stages)
-    for queries, keys in ((128, 128), (128, 64), (128, 32), (64, 128), (64, 64), (64, 32), (32, 128))
-    for warps in (4, 8)
-    for stages in (2, 3)
-]
+# Those that should be: two programs on a multiprocessor, or the largest tile there is room for.
+FIRST = {
+    "forward": [Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 3), Tiling(128, 128, 8, 2), Tiling(128, 128, 8, 3)],
+    "key_gradient": [Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 3)],
+}
+TILES = ((128, 128), (128, 64), (128, 32), (64, 128), (64, 64), (64, 32), (32, 128))
 TUNED = {"cuda": ((8, 8192), (1, 16384)), "cpu": ((8, 128),)}  # generations, rows
 
 
-def tune(record: Record, *, only: list[str] | None = None) -> None:
-    """Each kernel's tiles by themselves, the other kernels as they come."""
-    device = record.device
-    kernels = [name for name in Tilings._fields if not only or name in only]
-    candidates = CANDIDATES if device.type == "cuda" else [Tiling(16, 16, 1, 1)]
-    model, heads = next(iter(HEADS[device.type].items()))
+def tuning(device: torch.device) -> Iterator[Item]:
+    """Each kernel's tiles by themselves, the other kernels as they come; the likeliest ones first."""
+    heads = next(iter(HEADS[device.type].values()))
+
+    def item(generations: int, rows: int, kernel: str, what: str, tilings: list[Tiling]) -> Item:
+        def run(report: Report) -> dict[str, Any]:
+            return tuned(generations, rows, heads, report, kernel, tilings)
+
+        return Item(f"tuning/G{generations} T{rows} {kernel} {what}", 30 + 12 * len(tilings), run)
+
     for generations, rows in TUNED[device.type]:
-        for kernel in kernels:
-            record.measure(
-                f"{model} G{generations} T{rows} {kernel}",
-                lambda g=generations, t=rows, k=kernel: tuned(g, t, heads, device, k, candidates, record),
-            )
+        for kernel, tilings in FIRST.items():
+            chosen = tilings if device.type == "cuda" else [Tiling(16, 16, 1, 1)]
+            yield item(generations, rows, kernel, "first", chosen)
+    if device.type != "cuda":
+        return
+    for generations, rows in TUNED[device.type]:
+        for kernel in Tilings._fields:
+            for queries, keys in TILES:
+                several = [Tiling(queries, keys, warps, stages) for warps in (4, 8) for stages in (2, 3)]
+                rest = [tiling for tiling in several if tiling not in FIRST.get(kernel, [])]
+                yield item(generations, rows, kernel, f"{queries}x{keys}", rest)
 
 
 def tuned(
-    generations: int,
-    rows: int,
-    heads: Heads,
-    device: torch.device,
-    kernel: str,
-    candidates: list[Tiling],
-    record: Record,
+    generations: int, rows: int, heads: Heads, report: Report, kernel: str, candidates: list[Tiling]
 ) -> dict[str, Any]:
+    """The candidates beside what the kernel runs with as it comes."""
+    device = report.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     fine, why = triton_attention.serves(device, dtype, heads.size)
     if not fine:
@@ -326,45 +328,43 @@ def tuned(
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     usual = triton_attention.tilings(heads.size, dtype, capability)
     part = "student forward" if kernel == "forward" else "student backward"
-    times: list[dict[str, Any]] = []
-    left_out: dict[str, str] = {}
+    found: dict[str, dict[str, Any]] = {}
     want: dict[str, Tensor] = {}
     worst = 0.0
     for tiling in [getattr(usual, kernel), *(t for t in candidates if t != getattr(usual, kernel))]:
         name = f"{tiling.queries}x{tiling.keys} warps {tiling.warps} stages {tiling.stages}"
-        if times and time.monotonic() > record.deadline:
-            left_out[name] = "the time is used up"
-            continue
         chosen = usual._replace(**{kernel: tiling})
         student, _ = layouts(generations, rows, 0, device)
-        try:
-            with mock.patch.object(triton_attention, "tilings", lambda *_, given=chosen, **__: given):
-                samples = [measure(backend("triton"), student, student, heads, dtype, True) for _ in range(3)]
-        except Exception as error:  # more shared memory than there is, say
-            left_out[name] = f"{type(error).__name__}: {str(error)[:200]}"
+
+        def sampled(student: Layout = student, chosen: Tilings = chosen) -> list[Sample]:
+            with mock.patch.object(triton_attention, "tilings", return_value=chosen):
+                return [measure(backend("triton"), student, student, heads, dtype, True) for _ in range(3)]
+
+        samples = report.attempt(name, sampled)  # more shared memory than there is, say
+        if samples is None:
+            found[name] = {"tiling": asdict(tiling), **report.out[name]}
             continue
         want = want or samples[0].results
         worst = max(worst, difference(samples[0].results, want))
         seconds = [sample.seconds[part] for sample in samples]
         rate = flops(student, heads, part) / median(seconds)
-        times.append({"tiling": asdict(tiling), "seconds": seconds, "flops": rate, "agrees": worst})
+        found[name] = {"tiling": asdict(tiling), "seconds": seconds, "flops": rate}
         print(f"  {kernel} {name}: {1e3 * median(seconds):.3f} ms, {rate / 1e12:.0f} TFLOP/s", flush=True)
-    times.sort(key=lambda one: median(one["seconds"]))
     return {
-        "kernel": kernel, "usual": asdict(getattr(usual, kernel)), "found": times, "rows": student.rows,
-        "agree": worst <= TOLERANCE[dtype], "left_out": left_out,
+        "kernel": kernel, "usual": asdict(getattr(usual, kernel)), "rows": student.rows, "contenders": found,
+        "largest_difference": worst, "agree": worst <= TOLERANCE[dtype],
     }  # fmt: skip
 
 
-def table(stored: dict[str, Any]) -> str:
+def table(cells: list[dict[str, Any]]) -> str:
     """TFLOP/s by contender and pass, in Markdown; a median over the rounds."""
     parts = ("student forward", "student backward", "teacher forward")
-    names = list(dict.fromkeys(name for cell in stored["cells"] for name in cell["contenders"]))
+    names = list(dict.fromkeys(name for cell in cells for name in cell["contenders"]))
     lines = [
         "| heads | rollouts per prompt | rows | | " + " | ".join(names) + " |",
         "|---|---|---|---|" + "---|" * len(names),
     ]
-    for cell in stored["cells"]:
+    for cell in cells:
         heads, generations = cell["heads"], cell["generations"]
         for part in parts:
             rows = median(sizes[part == "teacher forward"] for sizes in cell["rows"])

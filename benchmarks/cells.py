@@ -18,13 +18,16 @@ import torch
 from torch import Tensor
 
 import opsd_kernels
-from opsd_kernels import fused_linear, native
+from opsd_kernels import backends, fused_linear, native
 from opsd_kernels.gemm import Products
 from opsd_kernels.workspace import budget_bytes
 
 GAP = 0.2  # standard deviation of z_student - z_teacher, small beside that of the logits themselves
 SPREAD = 4.0  # standard deviation of the logits: peaked rows, as language models have
 SEED = 20260118
+# In the cells of confident rows: the teacher's likeliest token has a probability between these, even in log-odds, as
+# most tokens of a rollout have; the other logits' standard deviation is smaller, to leave room for it.
+LIKELIEST, CONFIDENT_SPREAD = (0.5, 0.999), 1.0
 
 
 class Unavailable(Exception):
@@ -39,11 +42,13 @@ class Cell:
     dtype: str = "float32"
     trainable: bool = False  # whether the head gets a gradient too
     beta: float = 0.5
+    confident: bool = False  # rows with one likely token, instead of many that share the probability
 
     @property
     def key(self) -> str:
         head = "trainable" if self.trainable else "frozen"
-        return f"{self.tokens}x{self.hidden}x{self.vocab}-{self.dtype}-{head}-beta{self.beta:g}"
+        rows = "-confident" * self.confident
+        return f"{self.tokens}x{self.hidden}x{self.vocab}-{self.dtype}-{head}-beta{self.beta:g}{rows}"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -80,16 +85,41 @@ def make_inputs(cell: Cell, device: torch.device, copies: int = 1) -> list[Input
     weight = normal(cell.vocab, cell.hidden).to(cell.torch_dtype).requires_grad_(cell.trainable)
     sets = []
     for _ in range(copies):
-        teacher = normal(cell.tokens, cell.hidden) * SPREAD / cell.hidden**0.5
+        if cell.confident:
+            teacher = _confident(cell, weight.detach(), generator)
+        else:
+            teacher = normal(cell.tokens, cell.hidden) * SPREAD / cell.hidden**0.5
         student = teacher + normal(cell.tokens, cell.hidden) * GAP / cell.hidden**0.5
         student, teacher = student.to(cell.torch_dtype), teacher.to(cell.torch_dtype)
         sets.append(Inputs(student.requires_grad_(), teacher, weight))
     return sets
 
 
+def _confident(cell: Cell, weight: Tensor, generator: torch.Generator) -> Tensor:
+    """Hidden states (N, H) that favour one random token each: along its row of the head, as far as its probability
+    asks for.
+
+    A step of c along w/‖w‖² lifts that logit by c and the others' variance by c²/H, and Σ exp of V normal logits is
+    about V·exp(variance/2); c solves log-odds = c − log V − variance/2, which narrow hidden states cannot reach.
+    """
+    low, high = (math.log(p / (1 - p)) for p in LIKELIEST)
+    device = weight.device
+    odds = low + (high - low) * torch.rand(cell.tokens, generator=generator, device=device)
+    least = odds + math.log(cell.vocab) + CONFIDENT_SPREAD**2 / 2
+    if cell.hidden < 2 * float(least.max()):
+        raise ValueError(f"hidden must be at least {2 * float(least.max()):.0f} for confident rows, got {cell.hidden}")
+    lift = cell.hidden * (1 - (1 - 2 * least / cell.hidden).sqrt())
+    tokens = torch.randint(cell.vocab, (cell.tokens,), generator=generator, device=device)
+    rows = weight[tokens].float()
+    rows /= rows.square().sum(-1, keepdim=True)
+    base = torch.randn(cell.tokens, cell.hidden, generator=generator, device=device)
+    base *= CONFIDENT_SPREAD / cell.hidden**0.5
+    base -= (base * weight[tokens].float()).sum(-1, keepdim=True) * rows  # the token's own logit is the lift alone
+    return base + lift.unsqueeze(-1) * rows
+
+
 Call = Callable[[Inputs], "Tensor | None"]
 FLOOR, OWN_FLOOR = FLOORS = "floor", "floor-native"  # by torch; as the project computes them, where that differs
-PROJECT = ("native", "triton", "torch")
 BORROWED = "native-torch"  # the native row pass with torch's products, as on a CPU where these are the faster ones
 COMPILED = ("dense-compiled", "liger-chunked")  # slow to start: each shape is compiled
 LABELS = {
@@ -98,6 +128,7 @@ LABELS = {
     "native": "opsd, native",
     BORROWED: "opsd, native, torch's products",
     "triton": "opsd, Triton",
+    "cluster": "opsd, cluster",
     "torch": "opsd, torch",
     "auto": "opsd",
     "trl": "TRL chunked divergence",
@@ -107,6 +138,8 @@ LABELS = {
     "dense": "dense, eager",
     "dense-compiled": "dense, torch.compile",
 }
+# The project's backends, in the order of the labels.
+PROJECT = tuple(sorted(set(backends.NAMES) - {"auto"}, key=lambda n: list(LABELS).index(n) if n in LABELS else -1))
 
 
 def build(name: str, cell: Cell, inputs: Inputs) -> Call:
@@ -137,7 +170,17 @@ def is_project(name: str) -> bool:
     return split(name)[0] in (*PROJECT, "auto")
 
 
-def chunks(cell: Cell, inputs: Inputs, workspace: int | None = None, backend: str = "auto") -> list[int]:
+def usual(device: torch.device) -> str:
+    """The backend that a user gets, without its self-check: on a GPU the check runs kernels, which are to fail as
+    contenders and not as part of the floor."""
+    if device.type == "cpu":
+        return "auto"
+    return next(
+        name for name in backends.candidates(device) if not backends.unfit(name, device, torch.float32, check=False)
+    )
+
+
+def chunks(cell: Cell, inputs: Inputs, workspace: int | None = None, backend: str | None = None) -> list[int]:
     """The numbers of tokens of the chunks that the project takes for this cell, from its own plan."""
 
     class Planned(Exception):
@@ -151,8 +194,8 @@ def chunks(cell: Cell, inputs: Inputs, workspace: int | None = None, backend: st
     try:
         with mock.patch.object(fused_linear, "plan_chunks", stop):
             opsd_kernels.jsd_loss(
-                inputs.student, inputs.teacher, inputs.weight, beta=cell.beta, backend=backend,
-                workspace_bytes=workspace,
+                inputs.student, inputs.teacher, inputs.weight, beta=cell.beta,
+                backend=backend or usual(inputs.student.device), workspace_bytes=workspace,
             )  # fmt: skip
     except Planned as planned:
         return [part.stop - part.start for part in planned.args[0]]
@@ -167,11 +210,10 @@ def _project(backend: str, cell: Cell, inputs: Inputs, workspace: int | None) ->
         assert isinstance(loss, Tensor)
         return loss
 
-    few = Inputs(inputs.student[:2].detach(), inputs.teacher[:2], inputs.weight[:64].detach())
-    try:  # what is not there says so on any shape
-        opsd_kernels.jsd_loss(few.student, few.teacher, few.weight, backend=backend)
-    except ValueError as error:
-        raise Unavailable(str(error)) from None
+    if backend != "auto":
+        reason = backends.unfit(backend, inputs.student.device, cell.torch_dtype, check=False)
+        if reason:
+            raise Unavailable(reason)
     return call
 
 
@@ -305,5 +347,6 @@ def peer(module: str, name: str) -> Any:
 
 def contenders(*, compiled: bool = True, workspaces: Iterable[str] = ()) -> list[str]:
     """Every contender's name; those that cannot run are left out when they are built."""
-    names = [*FLOORS, *PROJECT, BORROWED, *workspaces, "trl", "liger", "liger-chunked", "dense", "dense-compiled"]
+    peers = ("trl", "liger", "liger-chunked", "dense", "dense-compiled")
+    names = [*FLOORS, *PROJECT, BORROWED, *workspaces, *peers]
     return [name for name in names if compiled or name not in COMPILED]

@@ -1,4 +1,4 @@
-"""Whole runs of the training loop on embedded set-ups: the part `learning` of `benchmarks.parts`.
+"""Whole runs of the training loop on embedded set-ups: the step `learning` of `benchmarks.parts`.
 
 "embedded" is the set-up of `opsd train` as it comes, "larger" has more digits, a larger model, more problems and larger
 batches, and computes in bfloat16. Kept is the curve: held-out accuracy, loss, tokens per second and time by phase.
@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.record import Record
+from benchmarks.runner import Item
 from opsd import tiny
 from opsd.config import load_config
 from opsd.prompts import Example
@@ -101,8 +101,7 @@ def curve(course: Course, device: torch.device, deadline: float) -> dict[str, An
     }  # fmt: skip
 
 
-def run(record: Record, *, only: list[str] | None = None) -> None:
-    courses = COURSES if record.device.type == "cuda" else {"toy": TOY}
+def items(device: torch.device) -> Iterator[Item]:
+    courses = COURSES if device.type == "cuda" else {"toy": TOY}
     for name, course in courses.items():
-        if not only or name in only:
-            record.measure(name, lambda c=course: curve(c, record.device, record.deadline), like=name)
+        yield Item(f"learning/{name}", 200, lambda report, c=course: curve(c, report.device, report.deadline))

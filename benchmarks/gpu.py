@@ -1,37 +1,42 @@
-"""Everything for one GPU within ten minutes: `python -m benchmarks.gpu --out DIR`.
+"""The loss on one GPU: what it is made of, and beside its floor and its peers.
 
-Runs the GPU tests, measures the machine's two ceilings (a large bfloat16 product, a large copy), then the core cells
-against every contender, then sweeps along one axis at a time against the quick ones. What no longer fits in the time
-box is skipped and listed. `--dry-run` does all of it on the CPU at toy sizes.
+    python -m benchmarks.gpu --out DIR              # as much as fits in ten minutes; again for the rest
+    python -m benchmarks.gpu --out DIR --only loss  # some steps only
+    python -m benchmarks.gpu --out DIR --table      # the README's tables
+
+Steps, in this order: `compile` (all Triton kernels, on all cores), `tests` (those that need a GPU), `loss` (the cells
+against every contender, the two that matter most first), `rows`, `profile`, `ceilings` and `products` (see
+benchmarks.probe), `compiled` (peers that torch.compile has to work for), `sweep` (one axis at a time). Everything runs
+in a process of its own, results are added to DIR/gpu.json, and what is there already is not measured again.
+`--dry-run` does all of it on the CPU at toy sizes. Attention, rollouts and the whole step: benchmarks.parts.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import json
+import importlib.util
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
-from benchmarks.cells import FLOOR, Cell, Inputs, contenders
-from benchmarks.measure import machine, measure, timed
+from benchmarks import precompile, probe
+from benchmarks.cells import FLOOR, FLOORS, LABELS, PROJECT, Cell, contenders
+from benchmarks.loss import label, over, peak
+from benchmarks.measure import measure
+from benchmarks.record import of_step, where
+from benchmarks.runner import ROOT, Item, Report, main, run_command
 
-ROOT = Path(__file__).parent.parent
-SECONDS = 570.0  # of the ten minutes, less the time to start and to write
-TEST_SECONDS = 180.0
-ROUNDS = 10
-# All that use a GPU where there is one. The attention's last: it compiles some sixty kernels, a few seconds each, and
-# what is measured here is the loss.
-TESTS = [["tests/gpu/test_triton_gpu.py"], ["tests/kernels/test_peers.py"], ["tests/gpu/test_triton_attention_gpu.py"]]
+ROUNDS = {"cuda": 9, "cpu": 2}
+MORE_BETAS = (0.1, 0.9)
+WORKERS = 8  # of the tests: each has a context on the device, of half a gigabyte
+FIRST_TESTS, LAST_TESTS = "tests/gpu/test_triton_gpu.py", "tests/gpu/test_triton_attention_gpu.py"
+PEERS = "tests/kernels/test_peers.py"
+ONLY = {PEERS: ["-k", "liger and not chunked"]}  # the others need no GPU
 
 
 @dataclass(frozen=True)
@@ -43,158 +48,182 @@ class Sizes:
     more_tokens: tuple[int, ...]
     more_vocab: tuple[int, ...]
     workspaces: tuple[int, ...]  # MiB
-    product: int  # side of the square matrices
-    copy: int  # bytes
+    chunk: int  # rows of the row pass by itself
+    chunks: tuple[int, ...]  # rows of the products
+    square: int  # side of the square matrices
+    copied: int  # bytes
 
 
 FULL = Sizes(
-    8192, (2048, 4096), 151936, "bfloat16", (512, 1024, 2048, 4096, 32768), (32003, 50257, 262144),
-    (256, 512, 768, 3072), 8192, 4 << 30,
+    8192, (4096, 2048), 151936, "bfloat16", (512, 1024, 2048, 4096, 32768), (32003, 50257, 262144),
+    (256, 512, 768, 3072), 1024, (128, 256, 512, 1024, 2048, 4096), 8192, 4 << 30,
 )  # fmt: skip
-TOY = Sizes(64, (16, 32), 1009, "float32", (8, 128), (503,), (8,), 128, 1 << 20)
-MORE_BETAS = (0.1, 0.9)
+TOY = Sizes(64, (96, 64), 1009, "float32", (8, 128), (503,), (8,), 8, (8, 16), 128, 1 << 20)
 
 
-@dataclass(frozen=True)
-class Item:
-    """One cell to measure, and in which part of the report it belongs."""
-
-    part: str
-    cell: Cell
-    names: list[str]
+def items(device: torch.device) -> list[Item]:
+    """The most telling first. Seconds are estimates for an H100."""
+    return list(_items(device, FULL if device.type == "cuda" else TOY))
 
 
-def plan(sizes: Sizes) -> Iterator[Item]:
-    """Most important first. Compiling takes tens of seconds per shape: only two cells have those contenders."""
-    small, large = sizes.hidden
+def _items(device: torch.device, sizes: Sizes) -> Iterator[Item]:
+    large, small = sizes.hidden
+    dtype = getattr(torch, sizes.dtype)
+    every = contenders(compiled=False)
+    own = "triton" if device.type == "cuda" else "torch"
+    few = [FLOOR, own, "trl", "liger"]
 
     def cell(hidden: int, **options: Any) -> Cell:
-        return Cell(sizes.tokens, hidden, sizes.vocab, sizes.dtype, **options)
+        return Cell(**{"tokens": sizes.tokens, "hidden": hidden, "vocab": sizes.vocab, "dtype": sizes.dtype, **options})
 
-    quick = contenders(compiled=False)
-    yield Item("core", cell(small), contenders())
-    yield Item("core", cell(small, beta=0.0), quick)
-    yield Item("core", cell(small, trainable=True), contenders())
-    yield Item("core", cell(large), quick)
-    yield Item("core", cell(large, beta=0.0), quick)
-    yield Item("core", cell(large, trainable=True), quick)
-    yield Item("core", cell(small, beta=1.0), quick)
-    yield Item("core", cell(large, beta=1.0), quick)
-    yield Item("core", cell(small, beta=0.0, trainable=True), quick)
-    yield Item("core", cell(large, beta=0.0, trainable=True), quick)
+    def of(step: str, seconds: float, cell: Cell, names: list[str], suffix: str = "", **options: Any) -> Item:
+        def run(report: Report) -> dict[str, Any]:
+            return measured(report, cell, names)
 
-    few = [FLOOR, "auto", "trl", "liger"]
+        return Item(f"{step}/{cell.key}{suffix}", seconds, run, **options)
+
+    def tests(path: str, seconds: float) -> Item:
+        return Item(f"tests/{Path(path).name}", seconds, lambda report: tested(report, path))
+
+    yield Item("compile/kernels", 90, precompile.run, holds=lambda _: device.type == "cpu" or precompile.cached())
+    files = {f"tests/gpu/{path.name}" for path in (ROOT / "tests/gpu").glob("test_*.py")}
+    for path in (FIRST_TESTS, *sorted(files - {FIRST_TESTS, LAST_TESTS})):
+        yield tests(path, 60)
+    yield of("loss", 80, cell(large), every)
+    yield of("loss", 60, cell(small), every)
+    yield Item("rows/chunk", 30, lambda report: probe.rows(report, sizes.chunk, sizes.vocab, dtype))
+    yield Item("profile/rows", 60, lambda report: probe.profiled(report, sizes.chunk, sizes.vocab))
+    yield Item("ceilings/square", 15, lambda report: probe.ceilings(report, sizes.square, sizes.copied, dtype))
+    for hidden in (large, small):
+        yield Item(f"products/{hidden}", 25, lambda r, h=hidden: probe.products(r, h, sizes.vocab, dtype, sizes.chunks))
+    yield tests(PEERS, 40)
+    yield of("loss", 60, cell(small, confident=True), every)
+    for options in ({"beta": 0.0}, {"trainable": True}, {"beta": 1.0}, {"beta": 0.0, "trainable": True}):
+        yield of("loss", 75, cell(large, **options), every)
+        yield of("loss", 60, cell(small, **options), every)
+    yield of("loss", 60, cell(small, beta=0.0, confident=True), every)
+    yield tests(LAST_TESTS, 60)
+    yield of("compiled", 150, cell(small), [FLOOR, own, "liger-chunked", "dense-compiled"], patience=200)
     for tokens in sizes.more_tokens:
-        yield Item("tokens", dataclasses.replace(cell(small), tokens=tokens), few)
+        yield of("sweep", 30 if tokens <= sizes.tokens else 90, cell(small, tokens=tokens), few)
     for vocab in sizes.more_vocab:
-        yield Item("vocabulary", dataclasses.replace(cell(small), vocab=vocab), few)
+        yield of("sweep", 40, cell(small, vocab=vocab), few)
     for beta in MORE_BETAS:
-        yield Item("beta", cell(small, beta=beta), few)
-    workspaces = [f"auto@{size}MiB" for size in sizes.workspaces]
-    yield Item("workspace", cell(small), [FLOOR, "auto", *workspaces])
-    yield Item("workspace", cell(small, trainable=True), [FLOOR, "auto", *workspaces])
+        yield of("sweep", 40, cell(small, beta=beta), few)
+    workspaces = [f"{own}@{size}MiB" for size in sizes.workspaces]
+    for trainable in (False, True):
+        yield of("sweep", 40, cell(small, trainable=trainable), [FLOOR, own, *workspaces], " workspaces")
 
 
-def run_tests(deadline: float, sets: Sequence[list[str]] = TESTS) -> list[dict[str, Any]]:
-    """Each set of GPU tests in its own process, so that no test's environment reaches the measurements."""
-    done = []
-    for arguments in sets:
-        started = time.monotonic()
-        limit = max(1.0, deadline - started)
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-        try:
-            ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
-            status, output = str(ran.returncode), ran.stdout
-        except subprocess.TimeoutExpired as late:
-            status = f"stopped after {limit:.0f} s"
-            output = late.stdout.decode(errors="replace") if isinstance(late.stdout, bytes) else late.stdout or ""
-        lines = output.strip().splitlines()
-        print(f"tests {' '.join(arguments)}: {status}: {lines[-1] if lines else ''}", flush=True)
-        done.append({"arguments": arguments, "status": status, "seconds": time.monotonic() - started,
-                     "tail": lines[-40:]})  # fmt: skip
-    return done
+def measured(report: Report, cell: Cell, names: list[str]) -> dict[str, Any]:
+    found = measure(cell, report.wanted(names), report, rounds=report.rounds or ROUNDS[report.device.type])
+    floor = found["contenders"][FLOOR].get("median")
+    products = (4 if cell.trainable else 3) * 2 * cell.tokens * cell.hidden * cell.vocab
+    return {**found, "floor_flops": products / floor if floor else None}
 
 
-def ceilings(sizes: Sizes, device: torch.device) -> dict[str, float]:
-    """FLOP/s of a large square product with a float32 result, and bytes/s (read and written) of a large copy."""
-    side, dtype = sizes.product, getattr(torch, sizes.dtype)
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    out = torch.empty(side, side, device=device)
-    wide: dict[str, Any] = {} if dtype == torch.float32 else {"out_dtype": torch.float32}
-    source = torch.empty(sizes.copy, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    none = Inputs(a, b, b)  # for its device
-
-    def seconds(run: Any) -> float:
-        for _ in range(3):
-            run(none)
-        return median(timed(run, none) for _ in range(20))
-
-    def product(_: Inputs) -> None:
-        torch.mm(a, b, out=out, **wide)
-
-    def copy(_: Inputs) -> None:
-        target.copy_(source)
-
-    found = {"flops": 2 * side**3 / seconds(product), "bytes_per_second": 2 * sizes.copy / seconds(copy)}
-    print(f"ceilings: {found['flops'] / 1e12:.1f} TFLOP/s, {found['bytes_per_second'] / 1e12:.2f} TB/s", flush=True)
-    return found
+def tested(report: Report, path: str) -> dict[str, Any]:
+    """Runs a file of tests. Its workers find what `compile` left in Triton's cache; how much was new to it is told."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", path, *ONLY.get(path, [])]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["--numprocesses", str(min(WORKERS, len(os.sched_getaffinity(0))))]
+    before, begun = precompile.entries(), time.monotonic()
+    status, lines = run_command(command, report.deadline - time.monotonic() - 2.0)
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    seconds = round(time.monotonic() - begun, 1)
+    ran = report.device.type == "cpu" or "passed" in (lines or [""])[-1]  # with a GPU, all skipped is a fault
+    ended = f"stopped after {seconds:.0f} s" if status is None else f"status {status}"
+    print("\n".join(f"  {line}" for line in [ended, *failed[:20], *lines[-1:]]), flush=True)
+    return {"status": status, "seconds": seconds, "agree": status == 0 and ran, "failed": failed, "tail": lines[-40:],
+            "compiled_anew": precompile.entries() - before}  # fmt: skip
 
 
-def floor_flops(cell: Cell, seconds: float) -> float:
-    return (4 if cell.trainable else 3) * 2 * cell.tokens * cell.hidden * cell.vocab / seconds
+# The tables.
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or Path(__file__).parent / "results"))
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="the time box, tests included")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--skip-tests", action="store_true")
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU at toy sizes")
-    options = parser.parse_args()
-    began = time.monotonic()
-    deadline = began + options.seconds
-    if not options.dry_run and not torch.cuda.is_available():
-        parser.error("there is no CUDA device; --dry-run does without")
-    device, sizes = (torch.device("cpu"), TOY) if options.dry_run else (torch.device("cuda"), FULL)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / ("loss-gpu-dry-run.json" if options.dry_run else "loss-gpu.json")
+def tables(data: dict[str, Any]) -> dict[str, str]:
+    made = {}
+    cells = [cell for step in ("loss", "compiled", "sweep") for cell in of_step(data, step)]
+    if cells:
+        parts = [times_table(cells), "", *load(cells), where(data, ["loss", "compiled", "sweep"]), "",
+                 "<details><summary>Peak memory and phases</summary>", "", "Peak MiB (bound):", "", peaks_table(cells),
+                 "", phases_table(cells), "", "</details>"]  # fmt: skip
+        made["loss-gpu"] = "\n".join(parts)
+    rows, products, most = (of_step(data, step) for step in ("rows", "products", "ceilings"))
+    if rows or products:
+        parts = [probe.rows_table(rows), "", probe.products_table(products), ""]
+        if most:
+            best = most[0]
+            parts += [f"A large square product runs at {best['flops'] / 1e12:.0f} TFLOP/s, a large copy at "
+                      f"{best['bytes_per_second'] / 1e12:.2f} TB/s."]  # fmt: skip
+        made["rows-gpu"] = "\n".join([*parts, where(data, ["rows", "products", "ceilings"])])
+    return made
 
-    report: dict[str, Any] = {"machine": machine(device), "cells": [], "failed": [], "skipped": []}
 
-    def write() -> None:  # after every step: what there is must survive a killed process
-        report["seconds"] = round(time.monotonic() - began, 1)
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+def load(cells: list[dict[str, Any]]) -> list[str]:
+    """What the clocks were while the cells were measured."""
+    states = [cell["gpu"]["loaded"] for cell in cells if cell.get("gpu", {}).get("loaded")]
+    if not states:
+        return []
+    clocks, power = ([float(state[name]) for state in states] for name in ("clocks.sm", "power.draw"))
+    return [f"Under load: SM clock {min(clocks):.0f} to {max(clocks):.0f} MHz, {min(power):.0f} to {max(power):.0f} W."]
 
-    report["tests"] = None if options.skip_tests else run_tests(min(deadline, began + TEST_SECONDS))
-    report["ceilings"] = ceilings(sizes, device)
-    write()
-    longest: dict[bool, float] = {}  # by whether compiled contenders take part
-    for item in plan(sizes):
-        started = time.monotonic()
-        slow = "dense-compiled" in item.names
-        if started + longest.get(slow, 0.0) > deadline:
-            report["skipped"].append({"part": item.part, "cell": item.cell.key})
-            print(f"{item.part} {item.cell.key}: skipped, the time is used up", flush=True)
-            continue
-        print(f"{item.part} {item.cell.key}", flush=True)
-        try:
-            found = measure(item.cell, item.names, device, rounds=options.rounds, deadline=deadline)
-            median_floor = found["contenders"][FLOOR]["median"]
-            report["cells"].append(
-                {"part": item.part, "floor_flops": floor_flops(item.cell, median_floor), **found}
-            )  # fmt: skip
-        except Exception as error:  # the other cells are worth having
-            report["failed"].append({"part": item.part, "cell": item.cell.key, "error": repr(error)[:500]})
-            print(f"  failed: {error!r}", flush=True)
-        longest[slow] = max(longest.get(slow, 0.0), time.monotonic() - started)
-        write()
-    write()
-    print(f"{path}: {len(report['cells'])} cells, {len(report['failed'])} failed, {len(report['skipped'])} skipped")
-    tests_failed = any(t["status"] != "0" for t in report["tests"] or [])
-    return int(bool(report["failed"]) or tests_failed)
+
+def _start(cell: dict[str, Any]) -> str:
+    shape = cell["cell"]
+    rows = ", confident rows" * shape["confident"]
+    return (
+        f"| {shape['tokens']:,} × {shape['hidden']} × {shape['vocab']:,}{rows} "
+        f"| {'trainable' if shape['trainable'] else 'frozen'} | {shape['beta']:g} |"
+    )
+
+
+def _names(cells: list[dict[str, Any]]) -> list[str]:
+    ran = {name for cell in cells for name, record in cell["contenders"].items() if "median" in record}
+    order = [*LABELS, *sorted(name for name in ran if "@" in name)]
+    return [name for name in order if name in ran and name not in FLOORS]
+
+
+HEAD = "| tokens × hidden × vocabulary | head | β |"
+
+
+def times_table(cells: list[dict[str, Any]]) -> str:
+    """Milliseconds of the floor, and how many times as long the contenders take."""
+    names = _names(cells)
+    lines = [f"{HEAD} {LABELS[FLOOR]} | " + " | ".join(map(label, names)) + " |",
+             "|---|---|---|---|" + "---|" * len(names)]  # fmt: skip
+    for cell in cells:
+        records = cell["contenders"]
+        floor = f"{1e3 * records[FLOOR]['median']:.1f} ms" if "median" in records[FLOOR] else "–"
+        lines.append(f"{_start(cell)} {floor} | " + " | ".join(over(records.get(n, {})) for n in names) + " |")
+    return "\n".join(lines)
+
+
+def peaks_table(cells: list[dict[str, Any]]) -> str:
+    names = _names(cells)
+    lines = [
+        f"{HEAD} " + " | ".join(map(label, names)) + " |",
+        "|---|---|---|" + "---|" * len(names),
+    ]
+    for cell in cells:
+        lines.append(f"{_start(cell)} " + " | ".join(peak(cell["contenders"].get(n, {})) for n in names) + " |")
+    return "\n".join(lines)
+
+
+PHASES = ("project", "rows", "dX", "dW", "whole")
+
+
+def phases_table(cells: list[dict[str, Any]]) -> str:
+    """Milliseconds of a step by phase, of the project's own and the floor."""
+    lines = [f"{HEAD} ms of | " + " | ".join(PHASES) + " |", "|---|---|---|---|" + "---|" * len(PHASES)]
+    for cell in cells:
+        for name in (FLOOR, *PROJECT):
+            parts = cell["contenders"].get(name, {}).get("phases")
+            if parts:
+                values = [f"{1e3 * parts[phase]:.2f}" if phase in parts else "–" for phase in PHASES]
+                lines.append(f"{_start(cell)} {label(name)} | " + " | ".join(values) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("benchmarks.gpu", __doc__, items, tables))

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import machine
+from benchmarks.machine import machine
 from benchmarks.report import replace_section
 from opsd import tiny
 from opsd.config import load_config

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from benchmarks.cells import BORROWED, FLOOR, FLOORS, LABELS, OWN_FLOOR, Cell, contenders, is_project, split
-from benchmarks.measure import machine, measure, ratio
+from benchmarks.machine import machine
+from benchmarks.measure import measure, ratio
 from benchmarks.report import replace_section
+from benchmarks.runner import Report
 
 RESULTS = Path(__file__).parent / "results"
 DATA, PLOT = RESULTS / "loss-cpu.json", RESULTS / "loss.png"
@@ -77,7 +79,11 @@ def run(only: list[str], full: bool, rounds: int, path: Path) -> None:
     for cell, names in chosen(only, full):
         started = time.monotonic()
         print(cell.key, flush=True)
-        found = measure(cell, names, torch.device("cpu"), rounds=rounds, say=lambda text: print(text, flush=True))
+        found = measure(cell, names, Report(torch.device("cpu")), rounds=rounds)
+        own = {name: record for name, record in found["contenders"].items() if is_project(name) or name in FLOORS}
+        broken = [name for name, record in own.items() if "failed" in record]
+        if broken:
+            raise RuntimeError(f"{cell.key}: {', '.join(broken)} failed; the file is as it was")
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S")  # contenders with the same one ran in the same rounds
         for record in found["contenders"].values():
             record["run"] = stamp
@@ -110,9 +116,9 @@ def table(stored: dict[str, Any]) -> str:
             f"| {shape['tokens']} × {shape['hidden']} × {shape['vocab']:,} "
             f"| {'trainable' if shape['trainable'] else 'frozen'} | {shape['beta']:g} |"
         )
-        timed = [_over(records.get(name, {})) for name in names]
+        timed = [over(records.get(name, {})) for name in names]
         times.append(f"{start} {records[FLOOR]['median']:.2f} s | " + " | ".join(timed) + " |")
-        peaks = [_peak(records.get(name, {})) for name in folded]
+        peaks = [peak(records.get(name, {})) for name in folded]
         memory.append(f"{start} peak MiB (bound) | " + " | ".join(peaks) + " |")
         errors = [_error(records.get(name, {})) for name in folded]
         memory.append(f"{start} error of dX | " + " | ".join(errors) + " |")
@@ -139,11 +145,11 @@ def label(name: str) -> str:
     return f"{LABELS[backend]}, {size.replace('MiB', ' MiB')} workspace" if size else LABELS[backend]
 
 
-def _over(record: dict[str, Any]) -> str:
+def over(record: dict[str, Any]) -> str:
     return f"{record['over_floor']:.2f}×" if "median" in record else "–"
 
 
-def _peak(record: dict[str, Any]) -> str:
+def peak(record: dict[str, Any]) -> str:
     if "peak_bytes" not in record:
         return "–"
     bound = f" ({record['bound_bytes'] / 2**20:.0f})" if "bound_bytes" in record else ""

@@ -6,18 +6,15 @@ un-timed call whose results are compared with float64, and whose allocations are
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import math
 import os
-import platform
-import subprocess
 import time
-import traceback
 from collections.abc import Callable, Iterable, Sequence
-from datetime import date
-from importlib import metadata
-from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -29,18 +26,26 @@ from benchmarks.cells import (
     Call,
     Cell,
     Inputs,
-    Unavailable,
     build,
     chunks,
     is_project,
     make_inputs,
     split,
 )
-from opsd_kernels import reference, workspace
+from benchmarks.machine import gpu_state
+from benchmarks.runner import Report, release, synchronize
+from opsd.metrics import Clock
+from opsd_kernels import backends, reference, workspace
+from opsd_kernels.gemm import Products
 from opsd_kernels.objective import Objective
 
 COPIES = {"cuda": 3}  # sets of hidden states to rotate through, so that no call finds the last one's in the cache
 REFERENCE_BYTES = {"cuda": 1 << 29}  # of one (rows, V) float64 tensor of the reference
+# A sample on a GPU is some steps in a row, up to this many, or as many as take so long: the host's start is then over
+# while the device still works, as within a training step. Nothing flushes the cache: each step streams a head and
+# logits many times as large.
+STEPS, SAMPLE_SECONDS = 5, 0.3
+PHASE_ROUNDS = {"cuda": 3, "cpu": 1}
 SAMPLE = 64  # rows of dX, and of dW, that are compared
 
 
@@ -121,20 +126,53 @@ def step(call: Call, inputs: Inputs) -> Tensor | None:
     return loss
 
 
-def timed(call: Call, inputs: Inputs) -> float:
-    """Seconds of one step."""
+def timed(call: Call, inputs: Inputs, steps: int = 1) -> float:
+    """Seconds of one step, the mean of `steps` in a row."""
+
+    def run() -> None:
+        for _ in range(steps):
+            inputs.clear()
+            step(call, inputs)
+
+    return seconds_of(run, inputs.student.device) / steps
+
+
+def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that `run` takes: on a GPU the device's, by events, from an idle device on."""
+    if device.type != "cuda":
+        begun = time.perf_counter()
+        run()
+        return time.perf_counter() - begun
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def phases(call: Call, inputs: Inputs) -> dict[str, float]:
+    """Seconds of one step by phase, for what computes with the project's products and row pass: "project", "rows",
+    "dX", "dW", and "whole", to which the rest belongs too."""
+    clock = Clock(inputs.student.device)
+    names = {"project": "project", "back_project": "dX", "accumulate_weight_gradient": "dW"}
+
+    def clocked(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **options: Any) -> Any:
+            with clock(phase):
+                return function(*args, **options)
+
+        return run
+
     inputs.clear()
-    if inputs.student.is_cuda:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        step(call, inputs)
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-    begun = time.perf_counter()
-    step(call, inputs)
-    return time.perf_counter() - begun
+    replaced = {name: clocked(phase, getattr(Products, name)) for name, phase in names.items()}
+    rows = clocked("rows", backends.divergence_rows)
+    with mock.patch.multiple(Products, **replaced), mock.patch.object(backends, "divergence_rows", rows):
+        synchronize(inputs.student.device)
+        with clock("whole"):
+            step(call, inputs)
+    return clock.seconds()
 
 
 def recorded(call: Call, inputs: Inputs) -> tuple[Tensor | None, int]:
@@ -194,75 +232,95 @@ _references: dict[tuple[object, ...], Reference] = {}
 
 def reference_for(cell: Cell, inputs: Inputs) -> Reference:
     """The cell's reference; the same with a frozen and with a trainable head."""
-    key = (cell.tokens, cell.hidden, cell.vocab, cell.dtype, cell.beta, str(inputs.student.device))
+    key = (dataclasses.replace(cell, trainable=False), str(inputs.student.device))
     if key not in _references:
         _references[key] = Reference(cell, inputs)
     return _references[key]
 
 
 def measure(
-    cell: Cell,
-    names: Sequence[str],
-    device: torch.device,
-    *,
-    rounds: int,
-    deadline: float = float("inf"),
-    say: Callable[[str], None] = print,
+    cell: Cell, names: Sequence[str], report: Report, *, rounds: int, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
     """Measures the contenders on one cell; the floor always takes part.
 
-    Returns {"cell", "chunks", "rounds", "load", "contenders": {name: record}}. A record has "seconds" by round,
+    Returns {"cell", "chunks", "rounds", "load", "gpu", "contenders": {name: record}}. A record has "seconds" by round,
     "median", "spread" (least, most), "over_floor" (median of the rounds' ratios) with its spread, "peak_bytes",
-    "bound_bytes" for the project's own, and the errors; or "skipped", the reason. `deadline` is on time.monotonic's
-    clock: no round is begun after it, but for the first.
+    "bound_bytes" for the project's own, "phases" for what has them, on a GPU "steps" of a sample, and the errors; or
+    "skipped" or "failed", the reason. No round is begun after the report's deadline, but for the first.
     """
+    device = report.device
     torch.compiler.reset()  # what earlier cells compiled only takes memory
     sets = make_inputs(cell, device, COPIES.get(device.type, 1))
-    names = [FLOOR, *(name for name in names if name != FLOOR)]
     exact = reference_for(cell, sets[0])
     calls: dict[str, Call] = {}
     records: dict[str, dict[str, Any]] = {}
-    for name in names:
-        if name != FLOOR and time.monotonic() > deadline:
+    for name in [FLOOR, *(name for name in names if name != FLOOR)]:
+        if name != FLOOR and report.late:
             records[name] = {"skipped": "the time is used up"}
             continue
-        try:
-            calls[name], records[name] = _prepared(name, cell, sets, exact)
-        except Unavailable as reason:
-            records[name] = {"skipped": str(reason)}
-            say(f"  {name}: skipped: {reason}")
+        prepared = report.attempt(name, lambda n=name: _prepared(n, cell, sets, exact))
+        if prepared is None:
+            records[name] = dict(report.out[name])
+        else:
+            calls[name], records[name] = prepared
         _release(sets, all_of_it=True)
-    if FLOOR not in calls:
-        raise RuntimeError(f"{cell.key}: no floor to compare with: {records[FLOOR]['skipped']}")
 
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    order = list(calls)
+    steps = dict.fromkeys(calls, 1)
     if device.type == "cuda":  # fills the allocator's cache again, which was emptied after each contender
-        for name in order:
-            timed(calls[name], sets[0])
-    for round_number in range(rounds):
-        if round_number and time.monotonic() > deadline:
+        for name in list(calls):
+            one = report.attempt(name, lambda n=name: timed(calls[n], sets[0]))
+            if one is None:
+                records[name] |= report.out[name]
+                del calls[name]
+            else:
+                steps[name] = max(1, min(STEPS, int(SAMPLE_SECONDS / one)))
+    gpu = {"before": gpu_state()} if device.type == "cuda" else {}
+    seconds: dict[str, dict[int, float]] = {name: {} for name in calls}
+    order, number = list(calls), 0
+    for number in range(rounds):
+        if number and report.late:
             break
         for name in order:
-            inputs = sets[round_number % len(sets)]
+            inputs = sets[number % len(sets)]
             if is_project(name) and device.type == "cpu":  # its last call left it memory, as from step to step
                 inputs.clear()
                 step(calls[name], inputs)
-            seconds[name].append(timed(calls[name], inputs))
+            one = report.attempt(name, lambda n=name, i=inputs: timed(calls[n], i, steps[n]))
+            if one is not None:
+                seconds[name][number] = one
         _release(sets)
-        order = [*order[1:], order[0]]  # no one always follows the same one
+        order = [*order[1:], *order[:1]]  # no one always follows the same one
+    if gpu and seconds.get(FLOOR):
+        for _ in range(min(40, math.ceil(1.0 / median(seconds[FLOOR].values())))):
+            step(calls[FLOOR], sets[0])
+        gpu |= {"loaded": gpu_state()}  # while those run, about a second
+        synchronize(device)
+        gpu |= {"after": gpu_state()}
+    floor = seconds.get(FLOOR, {})
     for name, times in seconds.items():
-        ratios = [mine / floor for mine, floor in zip(times, seconds[FLOOR], strict=True)]
-        records[name] |= {
-            "seconds": times, "median": median(times), "spread": [min(times), max(times)],
-            "over_floor": median(ratios), "over_floor_spread": [min(ratios), max(ratios)],
-        }  # fmt: skip
+        records[name] |= report.out.get(name, {})
+        if "failed" in records[name] or not times:
+            continue
+        values = list(times.values())
+        records[name] |= {"seconds": values, "median": median(values), "spread": [min(values), max(values)]}
+        ratios = [mine / floor[n] for n, mine in times.items() if n in floor]
+        if ratios:
+            records[name] |= {"over_floor": median(ratios), "over_floor_spread": [min(ratios), max(ratios)]}
+        if device.type == "cuda":
+            records[name]["steps"] = steps[name]
+        if is_project(name) or name in FLOORS:
+            parts = report.attempt(
+                name, lambda n=name: [phases(calls[n], sets[0]) for _ in range(PHASE_ROUNDS[device.type])]
+            )
+            if parts:
+                records[name]["phases"] = {phase: median(one[phase] for one in parts) for phase in parts[0]}
         say(f"  {name}: {_summary(records[name])}")
     return {
         "cell": cell.__dict__,
         "chunks": chunks(cell, sets[0]),
-        "rounds": len(seconds[FLOOR]),
+        "rounds": len(floor),
         "load": os.getloadavg()[0],
+        "gpu": gpu,
         "contenders": records,
     }
 
@@ -270,24 +328,13 @@ def measure(
 def _prepared(name: str, cell: Cell, sets: list[Inputs], exact: Reference) -> tuple[Call, dict[str, Any]]:
     """The contender, warmed up on every set of inputs, and what one un-timed call showed."""
     inputs = sets[0]
-    try:
-        call = build(name, cell, inputs)
-        # compilation and kernel launches allocate for once; on a CPU nothing else does, and a call takes seconds
-        if name in COMPILED or inputs.student.is_cuda:
-            for given in sets:
-                given.clear()
-                step(call, given)
-        loss, peak_bytes = recorded(call, inputs)
-    except Unavailable:
-        raise
-    except torch.OutOfMemoryError:
-        raise Unavailable("out of memory") from None
-    except Exception as error:
-        if is_project(name) or name in FLOORS:
-            raise
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        reason = f"{type(error).__name__}: {str(error)[:200]} ({Path(last.filename).name}:{last.lineno})"
-        raise Unavailable(reason) from None
+    call = build(name, cell, inputs)
+    # compilation and kernel launches allocate for once; on a CPU nothing else does, and a call takes seconds
+    if name in COMPILED or inputs.student.is_cuda:
+        for given in sets:
+            given.clear()
+            step(call, given)
+    loss, peak_bytes = recorded(call, inputs)
     if loss is None:
         return call, {}
     record: dict[str, Any] = {"peak_bytes": peak_bytes}
@@ -302,15 +349,17 @@ def _release(sets: list[Inputs], *, all_of_it: bool = False) -> None:
     """Drops the gradients and what cycles hold, and with `all_of_it` gives cached memory back."""
     for inputs in sets:
         inputs.clear()
-    gc.collect()
     if all_of_it:
         workspace.release()
-        if sets[0].student.is_cuda:
-            torch.cuda.empty_cache()
+        release(sets[0].student.device)
+    else:
+        gc.collect()
 
 
 def _summary(record: dict[str, Any]) -> str:
-    text = f"{record['median']:.4g} s, {record['over_floor']:.3f} of the floor"
+    text = f"{record['median']:.4g} s"
+    if "over_floor" in record:
+        text += f", {record['over_floor']:.3f} of the floor"
     if "peak_bytes" in record:
         text += f", {record['peak_bytes'] / 2**20:.0f} MiB"
         text += f", errors {record['loss_error']:.1e} {record['dx_error']:.1e}"
@@ -323,39 +372,3 @@ def ratio(records: dict[str, dict[str, Any]], slow: str, fast: str) -> float:
     if a.get("run") == b.get("run"):
         return median(x / y for x, y in zip(a["seconds"], b["seconds"], strict=True))
     return a["over_floor"] / b["over_floor"]
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What a reader of the results must know of where they come from."""
-    versions = {}
-    for package in ("torch", "triton", "trl", "liger-kernel", "transformers", "peft", "flash-attn", "numpy"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    found = {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found |= {
-            "gpu": properties.name, "gpu_memory": properties.total_memory,
-            "capability": f"{properties.major}.{properties.minor}", "cuda": torch.version.cuda, "driver": _driver(),
-        }  # fmt: skip
-    return {"date": date.today().isoformat(), **found, "python": platform.python_version(), "versions": versions}
-
-
-def _driver() -> str | None:
-    try:
-        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return None
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()}, {torch.backends.cpu.get_cpu_capability()}"
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

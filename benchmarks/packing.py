@@ -3,10 +3,7 @@
 One round is the forward and backward pass of a small Qwen3-shaped model with the loss over its rollouts; the contenders
 take turns on the same draw of lengths, each round is a new draw, and ratios are taken round by round. Lengths are those
 of a real run divided by `SCALE`: prompts of 300 and solutions of 2000 tokens, each drawn ±50 %, rollouts up to 1024.
-The contenders' losses must agree. Results go to results/packing.json.
-
-With `--device cuda` lengths and models (Qwen3 shapes, random weights, bfloat16, layers checkpointed) are of full size,
-the attention's backends compete, and results go to results/packing-gpu.json.
+The contenders' losses must agree. Results go to results/packing.json. On a GPU, at full size: benchmarks.parts.
 """
 
 from __future__ import annotations
@@ -31,8 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import machine, peak_bytes
+from benchmarks.machine import machine
+from benchmarks.measure import peak_bytes
 from benchmarks.report import replace_section
+from benchmarks.runner import Report
 from opsd.metrics import Clock
 from opsd.models import evaluating, is_adapted
 from opsd.scoring import rollout_hidden
@@ -42,6 +41,7 @@ from opsd_kernels.packing import dual_hidden_states, pack_dual_context
 
 DATA = Path(__file__).parent / "results" / "packing.json"
 THREADS, SCALE, PROMPTS = 2, 8, 8
+TOLERANCE = 1e-3  # of the contenders' losses and gradients' norms
 FLEX_ROWS = 2400  # of a teacher's context, about those of the cases with one rollout
 
 
@@ -109,7 +109,6 @@ class Case:
 
 
 CASES = [Case(1, 1024), Case(8, 512)]
-FULL_CASES = [Case(1, 1024), Case(8, 1024)]
 
 
 @dataclass(frozen=True)
@@ -240,22 +239,15 @@ CONTENDERS: dict[str, Contender] = {
     "packed_two": packed("two"),
     "packed_joint": packed("joint"),
 }
-FULL_CONTENDERS: dict[str, Contender] = {
-    "padded_loss": padded(),
-    **{f"packed_{p}_{b}": packed(p, b) for p in ("two", "joint") for b in ("varlen", "triton")},
-}
 
 
 def timed(contender: Contender, model: Any, data: Draw) -> tuple[float, float, float]:
     """(seconds, loss, norm of the gradient)."""
     model.zero_grad(set_to_none=True)
     gc.collect()
-    wait = torch.cuda.synchronize if next(model.parameters()).is_cuda else lambda: None
-    wait()
     begun = time.perf_counter()
     loss = contender(model, data, Clock(model.device))
     loss.backward()
-    wait()
     seconds = time.perf_counter() - begun
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     return seconds, float(loss.detach()), float(norm)
@@ -284,34 +276,30 @@ def memory(contender: Contender, model: Any, data: Draw) -> dict[str, int]:
     return {"saved_bytes": saved, "peak_bytes": peak_bytes(lambda: run().backward(), model.device)}
 
 
-def measure(
-    shape: Shape, case: Case, rounds: int, names: list[str], checkpointing: bool, device: torch.device
-) -> dict[str, Any]:
+def measure(shape: Shape, case: Case, rounds: int, names: list[str], checkpointing: bool) -> dict[str, Any]:
     """Times by round and contender, ratios of their medians by round, memory on the first draw."""
-    full = device.type == "cuda"
-    contenders, scale, tolerance = (FULL_CONTENDERS, 1, 0.05) if full else (CONTENDERS, SCALE, 1e-3)
-    model = shape.model(device)
+    model = shape.model(torch.device("cpu"))
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    first = draw(case, shape.vocab, 0, scale=scale)
+    first = draw(case, shape.vocab, 0)
     records: dict[str, dict[str, Any]] = {}
     for name in names:
         records[name] = {"seconds": [], "tokens_per_second": []}
         if name == "padded_dense" and case.generations > 1:
             records[name]["memory"] = "not comparable: eight sequences at a time, backward in between"
             continue
-        records[name] |= memory(contenders[name], model, first)
-        longer = draw(case, shape.vocab, 0, solutions=2, scale=scale)
+        records[name] |= memory(CONTENDERS[name], model, first)
+        longer = draw(case, shape.vocab, 0, solutions=2)
         if name != "padded_dense":
-            records[name]["saved_bytes_solution_doubled"] = memory(contenders[name], model, longer)["saved_bytes"]
+            records[name]["saved_bytes_solution_doubled"] = memory(CONTENDERS[name], model, longer)["saved_bytes"]
     worst = 0.0
     order, tokens = list(names), []
     for number in range(rounds):
-        data = draw(case, shape.vocab, 1 + number, scale=scale)
+        data = draw(case, shape.vocab, 1 + number)
         tokens.append(data.tokens)
         seen = []
         for name in order:
-            seconds, loss, norm = timed(contenders[name], model, data)
+            seconds, loss, norm = timed(CONTENDERS[name], model, data)
             records[name]["seconds"].append(seconds)
             records[name]["tokens_per_second"].append(data.tokens / seconds)
             seen.append((loss, norm))
@@ -321,7 +309,7 @@ def measure(
         print(
             f"  round {number + 1}: " + ", ".join(f"{n} {records[n]['seconds'][-1]:.2f} s" for n in names), flush=True
         )
-    if worst > tolerance:
+    if worst > TOLERANCE:
         raise RuntimeError(f"{case.key}: the contenders' losses or gradients differ by {worst:.1e}")
     rows = rows_of(first)
     return {
@@ -371,8 +359,11 @@ def beside_flex_attention(rounds: int) -> list[dict[str, Any]]:
     """The attention of a teacher's context by itself, beside FlexAttention with the layout as its mask."""
     from benchmarks.attention import Heads, compare
 
-    cpu, names = torch.device("cpu"), ["sdpa", "flex"]
-    return [compare(generations, FLEX_ROWS, Heads(4, 2, 64), cpu, rounds, names, math.inf) for generations in (1, 8)]
+    found = []
+    for generations in (1, 8):
+        report = Report(torch.device("cpu"))
+        found.append(compare(generations, FLEX_ROWS, Heads(4, 2, 64), report, ["sdpa", "flex"], rounds))
+    return found
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -411,7 +402,7 @@ def _flex_claim(compared: list[dict[str, Any]]) -> list[str]:
     parts = []
     for found in compared:
         mine, flex = (found["contenders"].get(name, {}) for name in ("sdpa", "flex"))
-        if not mine or not flex:
+        if "teacher forward" not in mine or "teacher forward" not in flex:
             continue
         times = [a / b for a, b in zip(flex["teacher forward"], mine["teacher forward"], strict=True)]
         layers = [a / b for a, b in zip(flex["teacher prepare"], mine["teacher forward"], strict=True)]
@@ -426,33 +417,26 @@ def _flex_claim(compared: list[dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=THREADS, help="1 where other work runs on the same cores")
-    parser.add_argument("--shape", choices=[*SHAPES, *FULL_SHAPES], action="append", help="default: all")
+    parser.add_argument("--shape", choices=SHAPES, action="append", help="default: all")
     parser.add_argument("--generations", type=int, action="append", help="of the cases; default: all")
-    parser.add_argument(
-        "--only", choices=[*CONTENDERS, *FULL_CONTENDERS], action="append", help="contenders; default: all"
-    )
+    parser.add_argument("--only", choices=CONTENDERS, action="append", help="contenders; default: all")
     parser.add_argument("--attention", action="store_true", help="only the attention by itself, beside FlexAttention")
-    parser.add_argument("--data", type=Path, help="default: results/packing.json, or packing-gpu.json")
+    parser.add_argument("--data", type=Path, default=DATA, help="default: results/packing.json")
     parser.add_argument("--table", action="store_true", help="run nothing: make the README's table")
     options = parser.parse_args()
-    device, full = torch.device(options.device), options.device == "cuda"
-    options.data = options.data or (DATA.with_name("packing-gpu.json") if full else DATA)
-    shapes, cases, contenders = (FULL_SHAPES, FULL_CASES, FULL_CONTENDERS) if full else (SHAPES, CASES, CONTENDERS)
     if options.table:
         replace_section("packing", table(json.loads(options.data.read_text(encoding="utf-8"))))
         return
-    if not full and not options.shape and not options.attention:
+    if not options.shape and not options.attention:
         # each in a process of its own: the memory that is kept falls into pieces, which add up
-        for part in (["--attention"], *(["--shape", name] for name in shapes)):
+        for part in (["--attention"], *(["--shape", name] for name in SHAPES)):
             subprocess.run([sys.executable, "-m", "benchmarks.packing", *sys.argv[1:], *part], check=True)
         return
-    if not full:
-        keep_memory()
+    keep_memory()
     torch.set_num_threads(options.threads)
-    here = {"machine": machine(device), "scale": 1 if full else SCALE, "prompts": PROMPTS}
+    here = {"machine": machine(torch.device("cpu")), "scale": SCALE, "prompts": PROMPTS}
     results: dict[str, Any] = {**here, "shapes": {}}
     if options.data.exists():  # what is not measured now stays, if it is from the same place
         stored = json.loads(options.data.read_text(encoding="utf-8"))
@@ -467,20 +451,20 @@ def main() -> None:
         results["attention"] = beside_flex_attention(options.rounds)
         write()
         return
-    for shape_name in options.shape or shapes:
-        shape = shapes[shape_name]
+    for shape_name in options.shape or SHAPES:
+        shape = SHAPES[shape_name]
         sizes = json.loads(json.dumps(asdict(shape)))
         found = results["shapes"].get(shape_name)
         if found is None or found["shape"] != sizes:
             found = results["shapes"][shape_name] = {"shape": sizes, "cases": {}}
-        for case in cases:
+        for case in CASES:
             if options.generations and case.generations not in options.generations:
                 continue
-            for checkpointing in (True,) if full else (False, True):
-                names = [n for n in options.only or contenders if not (checkpointing and n == "padded_dense")]
+            for checkpointing in (False, True):
+                names = [n for n in options.only or CONTENDERS if not (checkpointing and n == "padded_dense")]
                 key = case.key + ("-checkpointed" if checkpointing else "")
                 print(f"{shape_name} {key}", flush=True)
-                found["cases"][key] = measure(shape, case, options.rounds, names, checkpointing, device)
+                found["cases"][key] = measure(shape, case, options.rounds, names, checkpointing)
                 for name, value in found["cases"][key]["ratios"].items():
                     print(f"  {name}: {value['median']:.2f} ({value['least']:.2f} to {value['most']:.2f})", flush=True)
                 write()

@@ -1,121 +1,104 @@
-"""What benchmarks of many cells keep: a JSON file, written after every cell, within a budget of time.
-
-A file holds `machines` (a cell names its own by number: not all need come from one), `cells`, each with its `key`, and
-`left_out`: each key that was to be measured and was not, with the reason.
-"""
+"""What was measured on GPUs: one JSON file for all of it, and what tables say of where their figures are from."""
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import json
-import math
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.cells import Unavailable
-from benchmarks.measure import machine
+NAME, DRY_NAME = "gpu.json", "gpu-dry-run.json"
 
 
-class Record:
-    """A part's results. What `path` already holds of other cells stays, and so does what was measured of a cell that
-    is left out this time."""
+class Results:
+    """The file. `machines` (a cell names its own by number: not all need come from one), `cells` by name, `failed` and
+    `left_out` with reasons, and `faults`: by measurement, the contenders that ended its process, which a repetition
+    leaves out."""
 
-    def __init__(self, path: Path, device: torch.device, seconds: float = math.inf):
-        self.path, self.device = path, device
-        self.deadline = time.monotonic() + seconds
-        self.data: dict[str, Any] = {"machines": [], "cells": [], "left_out": []}
+    def __init__(self, path: Path, dry_run: bool = False):
+        self.path = path
+        self.data: dict[str, Any] = {"dry_run": dry_run, "machines": [], "cells": {}, "failed": {}, "left_out": {},
+                                     "faults": {}}  # fmt: skip
         if path.exists():
-            self.data = json.loads(path.read_text(encoding="utf-8"))
-        self.machine = _number(self.data["machines"], machine(device))
-        self.failed = 0
-        self._longest: dict[str, float] = {}
+            self.merge(json.loads(path.read_text(encoding="utf-8")))
 
-    def measure(self, key: str, run: Callable[[], dict[str, Any]], *, like: str = "") -> None:
-        """Keeps what `run` returns as the cell `key`, or why there is nothing.
+    def merge(self, other: dict[str, Any]) -> None:
+        """Takes over what `other` holds, in place of older entries of the same names.
 
-        It is not begun where the time that is left is less than what the longest cell `like` it took. `run` may return
-        an entry "left_out", what it did not come to; such keys are named after this one.
+        Raises:
+            ValueError: one of the two is from a dry run and the other is not.
         """
-        began = time.monotonic()
-        if began + self._longest.get(like, 0.0) > self.deadline:
-            self.leave_out(key, "the time is used up")
-            return
-        print(key, flush=True)
-        reason: str | None = None
-        found: dict[str, Any] = {}
-        try:
-            found = run()
-        except torch.OutOfMemoryError:
-            reason = "out of memory"
-        except Unavailable as error:
-            reason = str(error)
-        except Exception as error:  # the other cells are worth having
-            self.failed += 1
-            reason = f"failed: {type(error).__name__}: {str(error)[:500]}"
-        release(self.device)  # outside of the handlers: an exception holds its frames, and they what was computed
-        seconds = time.monotonic() - began
-        self._longest[like] = max(self._longest.get(like, 0.0), seconds)
-        if reason is not None:
-            self.leave_out(key, reason)
-            return
-        if found.get("agree") is False:  # kept all the same, to be looked at
-            self.failed += 1
-            print(f"{key}: the results do not agree", flush=True)
-        self._forget(key)
-        for name, why in found.pop("left_out", {}).items():
-            self.leave_out(f"{key} {name}", why)
-        self.data["cells"] = [cell for cell in self.data["cells"] if cell["key"] != key]
-        self.data["cells"].append({"key": key, "machine": self.machine, "took": round(seconds, 1), **found})
+        if other["dry_run"] != self.data["dry_run"]:
+            raise ValueError(f"{self.path} and what is merged into it must both be from a dry run, or neither")
+        for name, cell in other["cells"].items():
+            self.keep(name, {**cell, "machine": other["machines"][cell["machine"]]}, write=False)
+        for kind in ("failed", "left_out"):
+            for name, reason in other[kind].items():
+                if name not in self.data["cells"]:
+                    self._put(kind, name, reason)
+        for name, faults in other["faults"].items():
+            self.data["faults"].setdefault(name, {}).update(faults)
+
+    def keep(self, name: str, found: dict[str, Any], *, write: bool = True) -> None:
+        """`found` has the machine itself under "machine"."""
+        machines = self.data["machines"]
+        if found["machine"] not in machines:
+            machines.append(found["machine"])
+        self.forget(name)
+        self.data["cells"][name] = {**found, "machine": machines.index(found["machine"])}
+        if write:
+            self.write()
+
+    def note(self, kind: str, name: str, reason: str) -> None:
+        """That `name` "failed" or was "left_out"; what was measured of it before stays."""
+        print(f"{name}: {kind.replace('_', ' ')}: {reason}", flush=True)
+        self._put(kind, name, reason)
         self.write()
 
-    def leave_out(self, key: str, reason: str) -> None:
-        """Says and keeps that `key` was not measured."""
-        print(f"{key}: left out: {reason}", flush=True)
-        self.data["left_out"] = [one for one in self.data["left_out"] if one["key"] != key]
-        self.data["left_out"].append({"key": key, "reason": reason})
+    def _put(self, kind: str, name: str, reason: str) -> None:
+        for other in ("failed", "left_out"):
+            self.data[other].pop(name, None)
+        self.data[kind][name] = reason
+
+    def fault(self, name: str, contender: str, reason: str) -> None:
+        self.data["faults"].setdefault(name, {})[contender] = reason
         self.write()
 
-    def _forget(self, key: str) -> None:
-        kept = [one for one in self.data["left_out"] if one["key"] != key and not one["key"].startswith(f"{key} ")]
-        self.data["left_out"] = kept
+    def faults(self, name: str) -> dict[str, str]:
+        return self.data["faults"].get(name, {})
+
+    def forget(self, name: str) -> None:
+        for kind in ("cells", "failed", "left_out", "faults"):
+            self.data[kind].pop(name, None)
 
     def write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_name(self.path.name + ".new")  # a killed process leaves the old or the new, no half
-        beside.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
-        beside.replace(self.path)
+        write_json(self.path, self.data)
 
 
-def _number(machines: list[dict[str, Any]], here: dict[str, Any]) -> int:
-    if here not in machines:
-        machines.append(here)
-    return machines.index(here)
+def write_json(path: Path, data: Any) -> None:
+    """A killed process leaves the old file or the new one, no half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    beside.replace(path)
 
 
-def merge(into: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """The cells of both, those of `new` in place of older ones."""
-    machines = list(into["machines"])
-    cells = [{**cell, "machine": _number(machines, new["machines"][cell["machine"]])} for cell in new["cells"]]
-    measured = {cell["key"] for cell in cells}
-    cells = [cell for cell in into["cells"] if cell["key"] not in measured] + cells
-    # Of a cell that was measured again only the new file knows what it lacks.
-    left_out = {
-        one["key"]: one
-        for one in into["left_out"]
-        if not any(one["key"] == key or one["key"].startswith(f"{key} ") for key in measured)
-    }
-    left_out |= {one["key"]: one for one in new["left_out"]}
-    return {"machines": machines, "cells": cells, "left_out": list(left_out.values())}
+def of_step(data: dict[str, Any], step: str) -> list[dict[str, Any]]:
+    """The cells of a step that were measured."""
+    found = (cell for name, cell in data["cells"].items() if name.startswith(f"{step}/"))
+    return [cell for cell in found if "unavailable" not in cell]
 
 
-def release(device: torch.device) -> None:
-    """Gives back what nobody holds any more."""
-    gc.collect()
-    if device.type == "cuda":
-        with contextlib.suppress(RuntimeError):  # after a fault of the device there is nothing left to give back
-            torch.cuda.empty_cache()
+def where(data: dict[str, Any], steps: Sequence[str]) -> str:
+    """The machines that a table's figures are from, and what is missing; below every table of GPU results."""
+    used = sorted({cell["machine"] for step in steps for cell in of_step(data, step)})
+    lines = ["Dry run on a CPU at toy sizes: these are no measurements."] if data["dry_run"] else []
+    for one in (data["machines"][i] for i in used):
+        versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
+        device = f"{one['gpu']}, driver {one['driver']}, CUDA {one['cuda']}" if "gpu" in one else one["processor"]
+        lines.append(f"{device}, {one['date']}; Python {one['python']}, {versions}.")
+    missing = [
+        f"{name} ({reason})" for kind in ("failed", "left_out") for name, reason in data[kind].items()
+        if name.partition("/")[0] in steps
+    ]  # fmt: skip
+    return "\n".join(lines + ([f"Not measured: {'; '.join(missing)}."] if missing else []))

@@ -1,4 +1,4 @@
-"""Tokens per second of the ways to write rollouts: the part `rollouts` of `benchmarks.parts`.
+"""Tokens per second of the ways to write rollouts: the step `rollouts` of `benchmarks.parts`.
 
 A batch of prompts of 300 tokens ± 50 %, Qwen3 shapes, random weights, sampling at temperature 1 and no end token, so
 that every rollout has the same length. Each way writes them twice; the first time, with whatever it compiles, is
@@ -12,7 +12,7 @@ compiled", which transformers does by itself on a GPU), "continuous" is its `gen
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from benchmarks.cells import Unavailable
 from benchmarks.measure import peak_bytes
 from benchmarks.packing import Shape
-from benchmarks.record import Record, release
+from benchmarks.runner import Item, Report, synchronize
 from benchmarks.step import SHAPES
 from opsd.rollouts import Sampling, generate
 
@@ -91,22 +91,27 @@ def prompts_of(count: int, vocab: int, scale: int) -> list[list[int]]:
     return [torch.randint(3, vocab, (n,), generator=random).tolist() for n in lengths]
 
 
-def measure(shape: Shape, model: Any, way: str, batch: int, new: int) -> dict[str, Any]:
-    prompts = prompts_of(batch, shape.vocab, 1 if model.device.type == "cuda" else 32)
+def measure(shape: Shape, device: torch.device, way: str, batch: int) -> dict[str, Any]:
+    from transformers import GenerationConfig
+
+    on_gpu = device.type == "cuda"
+    new = 512 if on_gpu else 4
+    model = shape.model(device).eval()
+    model.generation_config = GenerationConfig()  # no end token
+    prompts = prompts_of(batch, shape.vocab, 1 if on_gpu else 32)
     seconds: list[float] = []
 
     def write() -> None:
         begun = time.perf_counter()
         lengths = WAYS[way](model, prompts, new)  # its results are on the host when it returns
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         seconds.append(time.perf_counter() - begun)
         if lengths != [new] * batch:
             raise RuntimeError(f"{len(lengths)} rollouts of {sorted(set(lengths))} tokens instead of {batch} of {new}")
 
     torch.manual_seed(0)
     write()
-    peak = peak_bytes(write, model.device) if model.device.type == "cuda" else None
+    peak = peak_bytes(write, device) if on_gpu else None
     if peak is None:  # the profiler that sees a CPU's allocations would be what is timed
         write()
     rate = batch * new / seconds[-1]
@@ -117,32 +122,21 @@ def measure(shape: Shape, model: Any, way: str, batch: int, new: int) -> dict[st
     }  # fmt: skip
 
 
-def run(record: Record, *, models: list[str] | None = None, only: list[str] | None = None) -> None:
-    from transformers import GenerationConfig
+def items(device: torch.device) -> Iterator[Item]:
+    on_gpu = device.type == "cuda"
+    for name in ("1.7B", "4B") if on_gpu else ("toy",):
+        for batch in (32, 8) if on_gpu else (2,):
+            for way in WAYS:
 
-    on_gpu, shapes = record.device.type == "cuda", SHAPES[record.device.type]
-    new = 512 if on_gpu else 4
-    for name in models or (["1.7B", "4B"] if on_gpu else ["toy"]):
-        made: list[Any] = []
+                def run(report: Report, name: str = name, batch: int = batch, way: str = way) -> dict[str, Any]:
+                    return {"model": name, **measure(SHAPES[device.type][name], report.device, way, batch)}
 
-        def cell(way: str, batch: int, name: str = name, made: list[Any] = made) -> dict[str, Any]:
-            if not made:
-                made.append(shapes[name].model(record.device).eval())
-                made[0].generation_config = GenerationConfig()  # no end token
-            return {"model": name, **measure(shapes[name], made[0], way, batch, new)}
-
-        for way in WAYS:  # the continuous one last: it leaves the model with another attention
-            for batch in (32, 8) if on_gpu else (2,):
-                if not only or way in only:
-                    record.measure(f"{name} batch {batch} {way}", lambda w=way, b=batch, c=cell: c(w, b), like=way)
-        made.clear()
-        torch.compiler.reset()
-        release(record.device)
+                yield Item(f"rollouts/{name} batch {batch} {way}", 150 if "compiled" in way else 75, run)
 
 
-def table(stored: dict[str, Any]) -> str:
+def table(cells: list[dict[str, Any]]) -> str:
     """Tokens per second, in Markdown."""
-    found = {(cell["model"], cell["batch"], cell["way"]): cell for cell in stored["cells"]}
+    found = {(cell["model"], cell["batch"], cell["way"]): cell for cell in cells}
     ways = [way for way in WAYS if any(key[2] == way for key in found)]
     lines = ["| model | batch | " + " | ".join(ways) + " |", "|---|---|" + "---|" * len(ways)]
     for model, batch in dict.fromkeys(key[:2] for key in found):

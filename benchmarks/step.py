@@ -1,4 +1,4 @@
-"""The whole training step but for its rollouts, way by way: the parts `step` and `longest` of `benchmarks.parts`.
+"""The whole training step but for its rollouts, way by way: the steps `step` and `longest` of `benchmarks.parts`.
 
 Both contexts, the loss, backward and the optimiser on a batch of eight prompts with a rollout each: Qwen3 shapes,
 random weights, layers checkpointed, LoRA (r = 64, the teacher is the model without it) or all of the weights (its own
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.attention import fused_sdpa
-from benchmarks.cells import Unavailable, peer
+from benchmarks.cells import peer
 from benchmarks.measure import peak_bytes
 from benchmarks.packing import (
     FULL_SHAPES,
@@ -40,7 +40,7 @@ from benchmarks.packing import (
     ratio,
     rows_of,
 )
-from benchmarks.record import Record, release
+from benchmarks.runner import Item, Report, release, synchronize
 from opsd.metrics import Clock
 from opsd.models import is_adapted
 from opsd_kernels import lm_head_of
@@ -51,7 +51,7 @@ SHAPES = {
     "cpu": {"toy": Shape(hidden=32, layers=2, vocab=503, intermediate=64, heads=(4, 2, 8))},
 }
 TRAININGS = ("lora", "full")
-ORDER = ("4B", "1.7B", "8B", "0.6B", "toy")
+ORDER = ("1.7B", "4B", "8B", "0.6B", "toy")
 ROUNDS = 5
 TOLERANCE = {"cuda": 0.05, "cpu": 1e-3}
 NAMES = {
@@ -132,87 +132,72 @@ class Training:
         return sum(t.nbytes for t in (*self.model.parameters(), *state))
 
 
-def measure(
-    training: Training, shape: Shape, rounds: int, names: list[str], deadline: float = float("inf")
-) -> dict[str, Any]:
+def measure(training: Training, shape: Shape, report: Report, rounds: int, names: Sequence[str]) -> dict[str, Any]:
     """Seconds by round, as a whole and by phase, tokens of rollouts per second, peak memory, agreement."""
     device = training.device
     scale = SCALE if device.type == "cpu" else 1
-    ways, wait = contenders(device), torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    ways = contenders(device)
     first = draw(CASE, shape.vocab, 0, scale=scale)
     records: dict[str, dict[str, Any]] = {}
-    left_out: dict[str, str] = {}
+
+    def prepared(name: str) -> int:
+        training.step(ways[name], first, Clock(device))  # compiles, and makes the optimiser's state
+        return peak_bytes(lambda: training.step(ways[name], first, Clock(device)), device)
+
+    def once(name: str, data: Draw) -> tuple[float, float, float]:
+        clock = Clock(device)
+        synchronize(device)
+        begun = time.perf_counter()
+        loss, norm = training.step(ways[name], data, clock)
+        synchronize(device)
+        seconds, one = time.perf_counter() - begun, records[name]
+        one["seconds"].append(seconds)
+        one["tokens_per_second"].append(data.tokens / seconds)
+        one["losses"].append(float(loss))
+        for phase, value in clock.seconds().items():
+            one["phases"].setdefault(phase, []).append(value)
+        return seconds, float(loss), float(norm)
+
     for name in names:
-        reason = ""
-        try:
-            training.step(ways[name], first, Clock(device))  # compiles, and makes the optimiser's state
-            peak = peak_bytes(lambda n=name: training.step(ways[n], first, Clock(device)), device)
+        peak = report.attempt(name, lambda n=name: prepared(n))
+        if peak is not None:
             records[name] = {"seconds": [], "tokens_per_second": [], "phases": {}, "losses": [], "peak_bytes": peak}
-        except torch.OutOfMemoryError:
-            reason = "out of memory"
-        except Unavailable as error:
-            reason = str(error)
-        except Exception as error:  # the other ways are worth having
-            reason = f"failed: {type(error).__name__}: {str(error)[:300]}"
-        if reason:
-            left_out[name] = reason
-            print(f"  {name}: left out: {reason}", flush=True)
         training.clear()
         release(device)
     order, tokens, worst = list(records), [], 0.0
     for number in range(rounds):
-        if number and time.monotonic() > deadline:
-            left_out["rounds"] = f"{rounds - number} of {rounds}: the time is used up"
+        if number and report.late:
             break
         data = draw(CASE, shape.vocab, 1 + number, scale=scale)
         tokens.append(data.tokens)
-        seen = []
-        for name in order:
-            clock = Clock(device)
-            wait()
-            begun = time.perf_counter()
-            loss, norm = training.step(ways[name], data, clock)
-            wait()
-            seconds, one = time.perf_counter() - begun, records[name]
-            one["seconds"].append(seconds)
-            one["tokens_per_second"].append(data.tokens / seconds)
-            one["losses"].append(float(loss))
-            for phase, value in clock.seconds().items():
-                one["phases"].setdefault(phase, []).append(value)
-            seen.append((float(loss), float(norm)))
+        seen = [one for name in order if (one := report.attempt(name, lambda n=name, d=data: once(n, d)))]
         order = [*order[1:], *order[:1]]
-        for values in zip(*seen, strict=True):
+        for values in list(zip(*seen, strict=True))[1:]:
             worst = max(worst, (max(values) - min(values)) / abs(values[0]))
     for name, one in records.items():
+        if name in report.out:
+            continue
         rate, peak = median(one["tokens_per_second"]), one["peak_bytes"] / 2**30
         phases = ", ".join(f"{phase} {1e3 * median(values):.0f}" for phase, values in one["phases"].items())
         print(f"  {name}: {rate:.0f} tokens/s, {peak:.1f} GiB above the weights; ms: {phases}", flush=True)
     return {
         "shape": asdict(shape), "case": asdict(CASE), "prompts": PROMPTS, "tokens": tokens, "rows": rows_of(first),
-        "base_bytes": training.bytes(), "contenders": records, "largest_difference": worst,
-        "agree": worst <= TOLERANCE[device.type], "left_out": left_out,
+        "base_bytes": training.bytes(), "contenders": {n: report.out.get(n) or records[n] for n in names},
+        "largest_difference": worst, "agree": worst <= TOLERANCE[device.type],
     }  # fmt: skip
 
 
-def run(
-    record: Record,
-    *,
-    models: list[str] | None = None,
-    trainings: list[str] | None = None,
-    rounds: int | None = None,
-    only: list[str] | None = None,
-) -> None:
-    shapes = SHAPES[record.device.type]
-    names = [name for name in NAMES if not only or name in only]
+def items(device: torch.device) -> Iterator[Item]:
+    shapes = SHAPES[device.type]
+    for kind in TRAININGS:
+        for name in (name for name in ORDER if name in shapes):
 
-    def cell(name: str, kind: str) -> dict[str, Any]:
-        training = Training.of(shapes[name], kind, record.device)
-        found = measure(training, shapes[name], rounds or ROUNDS, names, record.deadline)
-        return {"model": name, "training": kind, **found}
+            def run(report: Report, name: str = name, kind: str = kind) -> dict[str, Any]:
+                training = Training.of(shapes[name], kind, device)
+                found = measure(training, shapes[name], report, report.rounds or ROUNDS, report.wanted(list(NAMES)))
+                return {"model": name, "training": kind, **found}
 
-    for kind in trainings or TRAININGS:
-        for name in models or [n for n in ORDER if n in shapes]:
-            record.measure(f"{name} {kind}", lambda n=name, k=kind: cell(n, k))
+            yield Item(f"step/{name} {kind}", 240 if name == "8B" else 150, run, patience=120)
 
 
 # The longest rollout.
@@ -288,82 +273,59 @@ def search(
             length = int(min(max(guess, found.fits + edge), found.fails - edge))
 
 
-def longest(
-    record: Record,
-    *,
-    models: list[str] | None = None,
-    trainings: list[str] | None = None,
-    memory: list[float] | None = None,
-    only: list[str] | None = None,
-) -> None:
-    """Args:
-    memory: GiB that may be used, several for several searches; 0: all there is.
-    """
-    device, shapes = record.device, SHAPES[record.device.type]
-    on_gpu = device.type == "cuda"
-    ways = contenders(device)
-    names = [name for name in NAMES if name != "packed_joint_triton" and (not only or name in only)]
+def longest(device: torch.device) -> Iterator[Item]:
+    """Within 24 GiB, and what the largest model does with all the memory there is."""
+    on_gpu = [("4B", "24 GiB"), ("1.7B", "24 GiB"), ("8B", "all memory")]
+    wanted = on_gpu if device.type == "cuda" else [("toy", "16 MiB")]
+    for model, memory in wanted:
+        for name in NAMES:
+            if name == "packed_joint_triton" or (memory == "all memory" and not name.startswith("packed")):
+                continue
 
-    def cell(training: Training, name: str, model: str, kind: str, capacity: int) -> dict[str, Any]:
-        shape = shapes[model]
-        if on_gpu:
-            torch.cuda.set_per_process_memory_fraction(capacity / torch.cuda.mem_get_info()[1])
+            def run(report: Report, model: str = model, memory: str = memory, name: str = name) -> dict[str, Any]:
+                return longest_of(report, model, memory, name)
 
-        def attempt(length: int) -> int | None:
-            data, used, weights = even(length, shape.vocab, 1 if on_gpu else SCALE), None, training.bytes()
-            try:
-                if on_gpu:
-                    weights = torch.cuda.memory_allocated()
-                used = weights + peak_bytes(lambda: training.step(ways[name], data, Clock(device)), device)
-            except torch.OutOfMemoryError:
-                pass
-            training.clear()
-            release(device)
-            return None if used is None or used > capacity else used
+            yield Item(f"longest/{model} lora {memory} {name}", 150, run)
 
-        start, resolution = (256, 0.04) if on_gpu else (8, 0.2)
+
+def longest_of(report: Report, model: str, memory: str, name: str) -> dict[str, Any]:
+    device = report.device
+    shape, on_gpu = SHAPES[device.type][model], device.type == "cuda"
+    amount, _, unit = memory.partition(" ")
+    capacity = torch.cuda.mem_get_info()[1] if amount == "all" else int(amount) << {"GiB": 30, "MiB": 20}[unit]
+    training, way = Training.of(shape, "lora", device), contenders(device)[name]
+    if on_gpu:  # the process is this search's own
+        torch.cuda.set_per_process_memory_fraction(capacity / torch.cuda.mem_get_info()[1])
+
+    def attempt(length: int) -> int | None:
+        data, used, weights = even(length, shape.vocab, 1 if on_gpu else SCALE), None, training.bytes()
         try:
-            found = search(
-                attempt, capacity, start=start, resolution=resolution, seconds=record.deadline - time.monotonic()
-            )
-        finally:
             if on_gpu:
-                torch.cuda.set_per_process_memory_fraction(1.0)
-        left_out = {"the rest of the search": "the time is used up"} if found.stopped else {}
-        about = {"model": model, "training": kind, "contender": name, "capacity": capacity, "prompts": PROMPTS}
-        return {**about, **asdict(found), "left_out": left_out}
+                weights = torch.cuda.memory_allocated()
+            used = weights + peak_bytes(lambda: training.step(way, data, Clock(device)), device)
+        except torch.OutOfMemoryError:
+            pass
+        training.clear()
+        release(device)
+        return None if used is None or used > capacity else used
 
-    for kind in trainings or ["lora"]:
-        for model in models or (["4B", "1.7B"] if on_gpu else ["toy"]):
-            made: list[Training] = []  # for all contenders, when the first one comes to it
-
-            def begun(model: str = model, kind: str = kind, made: list[Training] = made) -> Training:
-                if not made:
-                    made.append(Training.of(shapes[model], kind, device))
-                return made[0]
-
-            for gib in memory or ([24.0] if on_gpu else [1 / 64]):
-                capacity = int(gib * 2**30) if gib else torch.cuda.mem_get_info()[1]
-                label = f"{gib:g} GiB" if gib else "all memory"
-                for name in names:
-                    record.measure(
-                        f"{model} {kind} {label} {name}",
-                        lambda n=name, m=model, k=kind, c=capacity, b=begun: cell(b(), n, m, k, c),
-                    )
-            made.clear()
-            release(device)
+    start, resolution = (256, 0.04) if on_gpu else (8, 0.2)
+    left = report.deadline - time.monotonic()
+    found = search(attempt, capacity, start=start, resolution=resolution, seconds=left)
+    about = {"model": model, "training": "lora", "contender": name, "capacity": capacity, "prompts": PROMPTS}
+    return {**about, **asdict(found)}
 
 
 # The tables.
 
 
-def table(steps: dict[str, Any], longest: dict[str, Any] | None = None) -> str:
+def table(steps: list[dict[str, Any]], longest: list[dict[str, Any]]) -> str:
     """By model and training: tokens per second, with the gain over the way before it, peak memory, the longest rollout
     that fits; in Markdown."""
-    names = [name for name in NAMES if any(name in cell["contenders"] for cell in steps["cells"])]
+    names = [name for name in NAMES if any("seconds" in cell["contenders"].get(name, {}) for cell in steps)]
     lines = ["| model | | " + " | ".join(NAMES[name] for name in names) + " |", "|---|---|" + "---|" * len(names)]
-    for cell in steps["cells"]:
-        ways = cell["contenders"]
+    for cell in steps:
+        ways = {name: one for name, one in cell["contenders"].items() if "seconds" in one}
 
         def speed(name: str, before: str | None, ways: dict[str, Any] = ways) -> str:
             if name not in ways:
@@ -380,7 +342,7 @@ def table(steps: dict[str, Any], longest: dict[str, Any] | None = None) -> str:
         peaks = [f"{(base + ways[n]['peak_bytes']) / 2**30:.1f}" if n in ways else "–" for n in names]
         lines.append(start + "peak, GiB | " + " | ".join(peaks) + " |")
     searches: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for cell in (longest or {"cells": []})["cells"]:
+    for cell in longest:
         key = (cell["model"], cell["training"], cell["capacity"])
         searches.setdefault(key, {})[cell["contender"]] = cell
     for (model, kind, capacity), found in searches.items():
@@ -389,12 +351,14 @@ def table(steps: dict[str, Any], longest: dict[str, Any] | None = None) -> str:
     return "\n".join(lines)
 
 
-def phases_table(steps: dict[str, Any]) -> str:
+def phases_table(steps: list[dict[str, Any]]) -> str:
     """Milliseconds by phase, in Markdown; medians."""
     order = ("teacher", "student", "score", "loss", "backward", "optimizer")
     lines = ["| model | way | " + " | ".join(order) + " | whole |", "|---|---|" + "---|" * (len(order) + 1)]
-    for cell in steps["cells"]:
+    for cell in steps:
         for name, one in cell["contenders"].items():
+            if "seconds" not in one:
+                continue
             found = [one["phases"].get(phase) for phase in order] + [one["seconds"]]
             values = [f"{1e3 * median(seconds):,.0f}" if seconds else "–" for seconds in found]
             lines.append(f"| {cell['model']}, {cell['training']} | {NAMES[name]} | " + " | ".join(values) + " |")
