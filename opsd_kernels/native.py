@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 COMPILERS = ("c++", "g++", "clang++")  # after $CXX
 UNITS = ("rows_cpu.cpp", "gemm_cpu.cpp")  # what is compiled
-SOURCES = (*UNITS, "row_math.h", "threads.h", "vectors.h")
+SOURCES = (*UNITS, "requests.h", "row_math.h", "threads.h", "vectors.h")
 # Not -ffast-math: infinities and NaN mean something here.
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread"),
