@@ -97,6 +97,7 @@ static inline void put(float* to, Vec x, Whole) { store(to, x); }
 static inline void put(float* to, Vec x, int64_t count) { store_part(to, x, count); }
 
 // ---------------------------------------------------------------------------------------------------------- requests
+// The divergence's is in requests.h.
 
 struct LogprobRequest {
     const float* logits;

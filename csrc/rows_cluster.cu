@@ -1,0 +1,544 @@
+// The row pass on Hopper (sm_90a), float32 logits: both rows of a token are read from memory once.
+//
+// A cluster of up to 16 blocks takes a token at a time and holds its two rows in shared memory, 8 bytes per column:
+// 10 bytes of memory traffic per column with a bfloat16 dz, where three sweeps over memory take 26. A row's way:
+//
+//   A  each warp waits for its slice, chunk by chunk, and sums both normalisers of it;
+//   -  all parts are joined (row_parts.h), through the shared memory of the cluster's blocks: barrier 1;
+//   B  g and p_S of each entry replace its logits; the loss, statistics and sum(g) are added up;
+//   -  the sums are joined likewise: barrier 2;
+//   C  dz is written, and as soon as a chunk has been, the next row's begins to arrive in its place.
+//
+// Budget per multiprocessor, 227 KiB of shared memory and 65,536 registers: two blocks of 256 threads, so that one's
+// loads go on under the other's arithmetic, need <= 128 registers a thread and <= 113 KiB a block. At V = 151,936 a
+// block of 16 holds 76,032 bytes of logits; at 262,144 it is 131,072, and one block fits. The largest V is 458,752
+// (16 blocks of 224 KiB). Few columns take fewer blocks; few tokens take more.
+//
+// What must hold, and no test on a CPU can see:
+//   - A warp reads and writes its own slice alone, and a lane its own quads (those congruent to it modulo 32), in A, B
+//     and C alike: between the phases nothing of the rows needs a barrier. dz may be the student itself: a slice is
+//     read whole before the warp that writes it does so, and no one else reads it from memory.
+//   - A chunk's barrier completes once per row; its parity is the row's number modulo 2. Before a chunk is refilled, all
+//     lanes have read it (__syncwarp) and made that known to the copy engine (fence.proxy.async).
+//   - `parts` is written by all blocks before barrier 1 and read after it; `sums` likewise with barrier 2. A block
+//     passes barrier 2 only after every block has read `parts`, and barrier 1 of the next row only after every block
+//     has read `sums`: one copy of each is enough. All threads of a cluster's blocks reach both as often: they have
+//     the same rows. No block writes to another's shared memory before all have started (the first cluster.sync) or
+//     after one may have ended (the last).
+//   - Bulk copies need addresses and sizes that are multiples of 16: of rows that are not so placed every element is
+//     copied by itself, and the up to three columns of a last partial quad always are.
+//   - Every block of a cluster joins the same numbers in the same order, so all agree on a token's fate to the bit.
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+
+#include "requests.h"
+#include "row_parts.h"
+
+namespace cg = cooperative_groups;
+
+namespace opsd {
+
+constexpr int THREADS = 256, WARPS = THREADS / 32, LARGEST_CLUSTER = 16;
+constexpr int CHUNK = 64, MOST_CHUNKS = 14;  // quads, two per lane; 14 chunks are 458,752 columns
+constexpr unsigned ALL = 0xffffffffu;
+
+// ------------------------------------------------------------------------------------------------ copies, with barriers
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+    return uint32_t(__cvta_generic_to_shared(pointer));
+}
+__device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra over;\n"
+        "bra again;\n"
+        "over:\n"
+        "}\n" ::"r"(shared_address(barrier)),
+        "r"(parity)
+        : "memory");
+}
+__device__ __forceinline__ void copy_bulk(float* to, const float* from, int bytes, uint64_t* barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+            shared_address(to)
+        ),
+        "l"(from), "r"(bytes), "r"(shared_address(barrier))
+        : "memory");
+}
+__device__ __forceinline__ void copy_word(float* to, const float* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+// Arrives at the barrier when this thread's copies of words so far are there.
+__device__ __forceinline__ void arrive_after_copies(uint64_t* barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// ------------------------------------------------------------------------------------------------------------- problems
+
+struct Problem {
+    DivergenceRequest request;
+    Tempering tempering;
+    Measure measure;
+    float token_clip, chain;  // d y / d raw, but for the cap
+    int32_t each;             // quads of a warp's slice
+    bool bulk;                // both models' rows lie at multiples of 16 bytes
+    bool wide_dz;             // and dz's at multiples of 4 elements
+};
+
+// Between a cluster's blocks, and a block's warps.
+struct Exchange {
+    uint64_t arrived[WARPS][MOST_CHUNKS];
+    Part warp_parts[WARPS], parts[LARGEST_CLUSTER];
+    Totals warp_sums[WARPS], sums[LARGEST_CLUSTER];
+    Norms norms;
+};
+
+// A warp's slice of the row that is there, and of the one that is to come.
+struct Rows {
+    float* student;  // in shared memory, `each` quads
+    float* teacher;
+    uint64_t* arrived;
+    Slice slice;
+    int64_t column;  // of the slice's first entry
+
+    __device__ int chunks() const { return (slice.count + CHUNK - 1) / CHUNK; }
+
+    // Begins to copy a chunk of row `index`, if there is such a row.
+    __device__ void fetch(const Problem& problem, int64_t index, int chunk, int lane) const {
+        const DivergenceRequest& r = problem.request;
+        if (index >= r.n) return;
+        const int begin = chunk * CHUNK * 4;
+        const int end = min(min((chunk + 1) * CHUNK, slice.count) * 4, int(r.vocab - column));
+        const float* student_row = r.student + index * r.student_stride + column;
+        const float* teacher_row = r.teacher + index * r.teacher_stride + column;
+        if (problem.bulk) {
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            __syncwarp();
+            if (lane == 0) {
+                const int bytes = (end - begin) / 4 * 16;
+                barrier_expect(&arrived[chunk], 2 * bytes);
+                if (bytes) {
+                    copy_bulk(student + begin, student_row + begin, bytes, &arrived[chunk]);
+                    copy_bulk(teacher + begin, teacher_row + begin, bytes, &arrived[chunk]);
+                }
+            }
+        } else {
+            __syncwarp();
+            for (int i = begin + lane; i < end; i += 32) {
+                copy_word(student + i, student_row + i);
+                copy_word(teacher + i, teacher_row + i);
+            }
+            arrive_after_copies(&arrived[chunk]);
+        }
+    }
+
+    // After it has arrived: the row's last quad, if this lane has it and it is not whole, is read and filled up.
+    __device__ void fill_last(const Problem& problem, int64_t index, int lane) const {
+        const DivergenceRequest& r = problem.request;
+        const int left = int(r.vocab - column), last = left / 4;
+        if (left % 4 == 0 || last >= slice.count || last % 32 != lane) return;
+        for (int i = 4 * last; i < 4 * last + 4; ++i) {
+            student[i] = i < left ? r.student[index * r.student_stride + column + i] : -INF;
+            teacher[i] = i < left ? r.teacher[index * r.teacher_stride + column + i] : -INF;
+        }
+    }
+};
+
+__device__ __forceinline__ void quad_of(const float* from, int quad, bool there, float (&to)[4]) {
+    const float4 x = there ? reinterpret_cast<const float4*>(from)[quad] : make_float4(-INF, -INF, -INF, -INF);
+    to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+}
+__device__ __forceinline__ void set_quad(float* to, int quad, const float (&x)[4]) {
+    reinterpret_cast<float4*>(to)[quad] = make_float4(x[0], x[1], x[2], x[3]);
+}
+
+// --------------------------------------------------------------------------------------------------- joining of parts
+
+// The same of another lane, by whatever shuffle.
+template <class Shuffle>
+__device__ __forceinline__ Part shuffled(const Part& part, const Shuffle& of) {
+    return {of(part.high_s), of(part.rest_s), of(part.high_t),     of(part.rest_t),
+            of(part.at_top), of(part.gap_at_top), of(part.top)};
+}
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (int distance = 16; distance; distance /= 2) x += __shfl_xor_sync(ALL, x, distance);
+    return x;
+}
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+    for (int distance = 16; distance; distance /= 2) x = larger(x, __shfl_xor_sync(ALL, x, distance));
+    return x;
+}
+
+// The parts of lanes [0, count), a power of two, joined; as lane 0 does it, for all.
+__device__ __forceinline__ Part joined(Part part, int count, float bits) {
+#pragma unroll 1
+    for (int distance = 1; distance < count; distance *= 2)
+        part = merged(part, shuffled(part, [&](auto x) { return __shfl_xor_sync(ALL, x, distance); }), bits);
+    return shuffled(part, [](auto x) { return __shfl_sync(ALL, x, 0); });
+}
+template <int BETA, bool CLIP, bool STATISTICS>
+__device__ void add_up(Totals& totals, int count) {
+    for (int distance = 1; distance < count; distance *= 2)
+#pragma unroll
+        for (int i = 0; i < Totals::COUNT; ++i)
+            if (Totals::used<BETA, CLIP, STATISTICS>(i))
+                totals.sum[i] += __shfl_xor_sync(ALL, totals.sum[i], distance);
+}
+
+// ------------------------------------------------------------------------------------------------------------ the kernel
+
+// A: what the warp knows of its slice.
+template <int BETA, bool TRANSFORMED>
+__device__ Part part_of(const Rows& rows, const Problem& problem, int64_t index, int parity, int lane) {
+    const Tempering& how = problem.tempering;
+    Running student, teacher;
+    const int chunks = rows.chunks();
+#pragma unroll 1
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+        barrier_wait(&rows.arrived[chunk], parity);
+        if (chunk == chunks - 1) rows.fill_last(problem, index, lane);
+        float y_s[8], y_t[8];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int quad = chunk * CHUNK + half * 32 + lane;
+            float s[4], t[4];
+            quad_of(rows.student, quad, quad < rows.slice.count, s);
+            quad_of(rows.teacher, quad, quad < rows.slice.count, t);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const Logits x = logits_of<BETA, TRANSFORMED>(s[i], t[i], how);
+                y_s[4 * half + i] = x.y_s, y_t[4 * half + i] = x.y_t;
+            }
+        }
+        student.add(y_s, how.bits);
+        teacher.add(y_t, how.bits);
+    }
+    Part part;
+    part.high_s = warp_max(student.high), part.high_t = warp_max(teacher.high);
+    const float own_s = student.scaled_to(part.high_s, how.bits), own_t = teacher.scaled_to(part.high_t, how.bits);
+    part.rest_s = warp_sum(own_s), part.rest_t = warp_sum(own_t);
+    if (!wants_top(part)) return part;
+
+    // The lane that has the top is summed again, by all lanes, without it.
+    const int owner = __ffs(int(__ballot_sync(ALL, student.high == part.high_s))) - 1;
+    const int entries = (rows.slice.count - owner + 31) / 32 * 4;
+    const auto place = [&](int entry) { return 4 * (owner + entry / 4 * 32) + entry % 4; };
+    const auto logits = [&](int at) { return logits_of<BETA, TRANSFORMED>(rows.student[at], rows.teacher[at], how); };
+    int top = INT_MAX;
+    __syncwarp();  // that lane may have written its last quad
+    for (int entry = lane; entry < entries; entry += 32)
+        if (logits(place(entry)).y_s == part.high_s) top = min(top, place(entry));
+    top = __reduce_min_sync(ALL, top);
+    Part again = part;
+    again.rest_s = lane == owner ? 0.0f : own_s, again.rest_t = lane == owner ? 0.0f : own_t;
+    for (int entry = lane; entry < entries; entry += 32) {
+        const Logits x = logits(place(entry));
+        if (place(entry) != top) add_rest(again, x.y_s, x.y_t, how.bits);
+    }
+    part.rest_s = warp_sum(again.rest_s), part.rest_t = warp_sum(again.rest_t);
+    const Logits x = logits(top);
+    part.at_top = x.y_t, part.gap_at_top = x.gap;
+    part.top = int(rows.column) + top;
+    return part;
+}
+
+// B: g and p_S in place of the logits.
+template <int BETA, bool CLIP, bool STATISTICS, bool TRANSFORMED>
+__device__ Totals measure_slice(const Rows& rows, const Problem& problem, const Norms& norms, int lane) {
+    Totals totals;
+#pragma unroll 1
+    for (int quad = lane; quad < rows.slice.count; quad += 32) {
+        float s[4], t[4];
+        quad_of(rows.student, quad, true, s);
+        quad_of(rows.teacher, quad, true, t);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const Logits x = logits_of<BETA, TRANSFORMED>(s[i], t[i], problem.tempering);
+            const Direction of =
+                measured<BETA, CLIP, STATISTICS>(x, norms, problem.tempering, problem.measure, totals);
+            s[i] = of.g, t[i] = of.p;
+        }
+        set_quad(rows.student, quad, s);
+        set_quad(rows.teacher, quad, t);
+    }
+    const int top = norms.top - int(rows.column);
+    if (norms.top >= 0 && top >= 0 && top < 4 * rows.slice.count && top / 4 % 32 == lane) {
+        totals.sum[Totals::DIRECTION] -= rows.student[top];  // what rounding has left of it
+        rows.student[top] *= 0.0f;                           // but not of NaN
+    }
+    return totals;
+}
+
+template <class Element>
+__device__ __forceinline__ void store_quad(Element* to, const float (&x)[4], int count, bool wide) {
+    Element out[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) out[i] = Element(x[i]);
+    if (wide && count == 4) {
+        struct alignas(4 * sizeof(Element)) Quad {
+            Element of[4];
+        };
+        Quad quad;
+        memcpy(&quad, out, sizeof(quad));
+        *reinterpret_cast<Quad*>(to) = quad;
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (i < count) to[i] = out[i];
+    }
+}
+
+// C: dz, and the next row in place of what it was made of. `to`: where the slice begins.
+template <class Element>
+__device__ void write_slice(
+    const Rows& rows, const Problem& problem, Element* to, float weight, float centre, bool kept, int64_t next, int lane
+) {
+    const int chunks = rows.chunks();
+#pragma unroll 1
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int quad = chunk * CHUNK + half * 32 + lane;
+            if (quad >= rows.slice.count) break;
+            float g[4], p[4];
+            quad_of(rows.student, quad, true, g);
+            quad_of(rows.teacher, quad, true, p);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) g[i] = kept ? gradient({g[i], p[i]}, weight, centre) : 0.0f;
+            const int left = int(min(problem.request.vocab - rows.column - 4 * quad, int64_t(4)));
+            store_quad(to + 4 * quad, g, left, problem.wide_dz);
+        }
+        rows.fetch(problem, next, chunk, lane);
+    }
+}
+
+template <int BETA, bool CLIP, bool STATISTICS, bool TRANSFORMED>
+__global__ void __launch_bounds__(THREADS, 2) divergence_rows(const __grid_constant__ Problem problem) {
+    extern __shared__ float4 memory[];
+    __shared__ Exchange exchange;
+    const cg::cluster_group cluster = cg::this_cluster();
+    const DivergenceRequest& r = problem.request;
+    const int blocks = int(cluster.num_blocks()), rank = int(cluster.block_rank());
+    const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+    const int64_t clusters = gridDim.x / blocks, first = blockIdx.x / blocks;
+
+    Rows rows;
+    rows.student = reinterpret_cast<float*>(memory + warp * problem.each);
+    rows.teacher = reinterpret_cast<float*>(memory + (WARPS + warp) * problem.each);
+    rows.arrived = exchange.arrived[warp];
+    rows.slice = slice_of(r.vocab, blocks * WARPS, rank * WARPS + warp);
+    rows.column = int64_t(rows.slice.first) * 4;
+    if (lane == 0) {
+        for (int chunk = 0; chunk < MOST_CHUNKS; ++chunk) barrier_init(&rows.arrived[chunk], problem.bulk ? 1 : 32);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncwarp();
+    for (int chunk = 0; chunk < rows.chunks(); ++chunk) rows.fetch(problem, first, chunk, lane);
+    cluster.sync();
+
+    int parity = 0;
+    for (int64_t index = first; index < r.n; index += clusters, parity ^= 1) {
+        const Part part = part_of<BETA, TRANSFORMED>(rows, problem, index, parity, lane);
+        if (lane == 0) exchange.warp_parts[warp] = part;
+        __syncthreads();
+        if (warp == 0) {
+            const Part block = joined(exchange.warp_parts[lane % WARPS], WARPS, problem.tempering.bits);
+            if (lane < blocks) *cluster.map_shared_rank(&exchange.parts[rank], lane) = block;
+        }
+        cluster.sync();
+        if (warp == 0) {
+            const Part row = joined(exchange.parts[lane % blocks], blocks, problem.tempering.bits);
+            const Norms norms = settled<BETA, CLIP>(row, problem.tempering, problem.measure);
+            if (lane == 0) exchange.norms = norms;
+        }
+        __syncthreads();
+        const Norms norms = exchange.norms;
+
+        if (STATISTICS && r.targets) {  // before its logits are gone
+            const int64_t target = r.targets[index], at = target - rows.column;
+            const bool strange = target < 0 || target >= r.vocab;
+            float* const column = r.table + index;
+            if (strange && rank == 0 && threadIdx.x == 0) {
+                column[STUDENT_LOGPROB * r.table_stride] = column[TEACHER_LOGPROB * r.table_stride] = NAN;
+            } else if (!strange && at >= 0 && at < 4 * rows.slice.count && at / 4 % 32 == lane) {
+                const Logits x = logits_of<BETA, TRANSFORMED>(rows.student[at], rows.teacher[at], problem.tempering);
+                column[STUDENT_LOGPROB * r.table_stride] = (x.y_s * problem.tempering.bits - norms.log_s) * LN2;
+                column[TEACHER_LOGPROB * r.table_stride] = (x.y_t * problem.tempering.bits - norms.log_t) * LN2;
+            }
+        }
+        Totals totals = measure_slice<BETA, CLIP, STATISTICS, TRANSFORMED>(rows, problem, norms, lane);
+        add_up<BETA, CLIP, STATISTICS>(totals, 32);
+        if (lane == 0) exchange.warp_sums[warp] = totals;
+        __syncthreads();
+        if (warp == 0) {
+            totals = exchange.warp_sums[lane % WARPS];
+            add_up<BETA, CLIP, STATISTICS>(totals, WARPS);
+            if (lane < blocks) *cluster.map_shared_rank(&exchange.sums[rank], lane) = totals;
+        }
+        cluster.sync();
+        totals = exchange.sums[lane % blocks];
+        add_up<BETA, CLIP, STATISTICS>(totals, blocks);
+
+        const Token<float> token = token_of_row<CLIP>(totals, norms, problem.measure, problem.token_clip);
+        if (rank == 0 && threadIdx.x == 0) {
+            float* const column = r.table + index;
+            column[LOSS * r.table_stride] = token.loss;
+            if (STATISTICS) {
+                column[DIVERGENCE * r.table_stride] = token.divergence;
+                column[STUDENT_ENTROPY * r.table_stride] = norms.no_s ? 0.0f : totals.sum[Totals::ENTROPY_S] * LN2;
+                column[TEACHER_ENTROPY * r.table_stride] = norms.no_t ? 0.0f : totals.sum[Totals::ENTROPY_T] * LN2;
+                column[ENTRY_CLIPPED * r.table_stride] = norms.live() && totals.sum[Totals::OVER] > 0.0f;
+                column[CLIPPED_AMOUNT * r.table_stride] = token.amount;
+                column[TOKEN_CLIPPED * r.table_stride] = token.over;
+            }
+        }
+        const int64_t next = index + clusters;
+        if (r.dz) {
+            const float weight = problem.chain * (r.row_scale ? r.row_scale[index] : 1.0f);
+            const float centre = totals.sum[Totals::DIRECTION] * weight;
+            const int64_t at = index * r.dz_stride + rows.column;
+            if (r.dz_type == FLOAT32)
+                write_slice(rows, problem, static_cast<float*>(r.dz) + at, weight, centre, token.kept, next, lane);
+            else if (r.dz_type == BFLOAT16)
+                write_slice(
+                    rows, problem, static_cast<__nv_bfloat16*>(r.dz) + at, weight, centre, token.kept, next, lane
+                );
+            else
+                write_slice(rows, problem, static_cast<__half*>(r.dz) + at, weight, centre, token.kept, next, lane);
+        } else {
+            for (int chunk = 0; chunk < rows.chunks(); ++chunk) rows.fetch(problem, next, chunk, lane);
+        }
+    }
+    cluster.sync();
+}
+
+// -------------------------------------------------------------------------------------------------------- the host's side
+
+using Kernel = void (*)(Problem);
+
+template <int BETA, bool CLIP>
+static Kernel choose_flags(bool statistics, bool transformed) {
+    if (statistics)
+        return transformed ? divergence_rows<BETA, CLIP, true, true> : divergence_rows<BETA, CLIP, true, false>;
+    return transformed ? divergence_rows<BETA, CLIP, false, true> : divergence_rows<BETA, CLIP, false, false>;
+}
+template <int BETA>
+static Kernel choose_clip(bool clip, bool statistics, bool transformed) {
+    return clip ? choose_flags<BETA, true>(statistics, transformed) : choose_flags<BETA, false>(statistics, transformed);
+}
+static Kernel choose(double beta, bool clip, bool statistics, bool transformed) {
+    if (beta == 0) return choose_clip<FORWARD>(clip, statistics, transformed);
+    if (beta == 1) return choose_clip<REVERSE>(clip, statistics, transformed);
+    return choose_clip<MIXTURE>(clip, statistics, transformed);
+}
+
+static int32_t row_bytes(int64_t vocab, int blocks) { return quads_per_worker(vocab, blocks * WARPS) * WARPS * 2 * 16; }
+
+// The fewest blocks that leave room for two on a multiprocessor, or for one; more where there are few tokens.
+static int cluster_size(int64_t n, int64_t vocab, int processors, int bytes_for_two) {
+    int blocks = 1;
+    while (blocks < LARGEST_CLUSTER && row_bytes(vocab, blocks) > bytes_for_two) blocks *= 2;
+    while (blocks < LARGEST_CLUSTER && n * blocks < 2 * int64_t(processors)) blocks *= 2;
+    return blocks;
+}
+
+static Curve32 curve(const Transform& transform, double temperature) {
+    const bool capped = transform.softcap > 0;
+    return {
+        capped ? float(transform.scale / transform.softcap) : 0.0f,
+        float((capped ? transform.softcap : transform.scale) / temperature), capped
+    };
+}
+
+template <class Number>
+static bool multiple_of(Number x, int64_t of) {
+    return int64_t(x) % of == 0;
+}
+
+static Problem problem_of(const DivergenceRequest& r) {
+    Problem p{};
+    const Transform &s = r.student_transform, &t = r.teacher_transform;
+    const bool transformed = s.softcap > 0 || t.softcap > 0 || s.scale != t.scale;
+    p.request = r;
+    p.tempering.student = curve(s, r.temperature), p.tempering.teacher = curve(t, r.temperature);
+    p.tempering.same_cap = s.softcap > 0 && s.softcap == t.softcap && s.scale == t.scale;
+    p.tempering.unlike = float((s.scale - t.scale) / r.temperature);
+    const double nats = transformed ? 1.0 : s.scale / r.temperature;
+    p.tempering.nats = float(nats), p.tempering.bits = float(nats * 1.4426950408889634);
+    p.measure = {{float(r.beta), float(1 - r.beta)}, float(r.entry_clip)};
+    p.token_clip = float(r.token_clip), p.chain = float(s.scale / r.temperature);
+    p.bulk = multiple_of(reinterpret_cast<intptr_t>(r.student), 16) && multiple_of(r.student_stride, 4) &&
+             multiple_of(reinterpret_cast<intptr_t>(r.teacher), 16) && multiple_of(r.teacher_stride, 4);
+    const int element = r.dz_type == FLOAT32 ? 4 : 2;
+    p.wide_dz = multiple_of(reinterpret_cast<intptr_t>(r.dz), 4 * element) && multiple_of(r.dz_stride, 4);
+    return p;
+}
+
+}  // namespace opsd
+
+extern "C" {
+
+// The most columns that a cluster can hold.
+int64_t opsd_cluster_most_columns() {
+    return int64_t(opsd::MOST_CHUNKS) * opsd::CHUNK * 4 * opsd::WARPS * opsd::LARGEST_CLUSTER;
+}
+
+const char* opsd_cluster_error(int code) { return cudaGetErrorString(cudaError_t(code)); }
+
+// Pointers are the device's; enqueued on `stream` of the device. Returns a cudaError_t.
+int opsd_cluster_divergence_rows(const opsd::DivergenceRequest* request, int device, cudaStream_t stream) {
+    using namespace opsd;
+    Problem problem = problem_of(*request);
+    const DivergenceRequest& r = problem.request;
+    const Transform &s = r.student_transform, &t = r.teacher_transform;
+    const auto kernel = choose(
+        r.beta, r.entry_clip < double(INF), r.statistics != 0, s.softcap > 0 || t.softcap > 0 || s.scale != t.scale
+    );
+    int processors = 0, most_block = 0, most_processor = 0;
+    cudaFuncAttributes of_kernel{};
+    cudaError_t error = cudaSetDevice(device);
+    if (!error) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    if (!error) error = cudaDeviceGetAttribute(&most_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (!error) error = cudaDeviceGetAttribute(&most_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+    if (!error) error = cudaFuncGetAttributes(&of_kernel, kernel);
+    if (error) return error;
+    constexpr int RESERVED = 1024;  // of each block, by the system
+    const int fixed = int(of_kernel.sharedSizeBytes);
+    const int blocks = cluster_size(r.n, r.vocab, processors, most_processor / 2 - RESERVED - fixed);
+    problem.each = quads_per_worker(r.vocab, blocks * WARPS);
+    const int bytes = row_bytes(r.vocab, blocks);
+    if (bytes + fixed > most_block || problem.each > MOST_CHUNKS * CHUNK) return cudaErrorInvalidValue;
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (!error) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error) return error;
+
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = unsigned(blocks), attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t launch{};
+    launch.gridDim = dim3(unsigned(blocks)), launch.blockDim = dim3(THREADS);
+    launch.dynamicSmemBytes = size_t(bytes), launch.stream = stream;
+    launch.attrs = &attribute, launch.numAttrs = 1;
+    int at_once = 0;
+    error = cudaOccupancyMaxActiveClusters(&at_once, kernel, &launch);
+    if (error) return error;
+    if (at_once < 1) return cudaErrorLaunchOutOfResources;
+    launch.gridDim.x = unsigned(std::min<int64_t>(at_once, r.n) * blocks);
+    return cudaLaunchKernelEx(&launch, kernel, problem);
+}
+}
