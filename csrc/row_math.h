@@ -82,6 +82,7 @@ OPSD_HD float greatest(float x, float y) {
     asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
     return z;
 }
+OPSD_HD float magnitude(float x) { return fabsf(x); }
 OPSD_HD float larger(float x, float y) { return fmaxf(x, y); }  // of two of which one may be NaN, the other
 OPSD_HD float smaller(float x, float y) { return fminf(x, y); }
 #else
@@ -95,6 +96,7 @@ OPSD_HD float log2_fast(float x) {
 }
 OPSD_HD float quotient_fast(float x, float y) { return x / y; }
 OPSD_HD float greatest(float x, float y) { return x != x || x > y ? x : y; }
+OPSD_HD float magnitude(float x) { return std::fabs(x); }
 OPSD_HD float larger(float x, float y) { return std::fmax(x, y); }
 OPSD_HD float smaller(float x, float y) { return std::fmin(x, y); }
 #endif
@@ -138,7 +140,7 @@ struct Gap {
 
 OPSD_HD Gap<float> gap_fast(float d) {
     Gap<float> g;
-    const float whole = d < 0.0f ? -d : d;
+    const float whole = magnitude(d);
     g.a = smaller(whole, FAR);
     g.excess = whole - g.a;
     g.e = exp2_fast(g.a * -LOG2E);
@@ -217,17 +219,26 @@ OPSD_HD Log1p<F> log1p_below(F v) {
     return out;
 }
 
+template <class M, class F>
+OPSD_HD F quotient(F x, F y) {
+    if constexpr (FAST<M>) return quotient_fast(x, y);
+    else return x / y;
+}
+
 // tanh(x) with e = e^-2|x|, from which what is small beside 1 follows without cancellation.
 template <class F>
 struct Tanh {
     F value, e;
-    OPSD_HD F derivative() const { return 4.0f * e / ((1.0f + e) * (1.0f + e)); }
+    template <class M = Exact>
+    OPSD_HD F derivative() const {
+        return quotient<M>(4.0f * e, (1.0f + e) * (1.0f + e));
+    }
 };
 
 template <class F, class M = Exact>
 OPSD_HD Tanh<F> tanh_of(F x) {
     const Gap<F> g = gap<F, M>(x + x);
-    const F size = -g.t / (1.0f + g.e);
+    const F size = quotient<M>(-g.t, 1.0f + g.e);
     return {x < 0.0f ? -size : size, g.e};
 }
 
@@ -235,7 +246,8 @@ OPSD_HD Tanh<F> tanh_of(F x) {
 template <class F, class M = Exact>
 OPSD_HD F tanh_difference(F x, F y, F x_minus_y, Tanh<F> tanh_x, Tanh<F> tanh_y) {
     const F same_sign = tanh_x.e + tanh_y.e, opposite = 1.0f + tanh_x.e * tanh_y.e;
-    const F rest = 2.0f * (x * y < 0.0f ? opposite : same_sign) / ((1.0f + tanh_x.e) * (1.0f + tanh_y.e));
+    const F twice = 2.0f * (x * y < 0.0f ? opposite : same_sign);
+    const F rest = quotient<M>(twice, (1.0f + tanh_x.e) * (1.0f + tanh_y.e));
     return tanh_of<F, M>(x_minus_y).value * rest;
 }
 

@@ -57,7 +57,7 @@ OPSD_HD Logits logits_of(float raw_s, float raw_t, const Tempering& how) {
     Logits x;
     x.y_s = tempered<Fast>(raw_s, how.student, tanh_s);
     x.y_t = tempered<Fast>(raw_t, how.teacher, tanh_t);
-    x.slope = how.student.capped ? tanh_s.derivative() : 1.0f;
+    x.slope = how.student.capped ? tanh_s.derivative<Fast>() : 1.0f;
     const float apart = raw_s - raw_t, rounded = x.y_s == x.y_t ? 0.0f : x.y_s - x.y_t;
     x.gap = rounded;
     if (x.y_s == -INF || x.y_t == -INF) return x;
@@ -80,14 +80,22 @@ struct Running {
 
     template <int N>
     OPSD_HD void add(const float (&y)[N], float bits) {
-        float best = high;
+        static_assert((N & (N - 1)) == 0, "halved until one is left");
+        float lanes[N];
 #pragma unroll
-        for (int i = 0; i < N; ++i) best = larger(best, y[i]);
-        const float shift = best * bits;
-        float more = 0;
+        for (int i = 0; i < N; ++i) lanes[i] = y[i];
 #pragma unroll
-        for (int i = 0; i < N; ++i) more += exp2_fast(y[i] * bits - shift);
-        sum = sum * exp2_fast((high - best) * bits) + more;
+        for (int half = N / 2; half; half /= 2)
+#pragma unroll
+            for (int i = 0; i < half; ++i) lanes[i] = larger(lanes[i], lanes[i + half]);
+        const float best = larger(high, lanes[0]), shift = best * bits;
+#pragma unroll
+        for (int i = 0; i < N; ++i) lanes[i] = exp2_fast(y[i] * bits - shift);
+#pragma unroll
+        for (int half = N / 2; half; half /= 2)
+#pragma unroll
+            for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+        sum = sum * exp2_fast((high - best) * bits) + lanes[0];
         high = best;
     }
     OPSD_HD float scaled_to(float other, float bits) const { return sum * exp2_fast((high - other) * bits); }

@@ -42,7 +42,7 @@ namespace cg = cooperative_groups;
 namespace opsd {
 
 constexpr int THREADS = 256, WARPS = THREADS / 32, LARGEST_CLUSTER = 16;
-constexpr int CHUNK = 64, MOST_CHUNKS = 14;  // quads, two per lane; 14 chunks are 458,752 columns
+constexpr int CHUNK = 128, MOST_CHUNKS = 7;  // quads, four per lane; 7 chunks are 458,752 columns
 constexpr unsigned ALL = 0xffffffffu;
 
 // ------------------------------------------------------------------------------------------------ copies, with barriers
@@ -106,6 +106,12 @@ struct Exchange {
     Norms norms;
 };
 
+// Where a warp's slice of a row begins in memory.
+struct Source {
+    const float* student;
+    const float* teacher;
+};
+
 // A warp's slice of the row that is there, and of the one that is to come.
 struct Rows {
     float* student;  // in shared memory, `each` quads
@@ -113,46 +119,47 @@ struct Rows {
     uint64_t* arrived;
     Slice slice;
     int64_t column;  // of the slice's first entry
+    int columns;     // in the slice
 
+    __device__ int whole_chunks() const { return columns / (CHUNK * 4); }
     __device__ int chunks() const { return (slice.count + CHUNK - 1) / CHUNK; }
+    __device__ Source source(const DivergenceRequest& r, int64_t index) const {
+        return {r.student + index * r.student_stride + column, r.teacher + index * r.teacher_stride + column};
+    }
 
-    // Begins to copy a chunk of row `index`, if there is such a row.
-    __device__ void fetch(const Problem& problem, int64_t index, int chunk, int lane) const {
-        const DivergenceRequest& r = problem.request;
-        if (index >= r.n) return;
-        const int begin = chunk * CHUNK * 4;
-        const int end = min(min((chunk + 1) * CHUNK, slice.count) * 4, int(r.vocab - column));
-        const float* student_row = r.student + index * r.student_stride + column;
-        const float* teacher_row = r.teacher + index * r.teacher_stride + column;
-        if (problem.bulk) {
-            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-            __syncwarp();
-            if (lane == 0) {
-                const int bytes = (end - begin) / 4 * 16;
-                barrier_expect(&arrived[chunk], 2 * bytes);
-                if (bytes) {
-                    copy_bulk(student + begin, student_row + begin, bytes, &arrived[chunk]);
-                    copy_bulk(teacher + begin, teacher_row + begin, bytes, &arrived[chunk]);
-                }
+    // Begins to copy the columns [begin, end) of a chunk. All lanes have done with what is there.
+    __device__ __forceinline__ void
+    fetch_bulk(const Source& from, int chunk, int begin, int bytes, int lane) const {
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        __syncwarp();
+        if (lane == 0) {
+            barrier_expect(&arrived[chunk], 2 * bytes);
+            if (bytes) {
+                copy_bulk(student + begin, from.student + begin, bytes, &arrived[chunk]);
+                copy_bulk(teacher + begin, from.teacher + begin, bytes, &arrived[chunk]);
             }
-        } else {
-            __syncwarp();
-            for (int i = begin + lane; i < end; i += 32) {
-                copy_word(student + i, student_row + i);
-                copy_word(teacher + i, teacher_row + i);
-            }
-            arrive_after_copies(&arrived[chunk]);
         }
+    }
+    __device__ void fetch(const Problem& problem, const Source& from, int chunk, int lane) const {
+        const int begin = chunk * CHUNK * 4, end = min(begin + CHUNK * 4, columns);
+        if (problem.bulk) return fetch_bulk(from, chunk, begin, (end - begin) / 4 * 16, lane);
+        __syncwarp();
+#pragma unroll 1
+        for (int i = begin + lane; i < end; i += 32) {
+            copy_word(student + i, from.student + i);
+            copy_word(teacher + i, from.teacher + i);
+        }
+        arrive_after_copies(&arrived[chunk]);
     }
 
     // After it has arrived: the row's last quad, if this lane has it and it is not whole, is read and filled up.
     __device__ void fill_last(const Problem& problem, int64_t index, int lane) const {
         const DivergenceRequest& r = problem.request;
-        const int left = int(r.vocab - column), last = left / 4;
-        if (left % 4 == 0 || last >= slice.count || last % 32 != lane) return;
+        const int last = columns / 4;
+        if (columns % 4 == 0 || last % 32 != lane) return;
         for (int i = 4 * last; i < 4 * last + 4; ++i) {
-            student[i] = i < left ? r.student[index * r.student_stride + column + i] : -INF;
-            teacher[i] = i < left ? r.teacher[index * r.teacher_stride + column + i] : -INF;
+            student[i] = i < columns ? r.student[index * r.student_stride + column + i] : -INF;
+            teacher[i] = i < columns ? r.teacher[index * r.teacher_stride + column + i] : -INF;
         }
     }
 };
@@ -207,18 +214,15 @@ template <int BETA, bool TRANSFORMED>
 __device__ Part part_of(const Rows& rows, const Problem& problem, int64_t index, int parity, int lane) {
     const Tempering& how = problem.tempering;
     Running student, teacher;
-    const int chunks = rows.chunks();
-#pragma unroll 1
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-        barrier_wait(&rows.arrived[chunk], parity);
-        if (chunk == chunks - 1) rows.fill_last(problem, index, lane);
+    const auto add = [&](int first, auto whole) {  // two quads of each lane
         float y_s[8], y_t[8];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int quad = chunk * CHUNK + half * 32 + lane;
+            const int quad = first + half * 32 + lane;
+            const bool there = decltype(whole)::value || quad < rows.slice.count;
             float s[4], t[4];
-            quad_of(rows.student, quad, quad < rows.slice.count, s);
-            quad_of(rows.teacher, quad, quad < rows.slice.count, t);
+            quad_of(rows.student, quad, there, s);
+            quad_of(rows.teacher, quad, there, t);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const Logits x = logits_of<BETA, TRANSFORMED>(s[i], t[i], how);
@@ -227,6 +231,19 @@ __device__ Part part_of(const Rows& rows, const Problem& problem, int64_t index,
         }
         student.add(y_s, how.bits);
         teacher.add(y_t, how.bits);
+    };
+    const int whole_chunks = rows.whole_chunks();
+#pragma unroll 1
+    for (int chunk = 0; chunk < whole_chunks; ++chunk) {
+        barrier_wait(&rows.arrived[chunk], parity);
+#pragma unroll
+        for (int first = 0; first < CHUNK; first += 64) add(chunk * CHUNK + first, std::true_type());
+    }
+    if (whole_chunks < rows.chunks()) {
+        barrier_wait(&rows.arrived[whole_chunks], parity);
+        rows.fill_last(problem, index, lane);
+#pragma unroll 1
+        for (int first = whole_chunks * CHUNK; first < rows.slice.count; first += 64) add(first, std::false_type());
     }
     Part part;
     part.high_s = warp_max(student.high), part.high_t = warp_max(teacher.high);
@@ -284,53 +301,72 @@ __device__ Totals measure_slice(const Rows& rows, const Problem& problem, const 
     return totals;
 }
 
-template <class Element>
-__device__ __forceinline__ void store_quad(Element* to, const float (&x)[4], int count, bool wide) {
-    Element out[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) out[i] = Element(x[i]);
-    if (wide && count == 4) {
-        struct alignas(4 * sizeof(Element)) Quad {
-            Element of[4];
-        };
-        Quad quad;
-        memcpy(&quad, out, sizeof(quad));
-        *reinterpret_cast<Quad*>(to) = quad;
-    } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (i < count) to[i] = out[i];
-    }
+// Four elements of dz, in one store.
+__device__ __forceinline__ void store_quad(float* to, const float (&x)[4]) {
+    *reinterpret_cast<float4*>(to) = make_float4(x[0], x[1], x[2], x[3]);
+}
+__device__ __forceinline__ void store_quad(__nv_bfloat16* to, const float (&x)[4]) {
+    const __nv_bfloat162 pairs[2] = {__floats2bfloat162_rn(x[0], x[1]), __floats2bfloat162_rn(x[2], x[3])};
+    uint2 bits;
+    memcpy(&bits, pairs, sizeof(bits));
+    *reinterpret_cast<uint2*>(to) = bits;
+}
+__device__ __forceinline__ void store_quad(__half* to, const float (&x)[4]) {
+    const __half2 pairs[2] = {__floats2half2_rn(x[0], x[1]), __floats2half2_rn(x[2], x[3])};
+    uint2 bits;
+    memcpy(&bits, pairs, sizeof(bits));
+    *reinterpret_cast<uint2*>(to) = bits;
 }
 
-// C: dz, and the next row in place of what it was made of. `to`: where the slice begins.
-template <class Element>
-__device__ void write_slice(
-    const Rows& rows, const Problem& problem, Element* to, float weight, float centre, bool kept, int64_t next, int lane
+// C: dz = g weight - p centre, or 0, and the next row, if there is one, in place of what it was made of. `to`: where the
+// slice begins.
+template <bool KEPT, class Element>
+__device__ __forceinline__ void write_slice(
+    const Rows& rows, const Problem& problem, Element* to, float weight, float centre, bool more, const Source& next,
+    int lane
 ) {
-    const int chunks = rows.chunks();
+    const auto quad_at = [&](int quad, float (&g)[4]) {
+        float p[4];
+        quad_of(rows.student, quad, true, g);
+        quad_of(rows.teacher, quad, true, p);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) g[i] = KEPT ? gradient({g[i], p[i]}, weight, centre) : 0.0f;
+    };
+    const int whole_chunks = problem.wide_dz && problem.bulk ? rows.whole_chunks() : 0, chunks = rows.chunks();
 #pragma unroll 1
-    for (int chunk = 0; chunk < chunks; ++chunk) {
+    for (int chunk = 0; chunk < whole_chunks; ++chunk) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int quad = chunk * CHUNK + half * 32 + lane;
-            if (quad >= rows.slice.count) break;
-            float g[4], p[4];
-            quad_of(rows.student, quad, true, g);
-            quad_of(rows.teacher, quad, true, p);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) g[i] = kept ? gradient({g[i], p[i]}, weight, centre) : 0.0f;
-            const int left = int(min(problem.request.vocab - rows.column - 4 * quad, int64_t(4)));
-            store_quad(to + 4 * quad, g, left, problem.wide_dz);
+        for (int quad = 0; quad < CHUNK; quad += 32) {
+            float g[4];
+            quad_at(chunk * CHUNK + quad + lane, g);
+            store_quad(to + 4 * (chunk * CHUNK + quad + lane), g);
         }
-        rows.fetch(problem, next, chunk, lane);
+        if (more) rows.fetch_bulk(next, chunk, chunk * CHUNK * 4, CHUNK * 16, lane);
+    }
+#pragma unroll 1
+    for (int chunk = whole_chunks; chunk < chunks; ++chunk) {
+        const int end = min((chunk + 1) * CHUNK, rows.slice.count);
+#pragma unroll 1
+        for (int quad = chunk * CHUNK + lane; quad < end; quad += 32) {
+            float g[4];
+            quad_at(quad, g);
+            if (problem.wide_dz && 4 * quad + 4 <= rows.columns) {
+                store_quad(to + 4 * quad, g);
+            } else {
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    if (4 * quad + i < rows.columns) to[4 * quad + i] = Element(g[i]);
+            }
+        }
+        if (more) rows.fetch(problem, next, chunk, lane);
     }
 }
 
 template <int BETA, bool CLIP, bool STATISTICS, bool TRANSFORMED>
 __global__ void __launch_bounds__(THREADS, 2) divergence_rows(const __grid_constant__ Problem problem) {
     extern __shared__ float4 memory[];
-    __shared__ Exchange exchange;
+    alignas(16) __shared__ unsigned char exchanged[sizeof(Exchange)];  // raw: shared memory has no constructors
+    Exchange& exchange = *reinterpret_cast<Exchange*>(exchanged);
     const cg::cluster_group cluster = cg::this_cluster();
     const DivergenceRequest& r = problem.request;
     const int blocks = int(cluster.num_blocks()), rank = int(cluster.block_rank());
@@ -343,16 +379,26 @@ __global__ void __launch_bounds__(THREADS, 2) divergence_rows(const __grid_const
     rows.arrived = exchange.arrived[warp];
     rows.slice = slice_of(r.vocab, blocks * WARPS, rank * WARPS + warp);
     rows.column = int64_t(rows.slice.first) * 4;
+    rows.columns = int(min(int64_t(rows.slice.count) * 4, r.vocab - rows.column));
+    if (rows.slice.count == 0) rows.columns = 0;
     if (lane == 0) {
         for (int chunk = 0; chunk < MOST_CHUNKS; ++chunk) barrier_init(&rows.arrived[chunk], problem.bulk ? 1 : 32);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncwarp();
-    for (int chunk = 0; chunk < rows.chunks(); ++chunk) rows.fetch(problem, first, chunk, lane);
+    const auto fetch_all = [&](int64_t index) {
+        const Source from = rows.source(r, index);
+#pragma unroll 1
+        for (int chunk = 0; chunk < rows.chunks(); ++chunk) rows.fetch(problem, from, chunk, lane);
+    };
+    if (first < r.n) fetch_all(first);
     cluster.sync();
 
     int parity = 0;
     for (int64_t index = first; index < r.n; index += clusters, parity ^= 1) {
+        // early, so that they are there when they are needed
+        const int64_t target = STATISTICS && r.targets ? r.targets[index] : 0;
+        const float weight = r.dz && r.row_scale ? problem.chain * r.row_scale[index] : problem.chain;
         const Part part = part_of<BETA, TRANSFORMED>(rows, problem, index, parity, lane);
         if (lane == 0) exchange.warp_parts[warp] = part;
         __syncthreads();
@@ -370,7 +416,7 @@ __global__ void __launch_bounds__(THREADS, 2) divergence_rows(const __grid_const
         const Norms norms = exchange.norms;
 
         if (STATISTICS && r.targets) {  // before its logits are gone
-            const int64_t target = r.targets[index], at = target - rows.column;
+            const int64_t at = target - rows.column;
             const bool strange = target < 0 || target >= r.vocab;
             float* const column = r.table + index;
             if (strange && rank == 0 && threadIdx.x == 0) {
@@ -408,20 +454,20 @@ __global__ void __launch_bounds__(THREADS, 2) divergence_rows(const __grid_const
             }
         }
         const int64_t next = index + clusters;
+        const bool more = next < r.n;
         if (r.dz) {
-            const float weight = problem.chain * (r.row_scale ? r.row_scale[index] : 1.0f);
             const float centre = totals.sum[Totals::DIRECTION] * weight;
+            const Source source = rows.source(r, next);
             const int64_t at = index * r.dz_stride + rows.column;
-            if (r.dz_type == FLOAT32)
-                write_slice(rows, problem, static_cast<float*>(r.dz) + at, weight, centre, token.kept, next, lane);
-            else if (r.dz_type == BFLOAT16)
-                write_slice(
-                    rows, problem, static_cast<__nv_bfloat16*>(r.dz) + at, weight, centre, token.kept, next, lane
-                );
-            else
-                write_slice(rows, problem, static_cast<__half*>(r.dz) + at, weight, centre, token.kept, next, lane);
-        } else {
-            for (int chunk = 0; chunk < rows.chunks(); ++chunk) rows.fetch(problem, next, chunk, lane);
+            const auto write = [&](auto* dz) {
+                if (token.kept) write_slice<true>(rows, problem, dz + at, weight, centre, more, source, lane);
+                else write_slice<false>(rows, problem, dz + at, weight, centre, more, source, lane);
+            };
+            if (r.dz_type == FLOAT32) write(static_cast<float*>(r.dz));
+            else if (r.dz_type == BFLOAT16) write(static_cast<__nv_bfloat16*>(r.dz));
+            else write(static_cast<__half*>(r.dz));
+        } else if (more) {
+            fetch_all(next);
         }
     }
     cluster.sync();
