@@ -24,8 +24,10 @@
 
 #ifdef __CUDACC__
 #define OPSD_HD __host__ __device__ __forceinline__
+#define OPSD_UNROLL _Pragma("unroll")
 #else
 #define OPSD_HD inline __attribute__((always_inline))
+#define OPSD_UNROLL
 #endif
 
 namespace opsd {

@@ -12,6 +12,7 @@
 // log Z_S - log Z_T - (the gap at the top) to 1e-6 of itself, and itself is as small as the rest.
 #pragma once
 
+#include "requests.h"
 #include "row_math.h"
 
 namespace opsd {
@@ -35,7 +36,8 @@ struct Tempering {
 };
 
 struct Logits {
-    float y_s, y_t, gap;  // gap: y_S - y_T, as well as it is known; in a KL 0 where neither has the entry
+    float y_s, y_t;
+    float gap;            // y_S - y_T less the centre, as well as it is known; in a KL y_S = y_T where neither has any
     float slope;          // d y_S / d raw, of the cap alone
 };
 
@@ -46,12 +48,13 @@ OPSD_HD float tempered(float raw, const Curve32& curve, Tanh<float>& tanh) {
     return raw == -INF ? raw : tanh.value * curve.outer;  // masking outlives the cap
 }
 
+// centre: of the gaps. Where the models differ by a constant, the digits of a gap are those of raw_s - centre - raw_t.
 template <int BETA, bool TRANSFORMED>
-OPSD_HD Logits logits_of(float raw_s, float raw_t, const Tempering& how) {
+OPSD_HD Logits logits_of(float raw_s, float raw_t, const Tempering& how, float centre = 0.0f) {
     if constexpr (!TRANSFORMED) {
         // the generalised JSD multiplies whatever comes of two infinities by 0
-        const float gap = raw_s - raw_t;
-        return {raw_s, raw_t, BETA != MIXTURE && raw_s == raw_t ? 0.0f : gap, 1.0f};
+        const float gap = (raw_s - centre) - raw_t;
+        return {raw_s, raw_t, BETA != MIXTURE && raw_s == raw_t ? -centre : gap, 1.0f};
     }
     Tanh<float> tanh_s{}, tanh_t{};
     Logits x;
@@ -59,16 +62,17 @@ OPSD_HD Logits logits_of(float raw_s, float raw_t, const Tempering& how) {
     x.y_t = tempered<Fast>(raw_t, how.teacher, tanh_t);
     x.slope = how.student.capped ? tanh_s.derivative<Fast>() : 1.0f;
     const float apart = raw_s - raw_t, rounded = x.y_s == x.y_t ? 0.0f : x.y_s - x.y_t;
+    const bool infinite = x.y_s == -INF || x.y_t == -INF;
     x.gap = rounded;
-    if (x.y_s == -INF || x.y_t == -INF) return x;
-    if (how.same_cap) {
+    if (how.same_cap && !infinite) {
         const float inner = how.student.inner;
         x.gap = how.student.outer * tanh_difference<float, Fast>(
             raw_s * inner, raw_t * inner, apart * inner, tanh_s, tanh_t
         );
-    } else if (!how.student.capped && !how.teacher.capped) {
+    } else if (!how.student.capped && !how.teacher.capped && !infinite) {
         x.gap = apart * how.student.outer + raw_t * how.unlike;
     }
+    x.gap -= centre;
     return x;
 }
 
@@ -82,19 +86,21 @@ struct Running {
     OPSD_HD void add(const float (&y)[N], float bits) {
         static_assert((N & (N - 1)) == 0, "halved until one is left");
         float lanes[N];
-#pragma unroll
+        OPSD_UNROLL
         for (int i = 0; i < N; ++i) lanes[i] = y[i];
-#pragma unroll
-        for (int half = N / 2; half; half /= 2)
-#pragma unroll
+        OPSD_UNROLL
+        for (int half = N / 2; half; half /= 2) {
+            OPSD_UNROLL
             for (int i = 0; i < half; ++i) lanes[i] = larger(lanes[i], lanes[i + half]);
+        }
         const float best = larger(high, lanes[0]), shift = best * bits;
-#pragma unroll
+        OPSD_UNROLL
         for (int i = 0; i < N; ++i) lanes[i] = exp2_fast(y[i] * bits - shift);
-#pragma unroll
-        for (int half = N / 2; half; half /= 2)
-#pragma unroll
+        OPSD_UNROLL
+        for (int half = N / 2; half; half /= 2) {
+            OPSD_UNROLL
             for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+        }
         sum = sum * exp2_fast((high - best) * bits) + lanes[0];
         high = best;
     }
@@ -139,7 +145,7 @@ OPSD_HD Part merged(const Part& x, const Part& y, float bits) {
     return out;
 }
 
-// A whole row. log2 p = y bits - log; d = (gap - centre) nats - slip.
+// A whole row. log2 p = y bits - log; d = (the gap less the centre) nats - slip.
 struct Norms {
     float log_s = 0, log_t = 0, centre = 0, slip = 0;
     bool no_s = false, no_t = false;  // a model has no mass anywhere
@@ -154,8 +160,35 @@ struct Measure {
     float entry_clip;  // nats; infinity: none
 };
 
-template <int BETA, bool CLIP>
+// A request's numbers as the entries need them.
+struct RowMeaning {
+    bool transformed;  // a cap, or two scales: y is not the raw logit
+    Tempering tempering;
+    Measure measure;
+};
+
+inline RowMeaning meaning_of(const DivergenceRequest& r) {
+    const Transform &s = r.student_transform, &t = r.teacher_transform;
+    const auto curve = [&](const Transform& of) -> Curve32 {
+        const bool capped = of.softcap > 0;
+        const double outer = (capped ? of.softcap : of.scale) / r.temperature;
+        return {capped ? float(of.scale / of.softcap) : 0.0f, float(outer), capped};
+    };
+    const bool transformed = s.softcap > 0 || t.softcap > 0 || s.scale != t.scale;
+    const bool same_cap = s.softcap > 0 && s.softcap == t.softcap && s.scale == t.scale;
+    const double nats = transformed ? 1.0 : s.scale / r.temperature;
+    return {
+        transformed,
+        {curve(s), curve(t), same_cap, float((s.scale - t.scale) / r.temperature), float(nats),
+         float(nats * 1.4426950408889634)},
+        {{float(r.beta), float(1 - r.beta)}, float(r.entry_clip)}
+    };
+}
+
+template <int BETA, bool CLIP, bool TRANSFORMED>
 OPSD_HD Norms settled(const Part& row, const Tempering& how, const Measure& measure) {
+    // y_s - y_t, of two logits that need not be one column's, less the centre
+    const auto apart = [](float y_s, float y_t, float centre) { return (y_s - centre) - y_t; };
     constexpr float WIDE = 60.0f;  // bits
     const float bits = how.bits;
     Norms out;
@@ -175,19 +208,22 @@ OPSD_HD Norms settled(const Part& row, const Tempering& how, const Measure& meas
         const bool near = (more < 0.0f ? -more : more) < 0.5f;
         out.slip = near ? log1pf(more) : logf((1.0f + row.rest_s) / (1.0f + rest_t));
         out.centre = row.gap_at_top;
+        d_top = -out.slip;
+        if (!TRANSFORMED) out.slip += apart(row.high_s, row.at_top, out.centre) * how.nats;  // its rounding
         out.log_s = row.high_s * bits + log1pf(row.rest_s) * LOG2E;
         out.log_t = row.at_top * bits + log1pf(rest_t) * LOG2E;
-        d_top = -out.slip;
     } else {
-        out.slip = logf(z_s / z_t);
         out.centre = row.high_s - row.high_t;
+        out.slip = logf(z_s / z_t) + apart(row.high_s, row.high_t, out.centre) * how.nats;
         out.log_s = row.high_s * bits + log2f(z_s);
         out.log_t = row.high_t * bits + log2f(z_t);
         d_top = row.at_top == -INF ? INF : (row.gap_at_top - out.centre) * how.nats - out.slip;
     }
     if (row.has_top()) {
-        const float p_t = exp2_fast(row.at_top * bits - out.log_t);
-        out.level = level_at<BETA, CLIP, Fast>(1.0f / z_s, p_t, d_top, measure.weights, measure.entry_clip);
+        // p_T as `measured` has it: the level must be the other entries' too
+        const float p_s = 1.0f / z_s, small = p_s * exp2_fast(smaller(d_top, FAR) * -LOG2E);
+        const float p_t = d_top > 0.0f ? small : exp2_fast(row.at_top * bits - out.log_t);
+        out.level = level_at<BETA, CLIP, Fast>(p_s, p_t, d_top, measure.weights, measure.entry_clip);
         if (out.level.sure) out.top = row.top;
     }
     return out;
@@ -216,7 +252,7 @@ struct Direction {
 
 template <int BETA, bool CLIP, bool STATISTICS>
 OPSD_HD Direction measured(const Logits& x, const Norms& norms, const Tempering& how, const Measure& measure, Totals& totals) {
-    const float d = (x.gap - norms.centre) * how.nats - norms.slip;
+    const float d = x.gap * how.nats - norms.slip;
     const float log_s = x.y_s * how.bits - norms.log_s, log_t = x.y_t * how.bits - norms.log_t;
     const float big = exp2_fast(greatest(log_s, log_t));
     const Entry<float> e = entry<BETA, true, float, Fast>(d, big, measure.weights);

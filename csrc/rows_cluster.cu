@@ -285,7 +285,7 @@ __device__ Totals measure_slice(const Rows& rows, const Problem& problem, const 
         quad_of(rows.teacher, quad, true, t);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const Logits x = logits_of<BETA, TRANSFORMED>(s[i], t[i], problem.tempering);
+            const Logits x = logits_of<BETA, TRANSFORMED>(s[i], t[i], problem.tempering, norms.centre);
             const Direction of =
                 measured<BETA, CLIP, STATISTICS>(x, norms, problem.tempering, problem.measure, totals);
             s[i] = of.g, t[i] = of.p;
@@ -301,21 +301,21 @@ __device__ Totals measure_slice(const Rows& rows, const Problem& problem, const 
     return totals;
 }
 
-// Four elements of dz, in one store.
+// Four elements of dz in one store, which the compiler would not always make of them.
+__device__ __forceinline__ void store_pairs(void* to, uint32_t low, uint32_t high) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(low), "r"(high) : "memory");
+}
 __device__ __forceinline__ void store_quad(float* to, const float (&x)[4]) {
-    *reinterpret_cast<float4*>(to) = make_float4(x[0], x[1], x[2], x[3]);
+    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
+                 : "memory");
 }
 __device__ __forceinline__ void store_quad(__nv_bfloat16* to, const float (&x)[4]) {
-    const __nv_bfloat162 pairs[2] = {__floats2bfloat162_rn(x[0], x[1]), __floats2bfloat162_rn(x[2], x[3])};
-    uint2 bits;
-    memcpy(&bits, pairs, sizeof(bits));
-    *reinterpret_cast<uint2*>(to) = bits;
+    const __nv_bfloat162 low = __floats2bfloat162_rn(x[0], x[1]), high = __floats2bfloat162_rn(x[2], x[3]);
+    store_pairs(to, bits_as<uint32_t>(low), bits_as<uint32_t>(high));
 }
 __device__ __forceinline__ void store_quad(__half* to, const float (&x)[4]) {
-    const __half2 pairs[2] = {__floats2half2_rn(x[0], x[1]), __floats2half2_rn(x[2], x[3])};
-    uint2 bits;
-    memcpy(&bits, pairs, sizeof(bits));
-    *reinterpret_cast<uint2*>(to) = bits;
+    const __half2 low = __floats2half2_rn(x[0], x[1]), high = __floats2half2_rn(x[2], x[3]);
+    store_pairs(to, bits_as<uint32_t>(low), bits_as<uint32_t>(high));
 }
 
 // C: dz = g weight - p centre, or 0, and the next row, if there is one, in place of what it was made of. `to`: where the
@@ -409,7 +409,7 @@ __global__ void __launch_bounds__(THREADS, 2) divergence_rows(const __grid_const
         cluster.sync();
         if (warp == 0) {
             const Part row = joined(exchange.parts[lane % blocks], blocks, problem.tempering.bits);
-            const Norms norms = settled<BETA, CLIP>(row, problem.tempering, problem.measure);
+            const Norms norms = settled<BETA, CLIP, TRANSFORMED>(row, problem.tempering, problem.measure);
             if (lane == 0) exchange.norms = norms;
         }
         __syncthreads();
@@ -503,31 +503,16 @@ static int cluster_size(int64_t n, int64_t vocab, int processors, int bytes_for_
     return blocks;
 }
 
-static Curve32 curve(const Transform& transform, double temperature) {
-    const bool capped = transform.softcap > 0;
-    return {
-        capped ? float(transform.scale / transform.softcap) : 0.0f,
-        float((capped ? transform.softcap : transform.scale) / temperature), capped
-    };
-}
-
 template <class Number>
 static bool multiple_of(Number x, int64_t of) {
     return int64_t(x) % of == 0;
 }
 
-static Problem problem_of(const DivergenceRequest& r) {
+static Problem problem_of(const DivergenceRequest& r, const RowMeaning& meaning) {
     Problem p{};
-    const Transform &s = r.student_transform, &t = r.teacher_transform;
-    const bool transformed = s.softcap > 0 || t.softcap > 0 || s.scale != t.scale;
     p.request = r;
-    p.tempering.student = curve(s, r.temperature), p.tempering.teacher = curve(t, r.temperature);
-    p.tempering.same_cap = s.softcap > 0 && s.softcap == t.softcap && s.scale == t.scale;
-    p.tempering.unlike = float((s.scale - t.scale) / r.temperature);
-    const double nats = transformed ? 1.0 : s.scale / r.temperature;
-    p.tempering.nats = float(nats), p.tempering.bits = float(nats * 1.4426950408889634);
-    p.measure = {{float(r.beta), float(1 - r.beta)}, float(r.entry_clip)};
-    p.token_clip = float(r.token_clip), p.chain = float(s.scale / r.temperature);
+    p.tempering = meaning.tempering, p.measure = meaning.measure;
+    p.token_clip = float(r.token_clip), p.chain = float(r.student_transform.scale / r.temperature);
     p.bulk = multiple_of(reinterpret_cast<intptr_t>(r.student), 16) && multiple_of(r.student_stride, 4) &&
              multiple_of(reinterpret_cast<intptr_t>(r.teacher), 16) && multiple_of(r.teacher_stride, 4);
     const int element = r.dz_type == FLOAT32 ? 4 : 2;
@@ -549,12 +534,10 @@ const char* opsd_cluster_error(int code) { return cudaGetErrorString(cudaError_t
 // Pointers are the device's; enqueued on `stream` of the device. Returns a cudaError_t.
 int opsd_cluster_divergence_rows(const opsd::DivergenceRequest* request, int device, cudaStream_t stream) {
     using namespace opsd;
-    Problem problem = problem_of(*request);
-    const DivergenceRequest& r = problem.request;
-    const Transform &s = r.student_transform, &t = r.teacher_transform;
-    const auto kernel = choose(
-        r.beta, r.entry_clip < double(INF), r.statistics != 0, s.softcap > 0 || t.softcap > 0 || s.scale != t.scale
-    );
+    const DivergenceRequest& r = *request;
+    const RowMeaning meaning = meaning_of(r);
+    Problem problem = problem_of(r, meaning);
+    const Kernel kernel = choose(r.beta, r.entry_clip < double(INF), r.statistics != 0, meaning.transformed);
     int processors = 0, most_block = 0, most_processor = 0;
     cudaFuncAttributes of_kernel{};
     cudaError_t error = cudaSetDevice(device);

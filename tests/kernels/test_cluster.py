@@ -1,0 +1,241 @@
+"""The cluster kernel without a device: its row on the host against float64, what nvcc makes of it, and who may use it.
+
+The host runs the functions of csrc/row_parts.h and row_math.h that the kernel runs, part by part and in the same order,
+with exponentials and logarithms made as coarse as a device's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from _helpers import close_divergence, close_pair, row_rms
+from torch import Tensor
+
+from opsd_kernels import native
+from opsd_kernels.objective import Objective
+from opsd_kernels.rows import Column, torch_backend
+from opsd_kernels.rows.native_backend import divergence_request
+
+ROOT = Path(__file__).resolve().parents[2]
+INF, NAN = math.inf, math.nan
+BETAS = [0.0, 0.5, 1.0]
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    try:
+        compiler = native._compiler()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    library = tmp_path_factory.mktemp("cluster") / "host.so"
+    source = Path(__file__).with_name("rows_cluster_host.cpp")
+    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-I", str(ROOT / "csrc")]
+    subprocess.run([*compiler, *flags, str(source), "-o", str(library)], check=True, timeout=300)
+    return ctypes.CDLL(str(library))
+
+
+def on_host(
+    library: ctypes.CDLL,
+    student: Tensor,
+    teacher: Tensor,
+    objective: Objective,
+    *,
+    blocks: int = 4,
+    row_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The table and dz, as a cluster of `blocks` computes them."""
+    n, vocab = student.shape
+    table, dz = torch.full((len(Column), n), NAN), torch.full((n, vocab), NAN)
+    targets = torch.arange(n) * 3 % vocab
+    request = divergence_request(student, teacher, objective, targets=targets, table=table, dz=dz, row_scale=row_scale)
+    library.cluster_rows_on_host(ctypes.byref(request), blocks)
+    return table, dz
+
+
+def expected(student: Tensor, teacher: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    """The same from the torch backend in float64."""
+    n, vocab = student.shape
+    table, dz = torch.zeros(len(Column), n, dtype=torch.float64), torch.empty(n, vocab, dtype=torch.float64)
+    targets = torch.arange(n) * 3 % vocab
+    torch_backend.divergence_rows(
+        student.double(), teacher.double(), objective, targets=targets, table=table, dz=dz, row_scale=None
+    )
+    return table, dz
+
+
+def peaked(n: int, vocab: int, gap: float, std: float = 4.0, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Float32 logits, the student's the teacher's plus `gap` of noise."""
+    g = torch.Generator().manual_seed(seed)
+    teacher = std * torch.randn(n, vocab, generator=g)
+    return teacher + gap * torch.randn(n, vocab, generator=g), teacher
+
+
+def check(
+    library: ctypes.CDLL,
+    student: Tensor,
+    teacher: Tensor,
+    objective: Objective,
+    *,
+    blocks: int = 4,
+    dz_bound: float = 1e-5,
+) -> None:
+    """Loss to 1e-4 and dz to `dz_bound`, RMS over the tokens, and every column of the table."""
+    want, want_dz = expected(student, teacher, objective)
+    table, dz = on_host(library, student, teacher, objective, blocks=blocks)
+    live = want_dz.norm(dim=-1) > 1e-12  # else the gradient is 0, which float64 may miss by as much
+    assert (dz[~live].abs() < 1e-6).all()
+    if live.any():
+        assert row_rms(dz[live], want_dz[live]) < dz_bound
+    finite = want[Column.LOSS].isfinite() & (want[Column.LOSS] != 0)
+    if finite.any():
+        assert row_rms(table[0][finite].unsqueeze(-1), want[0][finite].unsqueeze(-1)) < 1e-4
+    torch.testing.assert_close(table.double(), want, rtol=2e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize(("std", "gap"), [(3.0, 1.0), (4.0, 0.05), (4.0, 1e-3), (5.0, 1e-3)])
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize(("vocab", "blocks"), [(32003, 4), (50257, 8)])
+def test_peaked_logits_and_small_gaps(host, vocab, blocks, beta, std, gap):
+    check(host, *peaked(32, vocab, gap, std), Objective.checked(beta=beta), blocks=blocks)
+
+
+@pytest.mark.parametrize(("beta", "gap"), [(0.5, 1.0), (0.5, 1e-3), (0.0, 1e-3), (1.0, 0.05)])
+def test_a_large_vocabulary_in_sixteen_blocks(host, beta, gap):
+    check(host, *peaked(32, 151_936, gap), Objective.checked(beta=beta), blocks=16)
+
+
+# log(p_S / m) = log1p(v) + a vanishes with beta: where the student is the smaller, the sum has lost 1 / beta of its digits
+@pytest.mark.parametrize(("beta", "dz_bound"), [(0.01, 5e-5), (0.1, 1e-5), (0.9, 1e-5), (0.99, 1e-5)])
+def test_any_mixture(host, beta, dz_bound):
+    for gap in (1.0, 1e-3):
+        check(host, *peaked(32, 4112, gap), Objective.checked(beta=beta), dz_bound=dz_bound)
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 3, 5, 127, 128, 129, 515, 4112])
+@pytest.mark.parametrize("blocks", [1, 2, 16])
+def test_more_parts_than_there_are_columns_for(host, blocks, vocab):
+    student, teacher = peaked(5, vocab, 0.5)
+    want, want_dz = expected(student, teacher, Objective.checked())
+    table, dz = on_host(host, student, teacher, Objective.checked(), blocks=blocks)
+    torch.testing.assert_close(table.double(), want, rtol=2e-5, atol=5e-6)
+    torch.testing.assert_close(dz.double(), want_dz, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("top", [14.0, 17.0, 22.0])  # a probability of about 0.99, and all but 1e-3 or 1e-6 of it
+def test_a_student_that_is_sure_of_a_token(host, top, beta, clip):
+    """And a teacher that leans to it less, or is sure of another, or lacks it; in whichever part the token is."""
+    vocab, objective = 5003, Objective.checked(beta=beta, entry_clip=clip)
+    g = torch.Generator().manual_seed(2)
+    student = 2 * torch.randn(32, vocab, generator=g)
+    first, second = torch.randperm(vocab, generator=g)[:64].view(2, 32)
+    first[:2] = torch.tensor([0, vocab - 1])
+    each = torch.arange(32)
+    student[each, first] = top
+    teacher = student + 0.3 * torch.randn(32, vocab, generator=g)
+    for other in (top - 1, top + 8, top + 12):
+        student[each, second], teacher[each, second] = top - 10, other
+        for blocks in (1, 16):
+            check(host, student, teacher, objective, blocks=blocks)
+    if beta < 1 or clip:  # else it is infinite
+        teacher[each, first] = -INF
+        check(host, student, teacher, objective)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("peak", [15.0, 22.0])
+def test_models_that_agree_on_a_sure_token(host, peak, beta):
+    for gap in (1e-3, 1e-2):
+        student, teacher = close_pair(32, 4112, gap, peak)
+        table, dz = on_host(host, student, teacher, Objective.checked(beta=beta), blocks=16)
+        assert row_rms(table[:1].T, close_divergence(student, teacher, beta).unsqueeze(-1)) < 1e-4
+        assert row_rms(dz, expected(student, teacher, Objective.checked(beta=beta))[1]) < 1e-5
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_equal_models_have_no_divergence(host, beta):
+    student, _ = peaked(4, 4112, 0.0)
+    student[0, 7] = 30.0
+    table, dz = on_host(host, student, student.clone(), Objective.checked(beta=beta))
+    assert table[Column.LOSS].abs().max() < 1e-12
+    assert dz.abs().max() < 1e-7 * student.softmax(-1).max()
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 8.0}, {"logit_scale": 0.8, "teacher_logit_scale": 0.9}], ids=str)
+@pytest.mark.parametrize("clip", [None, 0.02])
+@pytest.mark.parametrize("beta", BETAS)
+def test_minus_infinity_in_every_pattern(host, beta, clip, options):
+    student, teacher = peaked(10, 1031, 0.3)
+    student[0, 3:9] = -INF
+    teacher[1, 3:9] = -INF
+    student[2, ::3] = teacher[2, ::3] = -INF
+    student[3] = -INF
+    teacher[4] = -INF
+    student[5] = teacher[5] = -INF
+    student[6, :1000] = -INF
+    teacher[6, 3:] = -INF  # nothing in common
+    student[7, 16:] = teacher[7, 16:] = -INF  # whole parts of nothing
+    student[8, 0] = teacher[8, 7] = -INF
+    student[9, 40] = teacher[9, 40] = torch.finfo(torch.float32).min  # how some mask
+    check(host, student, teacher, Objective.checked(beta=beta, entry_clip=clip, **options), blocks=2)
+
+
+OPTIONS = [
+    {"temperature": 0.7},
+    {"temperature": 1.9, "logit_scale": 0.3, "entry_clip": 0.02},
+    {"entry_clip": 0.002},
+    {"token_clip": 0.05},
+    {"entry_clip": 0.003, "token_clip": 0.06},
+    {"softcap": 8.0},
+    {"softcap": 30.0, "entry_clip": 0.002},
+    {"softcap": 6.0, "teacher_softcap": INF, "temperature": 1.3, "entry_clip": 0.05},
+    {"logit_scale": 0.8, "teacher_logit_scale": 0.9},
+    {"logit_scale": 0.8, "teacher_logit_scale": 0.9, "teacher_softcap": 12.0},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_options(host, beta, options):
+    check(host, *peaked(32, 4112, 0.5), Objective.checked(beta=beta, **options))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_small_gaps_under_a_temperature_or_a_cap_and_a_constant(host, beta, softcap):
+    student, teacher = peaked(32, 4112, 1e-3)
+    check(host, student, teacher, Objective.checked(beta=beta, temperature=0.8, softcap=softcap))
+    check(host, student + 16, teacher + 16, Objective.checked(beta=beta, temperature=0.8, softcap=softcap))
+    student, teacher = peaked(32, 4112, 0.3)
+    check(host, student + 40, teacher - 40, Objective.checked(beta=beta))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_models_far_apart(host, beta):
+    """Each is sure of a token that the other gives e^-60 or less."""
+    student, teacher = peaked(8, 4112, 0.5)
+    student[:, 11], teacher[:, 3000] = 60.0, 90.0
+    check(host, student, teacher, Objective.checked(beta=beta), blocks=8)
+
+
+def test_nan_stays_visible(host):
+    for beta in BETAS:
+        student, teacher = peaked(4, 1031, 0.5)
+        student[1, 900], teacher[3, 3] = NAN, NAN
+        table, dz = on_host(host, student, teacher, Objective.checked(beta=beta))
+        assert table[Column.LOSS].isnan().tolist() == [False, True, False, True]
+        assert dz.isnan().any(-1).tolist() == [False, True, False, True]
+
+
+def test_row_weights(host):
+    student, teacher = peaked(4, 1031, 0.5)
+    scale = torch.tensor([1.0, 0.0, -2.0, 0.5])
+    _, dz = on_host(host, student, teacher, Objective.checked(), row_scale=scale)
+    _, plain = on_host(host, student, teacher, Objective.checked())
+    torch.testing.assert_close(dz, plain * scale.unsqueeze(-1))
