@@ -256,11 +256,15 @@ __device__ Part part_of(const Rows& rows, const Problem& problem, int64_t index,
     const int entries = (rows.slice.count - owner + 31) / 32 * 4;
     const auto place = [&](int entry) { return 4 * (owner + entry / 4 * 32) + entry % 4; };
     const auto logits = [&](int at) { return logits_of<BETA, TRANSFORMED>(rows.student[at], rows.teacher[at], how); };
+    float best = -INF;
     int top = INT_MAX;
     __syncwarp();  // that lane may have written its last quad
-    for (int entry = lane; entry < entries; entry += 32)
-        if (logits(place(entry)).y_s == part.high_s) top = min(top, place(entry));
-    top = __reduce_min_sync(ALL, top);
+    for (int entry = lane; entry < entries; entry += 32) {
+        const float y = logits(place(entry)).y_s;
+        if (y > best) best = y, top = place(entry);
+    }
+    // found by its y as it is here: computed twice, a capped logit may differ in its last bit
+    top = __reduce_min_sync(ALL, best == warp_max(best) ? top : INT_MAX);
     Part again = part;
     again.rest_s = lane == owner ? 0.0f : own_s, again.rest_t = lane == owner ? 0.0f : own_t;
     for (int entry = lane; entry < entries; entry += 32) {
@@ -553,6 +557,10 @@ int opsd_cluster_divergence_rows(const opsd::DivergenceRequest* request, int dev
     const int bytes = row_bytes(r.vocab, blocks);
     if (bytes + fixed > most_block || problem.each > MOST_CHUNKS * CHUNK) return cudaErrorInvalidValue;
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (!error)
+        error = cudaFuncSetAttribute(
+            kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared
+        );
     if (!error) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error) return error;
 

@@ -52,9 +52,7 @@ def divergence_rows(
     if n == 0 or vocab == 0:
         table.zero_()
         return
-    request = divergence_request(
-        student, teacher, objective, targets=targets, table=table, dz=dz, row_scale=row_scale
-    )
+    request = divergence_request(student, teacher, objective, targets=targets, table=table, dz=dz, row_scale=row_scale)
     native.call("opsd_divergence_rows", request)
 
 

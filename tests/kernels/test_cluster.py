@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,10 @@ import torch
 from _helpers import close_divergence, close_pair, row_rms
 from torch import Tensor
 
-from opsd_kernels import native
+import opsd_kernels
+from opsd_kernels import backends, native
 from opsd_kernels.objective import Objective
-from opsd_kernels.rows import Column, torch_backend
+from opsd_kernels.rows import Column, cluster_backend, torch_backend
 from opsd_kernels.rows.native_backend import divergence_request
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,7 +112,7 @@ def test_a_large_vocabulary_in_sixteen_blocks(host, beta, gap):
     check(host, *peaked(32, 151_936, gap), Objective.checked(beta=beta), blocks=16)
 
 
-# log(p_S / m) = log1p(v) + a vanishes with beta: where the student is the smaller, the sum has lost 1 / beta of its digits
+# where the student is the smaller, log(p_S / m) = log1p(v) + a is about beta times either: as many digits are lost
 @pytest.mark.parametrize(("beta", "dz_bound"), [(0.01, 5e-5), (0.1, 1e-5), (0.9, 1e-5), (0.99, 1e-5)])
 def test_any_mixture(host, beta, dz_bound):
     for gap in (1.0, 1e-3):
@@ -239,3 +242,169 @@ def test_row_weights(host):
     _, dz = on_host(host, student, teacher, Objective.checked(), row_scale=scale)
     _, plain = on_host(host, student, teacher, Objective.checked())
     torch.testing.assert_close(dz, plain * scale.unsqueeze(-1))
+
+
+# ------------------------------------------------------------------------------------------------ what nvcc makes of it
+
+REGISTERS = 65536 // (2 * 256)  # a thread's, where two blocks of 256 share a multiprocessor
+SHARED_PER_PROCESSOR, SHARED_PER_BLOCK, RESERVED = 228 << 10, 227 << 10, 1 << 10
+KINDS = {"forward KL": "0", "reverse KL": "1", "JSD": "2"}
+# Instructions per vocabulary entry in the loops over whole chunks, without clip, statistics or caps; found: 60, 58, 69
+MOST_INSTRUCTIONS = {"forward KL": 63.0, "reverse KL": 61.0, "JSD": 71.0}
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What ptxas reported, and the library."""
+    try:
+        cluster_backend._nvcc()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    library = tmp_path_factory.mktemp("nvcc") / "cluster.so"
+    return cluster_backend.build(library, "-Xptxas", "-v"), library
+
+
+@pytest.fixture(scope="session")
+def binary(compiled: tuple[str, Path]) -> dict[str, list[Instruction]]:
+    """The kernels' instructions, by the kernel's name."""
+    aot = pytest.importorskip("_aot", reason="Triton is not installed, which ships the disassembler")
+    if not aot.TOOL.exists():
+        pytest.skip("this Triton ships no cuobjdump")
+    text = subprocess.run([aot.TOOL, "-sass", compiled[1]], capture_output=True, text=True, check=True).stdout
+    kernels = {}
+    for part in text.split("Function : ")[1:]:
+        found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", part, re.MULTILINE)
+        kernels[part.split()[0]] = [Instruction(int(address, 16), what) for address, what in found]
+    return kernels
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    text: str
+
+
+def kernel_name(kind: str, *, clip: bool = False, statistics: bool = False, transformed: bool = False) -> str:
+    """Of the instantiation <BETA, CLIP, STATISTICS, TRANSFORMED>."""
+    return f"ILi{KINDS[kind]}ELb{clip:d}ELb{statistics:d}ELb{transformed:d}E"
+
+
+def loops(code: list[Instruction]) -> list[list[str]]:
+    """The bodies of all loops, shortest first: what lies between a branch and an earlier target of it."""
+    index = {instruction.address: i for i, instruction in enumerate(code)}
+    bodies = []
+    for i, instruction in enumerate(code):
+        target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", instruction.text)
+        start = index.get(int(target[1], 16), i + 1) if target else i + 1
+        if start <= i:
+            bodies.append([found.text for found in code[start : i + 1]])
+    return sorted(bodies, key=len)
+
+
+def count(body: list[str], what: str) -> int:
+    return sum(what in text for text in body)
+
+
+def instructions_per_entry(code: list[Instruction]) -> dict[str, float]:
+    """By phase, of the loops over whole chunks; a 16-byte load of both models' logits is four entries."""
+    phases: dict[str, float] = {}
+    for body in loops(code):
+        entries = 2 * count(body, "LDS.128")
+        if entries == 16 and count(body, "MUFU.EX2") >= 32:
+            phases.setdefault("A", len(body) / entries)
+        elif entries == 4 and count(body, "STS.128") == 2:
+            phases.setdefault("B", len(body) / entries)
+        elif entries == 16 and count(body, "F2FP.BF16") == 8 and count(body, "STG.E.64") == 4:
+            phases.setdefault("C", len(body) / entries)  # with the copies of the next row
+    return phases
+
+
+def test_every_kernel_leaves_room_for_two_blocks_and_spills_nothing(compiled):
+    report, _ = compiled
+    kernels = re.findall(
+        r"Compiling entry function '(\w+)' for 'sm_90a'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers.*?(\d+) bytes smem",
+        report,
+        re.DOTALL,
+    )
+    assert len(kernels) == 3 * 2 * 2 * 2
+    for name, stack, stores, loads, registers, shared in kernels:
+        print(f"{name}: {registers} registers, {shared} bytes of shared memory besides the rows")
+        assert (stack, stores, loads) == ("0", "0", "0"), name
+        assert int(registers) <= REGISTERS, name
+        for vocab, blocks_there in ((151_936, 2), (262_144, 1), (cluster_backend.MOST_COLUMNS, 1)):
+            rows = math.ceil(math.ceil(vocab / 4) / (16 * 8)) * 8 * 2 * 16  # quads of a warp, warps, models, bytes
+            used = rows + int(shared)
+            assert used <= SHARED_PER_BLOCK, (name, vocab)
+            assert blocks_there * (used + RESERVED) <= SHARED_PER_PROCESSOR, (name, vocab)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_instructions_per_entry(binary, kind):
+    (code,) = (code for name, code in binary.items() if kernel_name(kind) in name)
+    phases = instructions_per_entry(code)
+    print(f"{kind}: {phases}, together {sum(phases.values()):.1f}")
+    assert set(phases) == {"A", "B", "C"}
+    assert sum(phases.values()) <= MOST_INSTRUCTIONS[kind]
+
+
+def test_no_kernel_touches_local_memory_and_all_copy_in_bulk(binary):
+    for name, code in binary.items():
+        texts = [instruction.text for instruction in code]
+        assert not count(texts, "LDL") + count(texts, "STL"), name
+        assert count(texts, "UBLKCP"), name
+        assert count(texts, "UCGABAR_WAIT") + count(texts, "BAR.SYNC") >= 5, name
+
+
+# ------------------------------------------------------------------------------------------------------ who may use it
+
+
+def test_it_is_used_by_name_alone_and_says_why_it_cannot_be():
+    assert "cluster" in backends.NAMES
+    assert not any("cluster" in names for names in backends.FASTEST.values())
+    student, teacher = peaked(2, 9, 0.5)
+    with pytest.raises(ValueError, match="got 'cluster': the device is cpu, not cuda"):
+        opsd_kernels.jsd_loss_from_logits(student, teacher, backend="cluster")
+
+
+@pytest.mark.parametrize(("capability", "reason"), [((8, 0), "8.0"), ((10, 0), "10.0"), ((9, 0), "")])
+def test_it_needs_hopper(monkeypatch, capability, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(cluster_backend, "_load", lambda: (object(), ""))
+    there, why = cluster_backend.available("cuda")
+    assert there == (not reason)
+    assert reason in why
+
+
+def test_it_needs_nvcc_or_a_library(monkeypatch, tmp_path):
+    monkeypatch.setenv("NVCC", str(tmp_path / "none"))
+    monkeypatch.delenv(cluster_backend.LIBRARY_VARIABLE, raising=False)
+    library, reason = cluster_backend._load.__wrapped__()
+    assert library is None
+    assert "no nvcc found" in reason
+    monkeypatch.setenv(cluster_backend.LIBRARY_VARIABLE, str(tmp_path / "absent.so"))
+    library, reason = cluster_backend._load.__wrapped__()
+    assert library is None
+    assert "absent.so" in reason
+
+
+def test_a_built_library_loads_and_names_its_errors(compiled, monkeypatch):
+    monkeypatch.setenv(cluster_backend.LIBRARY_VARIABLE, str(compiled[1]))
+    library, reason = cluster_backend._load.__wrapped__()
+    assert library is not None, reason
+    assert library.opsd_cluster_error(1).decode() == "invalid argument"
+
+
+def test_what_the_kernel_does_not_serve_goes_to_the_next_backend():
+    student, teacher = peaked(3, 1031, 0.5)
+    want, want_dz = expected(student, teacher, Objective.checked())
+    wide = student.double(), teacher.double()
+    table, dz = torch.empty(len(Column), 3, dtype=torch.float64), torch.empty_like(wide[0])
+    assert not cluster_backend.serves(*wide, table, dz)
+    targets = torch.arange(3) * 3
+    cluster_backend.divergence_rows(*wide, Objective.checked(), targets=targets, table=table, dz=dz, row_scale=None)
+    torch.testing.assert_close(table, want)
+    torch.testing.assert_close(dz, want_dz)
+    narrow = torch.empty(3, cluster_backend.MOST_COLUMNS + 1, device="meta")
+    assert not cluster_backend.serves(narrow, narrow, torch.empty(1, 3), None)
+    assert cluster_backend.serves(student, teacher, torch.empty(1, 3), student.bfloat16())
