@@ -26,7 +26,7 @@ from . import torch_backend, triton_backend
 from .native_backend import DivergenceRequest, divergence_request
 
 UNIT = "rows_cluster.cu"
-SOURCES = (UNIT, "requests.h", "row_math.h", "row_parts.h")
+SOURCES = (UNIT, "cluster_kernel.cuh", "hopper.cuh", "requests.h", "row_math.h", "row_parts.h")
 # the target written so: the shorthand -arch=sm_90a also compiles for others with some versions
 FLAGS = ("-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", "-gencode", "arch=compute_90a,code=sm_90a")
 CAPABILITY = (9, 0)
