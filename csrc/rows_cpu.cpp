@@ -21,6 +21,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "requests.h"
 #include "threads.h"
 #include "vectors.h"
 
@@ -96,27 +97,7 @@ static inline void put(float* to, Vec x, Whole) { store(to, x); }
 static inline void put(float* to, Vec x, int64_t count) { store_part(to, x, count); }
 
 // ---------------------------------------------------------------------------------------------------------- requests
-
-struct Transform {
-    double scale;
-    double softcap;  // 0: none
-};
-
-// Mirrored field by field by opsd_kernels/rows/native_backend.py.
-struct DivergenceRequest {
-    const float* student;
-    const float* teacher;
-    const int64_t* targets;  // or null
-    const float* row_scale;  // or null
-    float* table;            // (columns, n), rows table_stride apart
-    void* dz;                // or null
-    int64_t n, vocab;
-    int64_t student_stride, teacher_stride, dz_stride, table_stride;  // in elements
-    double beta, temperature;
-    double entry_clip, token_clip;  // infinity: none
-    Transform student_transform, teacher_transform;
-    int32_t dz_type, statistics, threads;
-};
+// The divergence's is in requests.h.
 
 struct LogprobRequest {
     const float* logits;
@@ -168,18 +149,6 @@ struct TailGradientRequest {
     double temperature;
     Transform transform;
     int32_t dz_type, threads;
-};
-
-enum Column {
-    LOSS,
-    DIVERGENCE,
-    STUDENT_ENTROPY,
-    TEACHER_ENTROPY,
-    ENTRY_CLIPPED,
-    CLIPPED_AMOUNT,
-    TOKEN_CLIPPED,
-    STUDENT_LOGPROB,
-    TEACHER_LOGPROB
 };
 
 // ------------------------------------------------------------------------------------------------------ rows of a kind
@@ -468,34 +437,10 @@ struct Measure {
     float entry_clip;
 };
 
-// dz = g - p_S sum(g): any multiple of p_S may be taken off g first. Where the top has most of the probability, p, that
-// is the multiple which leaves nothing of the top's own g: it would keep the part 1 - p of it, which float32 does not
-// know. Under an entry clip, g of the forward KL is p_S - M p_T or, where the teacher thinks little of the top, -M p_T:
-// p_S would swallow a small p_T.
-struct Level {
-    float taken = 0;
-    bool apart = false, sure = false;
-};
-
 template <int BETA, bool CLIP>
 static Level level_of(const Pair& row, const Measure& how) {
-    Level level;
-    const float p_s = row.scale_s;
-    level.sure = p_s > 0.5f;
-    if (!level.sure) return level;
     const float x_t = row.teacher[row.top] * row.factor - row.shift_t, d = x_t == -INF ? INF : -row.centre_gap;
-    const float p_t = exp_below<float>(x_t) * row.scale_t;
-    const Entry<float> top = entry<BETA, true, float>(d, d > 0 ? p_s : p_t, how.weights);
-    const bool infinite = BETA == REVERSE ? d == INF : BETA == FORWARD && d == -INF;
-    const bool over = CLIP && (top.plain > how.entry_clip || infinite);
-    if (BETA == FORWARD) {
-        level.apart = p_t < 0.5f * p_s;
-        const float ratio = p_t / p_s;
-        level.taken = level.apart ? (over ? 0.0f : -ratio) : (over ? 1.0f : top.g / p_s);
-    } else {
-        level.taken = over ? (BETA == REVERSE ? -1.0f : 0.0f) : top.c;
-    }
-    return level;
+    return level_at<BETA, CLIP>(row.scale_s, exp_below<float>(x_t) * row.scale_t, d, how.weights, how.entry_clip);
 }
 
 // DIRECT (a KL without an entry clip): out = dz by `factor`. Else out = g less its level, and p_S goes into
@@ -517,19 +462,15 @@ static Totals measure(const Pair& row, const Measure& how, float* out, float* pr
             const auto student_larger = d > 0.0f;
             const Vec big = exp_below<Vec>(student_larger ? v.x_s : v.x_t) *
                             (student_larger ? splat<Vec>(row.scale_s) : splat<Vec>(row.scale_t));
-            Entry<Vec> e = entry<BETA, GRAD, Vec>(d, big, how.weights);
+            const Entry<Vec> e = entry<BETA, GRAD, Vec>(d, big, how.weights);
             sums.lanes[TERM] += e.term;
             const Vec one = splat<Vec>(1.0f);
-            const auto infinite = BETA == REVERSE ? d == INF : d == -INF;
-            if (BETA != MIXTURE) sums.lanes[INFINITE] += infinite ? one : Vec{};
-            auto over = e.plain > how.entry_clip;
+            if (BETA != MIXTURE) sums.lanes[INFINITE] += is_infinite<BETA>(d) ? one : Vec{};
+            VecI over{};
             if (CLIP) {
-                Vec amount = e.plain - how.entry_clip;
-                if constexpr (BETA != MIXTURE) {
-                    over = over | infinite;
-                    amount = infinite ? Vec{} : amount;
-                }
-                sums.lanes[AMOUNT] += over ? amount : Vec{};
+                const Clipped<Vec> cut = clipped<BETA>(e, d, how.entry_clip);
+                over = cut.over;
+                sums.lanes[AMOUNT] += cut.amount;
                 sums.lanes[OVER] += over ? one : Vec{};
             }
             if (STATISTICS) {
@@ -539,14 +480,7 @@ static Totals measure(const Pair& row, const Measure& how, float* out, float* pr
             if (GRAD && DIRECT) {
                 put(out + i, (BETA == FORWARD ? e.g : e.p_s * (present(v.u) - mean_gap)) * factor, count);
             } else if (GRAD) {
-                Vec g;
-                if constexpr (BETA == FORWARD) {
-                    g = level.apart ? (over ? Vec{} : -e.p_t) : (over ? e.p_s : e.g);
-                    g -= e.p_s * level.taken;
-                } else {  // the constant of the reverse KL's gradient, 1, cancels but for the clipped entries
-                    if constexpr (CLIP) e.c = over ? splat<Vec>(BETA == REVERSE ? -1.0f : 0.0f) : e.c;
-                    g = e.p_s * (e.c - level.taken);
-                }
+                const Vec g = levelled<BETA, CLIP>(e, over, level);
                 sums.lanes[DIRECTION] += g;
                 put(out + i, g, count);
                 put(probability + i, e.p_s, count);
@@ -686,32 +620,19 @@ public:
         float* probability = r.dz && !direct ? scratch.row(Scratch::PROBABILITY) : nullptr;
         const Totals totals = measure_row(row, how, out, probability, chain);
 
-        // as the clips see it
-        const bool unbounded = totals.infinite > 0;
-        double divergence = totals.divergence, amount = totals.amount;
-        double loss = divergence - amount;
-        if (unbounded) {
-            loss = clip ? loss + r.entry_clip * totals.infinite : DOUBLE_INF;
-            divergence = DOUBLE_INF;
-            if (clip) amount = DOUBLE_INF;
-        }
-        const bool over = loss > r.token_clip;
-        const bool kept = !over && loss != DOUBLE_INF;
-        if (over) {
-            amount += loss - r.token_clip;
-            loss = r.token_clip;
-        }
-        set(LOSS, loss);
+        const Token<double> token =
+            token_of(totals.divergence, totals.amount, totals.infinite, r.entry_clip, r.token_clip);
+        set(LOSS, token.loss);
         if (r.statistics) {
-            set(DIVERGENCE, divergence);
+            set(DIVERGENCE, token.divergence);
             set(STUDENT_ENTROPY, totals.entropy_s);
             set(TEACHER_ENTROPY, totals.entropy_t);
             set(ENTRY_CLIPPED, totals.over > 0);
-            set(CLIPPED_AMOUNT, amount);
-            set(TOKEN_CLIPPED, over);
+            set(CLIPPED_AMOUNT, token.amount);
+            set(TOKEN_CLIPPED, token.over);
         }
         if (!r.dz) return;
-        if (!kept) fill(dz, r.vocab, 0.0f);  // a loss that is NaN is kept: it must stay visible
+        if (!token.kept) fill(dz, r.vocab, 0.0f);
         else if (!direct || derivative || !dz.as_float())
             combine(dz, out, probability, derivative, r.vocab, float(totals.direction), direct ? 1.0f : chain);
     }

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <utility>
 
+#include "requests.h"
 #include "row_math.h"
 
 namespace opsd {
@@ -29,8 +30,6 @@ struct Shape<Vec> {
     using Signed = VecI;
     static OPSD_HD Vec from_signed(VecI x) { return __builtin_convertvector(x, Vec); }
 };
-
-enum Type { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 static inline Vec load(const float* from) {
     Vec x;

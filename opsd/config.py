@@ -186,7 +186,7 @@ class ObjectiveConfig:
     reduction: Literal["mean", "sequence_mean"] = _opt(
         "mean", "over all rollout tokens, or over rollouts of their means"
     )
-    backend: Literal["auto", "torch", "triton", "native"] = _opt("auto", "of opsd_kernels")
+    backend: Literal["auto", "torch", "triton", "native", "cluster"] = _opt("auto", "of opsd_kernels")
     workspace_bytes: int | None = _opt(None, "memory bound of the loss's workspace; none: opsd_kernels decides", low=1)
 
 

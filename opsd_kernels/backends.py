@@ -20,8 +20,9 @@ from .rows import Column, LogprobColumn, support
 
 logger = logging.getLogger(__name__)
 
-NAMES = ("auto", "torch", "triton", "native")
+NAMES = ("auto", "torch", "triton", "native", "cluster")
 FASTEST = {"cuda": ("triton", "torch"), "cpu": ("native", "torch")}  # by device, most wanted first
+UNPROVEN = {"cluster": "no device has run it yet"}  # those that "auto" never takes, and why
 TOLERANCE = 1e-4  # of the self-check, relative; the backends' own errors are under 1e-5
 
 

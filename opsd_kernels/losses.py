@@ -163,7 +163,8 @@ def jsd_loss(
             being this rank's rows. `target_ids` and `valid_vocab` count in the whole vocabulary. Every rank gets the
             whole loss and student_hidden's whole gradient. Ranks first agree on their slices, for which each call
             waits.
-        backend: "auto" (the fastest that works here, see `python -m opsd_kernels`), "torch", "triton" or "native".
+        backend: "auto" (the fastest that works here, see `python -m opsd_kernels`), "torch", "triton", "native" or
+            "cluster" (on Hopper, by name alone).
         workspace_bytes: upper bound for the chunk workspace; default OPSD_WORKSPACE_BYTES or by device.
 
     Returns:

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 COMPILERS = ("c++", "g++", "clang++")  # after $CXX
 UNITS = ("rows_cpu.cpp", "gemm_cpu.cpp")  # what is compiled
-SOURCES = (*UNITS, "row_math.h", "threads.h", "vectors.h")
+SOURCES = (*UNITS, "requests.h", "row_math.h", "threads.h", "vectors.h")
 # Not -ffast-math: infinities and NaN mean something here.
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread"),
@@ -163,18 +164,25 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _built() -> Path:
-    """The library's path: from the cache if these sources were built by this compiler on such a machine before."""
-    source = _source_directory()
+    """The CPU's library."""
+    source = source_directory()
     compiler = _compiler()
-    version = subprocess.run(
-        [*compiler, "--version"], capture_output=True, text=True, timeout=BUILD_SECONDS, check=True
-    ).stdout
-    parts = [" ".join(compiler), version, " ".join(FLAGS), repr(TARGETS), _machine()]
-    parts += [(source / name).read_text(encoding="utf-8") for name in SOURCES]
+    identity = [" ".join(compiler), version_of(compiler), " ".join(FLAGS), repr(TARGETS), _machine()]
+    return built("csrc", SOURCES, identity, lambda library: _compile(compiler, source, library))
+
+
+def built(name: str, sources: Sequence[str], identity: Sequence[str], compile_to: Callable[[Path], object]) -> Path:
+    """A library's path: from the cache if it was built from these files of csrc/ and under this identity before.
+
+    Else `compile_to` makes it. Raises RuntimeError where there is no directory to keep it in, and what `compile_to`
+    raises.
+    """
+    source = source_directory()
+    parts = [*identity, *((source / file).read_text(encoding="utf-8") for file in sources)]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
     problems = []
     for directory in _cache_directories():
-        library = directory / f"csrc-{key}.so"
+        library = directory / f"{name}-{key}.so"
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             _refuse_strangers(directory)
@@ -182,12 +190,18 @@ def _built() -> Path:
                 return library
             with tempfile.TemporaryDirectory(dir=directory) as work:
                 made = Path(work) / library.name
-                _compile(compiler, source, made)
+                compile_to(made)
                 os.replace(made, library)  # atomic: another process sees the whole library or none
             return library
         except OSError as error:
             problems.append(str(error))
     raise RuntimeError(f"no directory to build in: {'; '.join(problems)}")
+
+
+def version_of(compiler: list[str]) -> str:
+    """What a compiler says of itself."""
+    command = [*compiler, "--version"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=True).stdout
 
 
 def _compile(compiler: list[str], source: Path, library: Path) -> None:
@@ -202,7 +216,8 @@ def _compile(compiler: list[str], source: Path, library: Path) -> None:
     raise RuntimeError(f"{compiler[0]} failed: {message.splitlines()[0]}")
 
 
-def _source_directory() -> Path:
+def source_directory() -> Path:
+    """Where csrc/ is."""
     package = Path(__file__).resolve().parent
     places = (package / "csrc", package.parent / "csrc")  # an installed wheel, a checkout
     for place in places:

@@ -47,35 +47,12 @@ def divergence_rows(
         )
         return
     n, vocab = _same_shape(student, teacher, dz)
-    want_statistics = table.shape[0] > 1
-    targets = _targets(targets, n, vocab) if want_statistics else None
+    targets = _targets(targets, n, vocab) if table.shape[0] > 1 else None
     row_scale = _row_scale(row_scale, n)
     if n == 0 or vocab == 0:
         table.zero_()
         return
-    request = _DivergenceRequest(
-        student=student.data_ptr(),
-        teacher=teacher.data_ptr(),
-        targets=None if targets is None else targets.data_ptr(),
-        row_scale=None if row_scale is None else row_scale.data_ptr(),
-        table=table.data_ptr(),
-        dz=None if dz is None else dz.data_ptr(),
-        n=n,
-        vocab=vocab,
-        student_stride=student.stride(0),
-        teacher_stride=teacher.stride(0),
-        dz_stride=0 if dz is None else dz.stride(0),
-        table_stride=table.stride(0),
-        beta=objective.beta,
-        temperature=objective.temperature,
-        entry_clip=math.inf if objective.entry_clip is None else objective.entry_clip,
-        token_clip=math.inf if objective.token_clip is None else objective.token_clip,
-        student_transform=_Transform.of(objective.student),
-        teacher_transform=_Transform.of(objective.teacher),
-        dz_type=native.TYPES[torch.float32 if dz is None else dz.dtype],
-        statistics=want_statistics,
-        threads=torch.get_num_threads(),
-    )
+    request = divergence_request(student, teacher, objective, targets=targets, table=table, dz=dz, row_scale=row_scale)
     native.call("opsd_divergence_rows", request)
 
 
@@ -210,7 +187,7 @@ class _Transform(ctypes.Structure):
         return cls(transform.logit_scale, transform.softcap or 0.0)
 
 
-class _DivergenceRequest(ctypes.Structure):
+class DivergenceRequest(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("student", "teacher", "targets", "row_scale", "table", "dz")),
         *((name, ctypes.c_int64) for name in ("n", "vocab")),
@@ -258,6 +235,46 @@ class _TailGradientRequest(ctypes.Structure):
         ("temperature", ctypes.c_double),
         ("transform", _Transform),
         *((name, ctypes.c_int32) for name in ("dz_type", "threads")),
+    )
+
+
+def divergence_request(
+    student: Tensor,
+    teacher: Tensor,
+    objective: Objective,
+    *,
+    targets: Tensor | None,
+    table: Tensor,
+    dz: Tensor | None,
+    row_scale: Tensor | None,
+) -> DivergenceRequest:
+    """`divergence_rows`' arguments as csrc/requests.h has them, for the CPU's functions and a GPU's.
+
+    It holds pointers alone: the tensors, whose rows have no gaps, must outlive it. targets and row_scale are dense.
+    """
+    n, vocab = student.shape
+    return DivergenceRequest(
+        student=student.data_ptr(),
+        teacher=teacher.data_ptr(),
+        targets=None if targets is None else targets.data_ptr(),
+        row_scale=None if row_scale is None else row_scale.data_ptr(),
+        table=table.data_ptr(),
+        dz=None if dz is None else dz.data_ptr(),
+        n=n,
+        vocab=vocab,
+        student_stride=student.stride(0),
+        teacher_stride=teacher.stride(0),
+        dz_stride=0 if dz is None else dz.stride(0),
+        table_stride=table.stride(0),
+        beta=objective.beta,
+        temperature=objective.temperature,
+        entry_clip=math.inf if objective.entry_clip is None else objective.entry_clip,
+        token_clip=math.inf if objective.token_clip is None else objective.token_clip,
+        student_transform=_Transform.of(objective.student),
+        teacher_transform=_Transform.of(objective.teacher),
+        dz_type=native.TYPES[torch.float32 if dz is None else dz.dtype],
+        statistics=table.shape[0] > 1,
+        threads=torch.get_num_threads(),
     )
 
 

@@ -323,13 +323,13 @@ def divergence_rows(
     tokens, vocab = student.shape
     _check_logits("student", student)
     _check_logits("teacher", teacher)
-    _check_dz(dz, student, may_alias=student)
-    _check_dz(dz, teacher, may_alias=None)
+    check_dz(dz, student, may_alias=student)
+    check_dz(dz, teacher, may_alias=None)
     stats = table.shape[0] > 1
     targets, row_scale = _vector(targets) if stats else None, _vector(row_scale)
     if tokens == 0:
         return
-    student, teacher = _row_major(student), _row_major(teacher)
+    student, teacher = row_major(student), row_major(teacher)
     meaning = _Meaning.of(objective, stats=stats)
     plan = configuration(tokens, vocab, student.device)
     strides = (student.stride(0), teacher.stride(0))
@@ -387,11 +387,11 @@ def logprob_rows(
     """log p(target) and, with a second row in the table, the entropy. See the package's docstring."""
     tokens, vocab = logits.shape
     _check_logits("logits", logits)
-    _check_dz(dz, logits, may_alias=logits)
+    check_dz(dz, logits, may_alias=logits)
     target, scale = _vector(targets), _vector(row_scale)
     if tokens == 0:
         return
-    logits = _row_major(logits)
+    logits = row_major(logits)
     plan = configuration(tokens, vocab, logits.device)
     inner, outer = _inner_outer(transform, temperature)
     # without a cap u is the raw logit and the factor is in the exponent's constant alone
@@ -436,7 +436,7 @@ def outside_rows(
     tokens, vocab = student.shape
     log_sums = student.new_empty(tokens, 4, dtype=torch.float32)
     if tokens:
-        student, teacher = _row_major(student), _row_major(teacher)
+        student, teacher = row_major(student), row_major(teacher)
         meaning, plan = _Meaning.of(objective, stats=False), configuration(tokens, vocab, student.device)
         tiles, splits = plan.parts(vocab)
         sweep = student.new_empty(tokens, splits, SWEEP_PARTIALS, dtype=torch.float32)
@@ -457,11 +457,11 @@ def tail_gradient_rows(
 ) -> None:
     """See the package's docstring."""
     _check_logits("logits", logits)
-    _check_dz(dz, logits, may_alias=logits)
+    check_dz(dz, logits, may_alias=logits)
     tokens, vocab = logits.shape
     if tokens == 0:
         return
-    logits = _row_major(logits)
+    logits = row_major(logits)
     plan = configuration(tokens, vocab, logits.device)
     tiles, splits = plan.parts(vocab)
     with _on(logits.device):
@@ -488,7 +488,8 @@ def _vector(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.contiguous()
 
 
-def _row_major(logits: Tensor) -> Tensor:
+def row_major(logits: Tensor) -> Tensor:
+    """With unit stride along the vocabulary: a copy, if need be."""
     return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
 
 
@@ -497,7 +498,7 @@ def _check_logits(name: str, logits: Tensor) -> None:
         raise TypeError(f"{name} must be float32 or bfloat16 for the Triton row pass, got {logits.dtype}")
 
 
-def _check_dz(dz: Tensor | None, logits: Tensor, *, may_alias: Tensor | None) -> None:
+def check_dz(dz: Tensor | None, logits: Tensor, *, may_alias: Tensor | None) -> None:
     """Refuses a dz that the kernels cannot fill: another program would read what one has overwritten."""
     if dz is None or dz.numel() == 0:
         return

@@ -452,7 +452,7 @@ def _cpu_flags() -> set[str]:
 def test_other_instruction_sets_give_the_same(tmp_path, monkeypatch, target, lanes):
     monkeypatch.setattr(library, "TARGETS", (target,))
     path = tmp_path / "rows.so"
-    library._compile(library._compiler(), library._source_directory(), path)
+    library._compile(library._compiler(), library.source_directory(), path)
     if not {flag[2:] for flag in target} <= _cpu_flags():
         pytest.skip("compiles, but does not run here")
     monkeypatch.setattr(library, "_loaded", (ctypes.CDLL(str(path)), ""))
@@ -497,7 +497,7 @@ def test_the_mathematics_of_one_entry_serves_scalars_too(tmp_path, beta):
     source = tmp_path / "scalar.cpp"
     source.write_text(SCALAR)
     compiler = library._compiler()
-    include = f"-I{library._source_directory()}"
+    include = f"-I{library.source_directory()}"
     subprocess.run(
         [*compiler, "-std=c++17", "-O1", "-fPIC", "-shared", include, source, "-o", tmp_path / "s.so"], check=True
     )
