@@ -12,25 +12,26 @@
 // Budget per multiprocessor, 227 KiB of shared memory and 65,536 registers: two blocks of 256 threads, so that one's
 // loads go on under the other's arithmetic, need <= 128 registers a thread and <= 113 KiB a block. At V = 151,936 a
 // block of 16 holds 76,032 bytes of logits; at 262,144 it is 131,072, and one block fits. The largest V is 458,752
-// (16 blocks of 224 KiB). Few columns take fewer blocks; few tokens take more. Besides the rows a block needs 1,824 bytes.
+// (16 blocks of 224 KiB). Besides the rows a block needs 1,824 bytes. Few columns take fewer blocks; few tokens take
+// more.
 //
 // Expected of an H100, nothing of it measured: at (8192, 151,936) 12.4 GB are moved, 4.1 ms at 3 TB/s, and the JSD's 69
 // instructions per entry (a test counts them) are issued in 2.9 ms: bound by memory, if two blocks really overlap. Each
-// row also pays for two barriers of its cluster and the joining of parts, one or two microseconds under the other block's
-// work.
+// row also pays for two barriers of its cluster and the joining of parts: one or two microseconds, which the other
+// block's work has to cover.
 //
 // The tests run this file on a CPU, each thread as a coroutine, with stand-ins for what hopper.cuh has. What must hold
 // and cannot be seen there:
 //   - A warp reads and writes its own slice alone, and a lane its own quads (those congruent to it modulo 32), in A, B
-//     and C alike: between the phases nothing of the rows needs a barrier. In A alone a lane may read another's, to find
-//     the top: after __syncwarp, and barrier 1 is before B. dz may be the student itself: a slice is read whole before
-//     the warp that writes it does so, and no one else reads it from memory.
-//   - A chunk's barrier completes once per row; its parity is the row's number modulo 2. Before a chunk is refilled, all
-//     lanes have read it (__syncwarp) and made that known to the copy engine (fence.proxy.async).
+//     and C alike: between the phases nothing of the rows needs a barrier. In A alone a lane may read another's, to
+//     find the top: after __syncwarp, and barrier 1 is before B. dz may be the student itself: a slice is read whole
+//     before the warp that writes it does so, and no one else reads it from memory.
+//   - A chunk's barrier completes once per row; its parity is the row's number modulo 2. Before a chunk is refilled,
+//     all lanes have read it (__syncwarp) and made that known to the copy engine (fence.proxy.async).
 //   - `parts` is written by all blocks before barrier 1 and read after it; `sums` likewise with barrier 2. A block
 //     passes barrier 2 only after every block has read `parts`, and barrier 1 of the next row only after every block
 //     has read `sums`: one copy of each is enough. All threads of a cluster's blocks reach both as often: they have
-//     the same rows. No block writes to another's shared memory before all have started (the first cluster.sync) or
+//     the same rows. No block writes to another's shared memory before all have started (the first cluster_sync) or
 //     after one may have ended (the last).
 //   - Bulk copies need addresses and sizes that are multiples of 16: of rows that are not so placed every element is
 //     copied by itself, and the up to three columns of a last partial quad always are.
@@ -51,7 +52,7 @@ constexpr int THREADS = 256, WARPS = THREADS / 32, LARGEST_CLUSTER = 16;
 constexpr int CHUNK = 128, MOST_CHUNKS = 7;  // quads, four per lane; 7 chunks are 458,752 columns
 constexpr unsigned ALL = 0xffffffffu;
 
-// ------------------------------------------------------------------------------------------------------------- problems
+// ------------------------------------------------------------------------------------------------------------ problems
 
 struct Problem {
     DivergenceRequest request;
@@ -138,7 +139,7 @@ __device__ __forceinline__ void set_quad(float* to, int quad, const float (&x)[4
     reinterpret_cast<float4*>(to)[quad] = make_float4(x[0], x[1], x[2], x[3]);
 }
 
-// --------------------------------------------------------------------------------------------------- joining of parts
+// ---------------------------------------------------------------------------------------------------- joining of parts
 
 // The same of another lane, by whatever shuffle.
 template <class Shuffle>
@@ -173,7 +174,7 @@ __device__ void add_up(Totals& totals, int count) {
                 totals.sum[i] += __shfl_xor_sync(ALL, totals.sum[i], distance);
 }
 
-// ------------------------------------------------------------------------------------------------------------ the kernel
+// ---------------------------------------------------------------------------------------------------------- the kernel
 
 // A: what the warp knows of its slice.
 template <int BETA, bool TRANSFORMED>
@@ -271,8 +272,8 @@ __device__ Totals measure_slice(const Rows& rows, const Problem& problem, const 
     return totals;
 }
 
-// C: dz = g weight - p centre, or 0, and the next row, if there is one, in place of what it was made of. `to`: where the
-// slice begins.
+// C: dz = g weight - p centre, or 0, and the next row, if there is one, in place of what it was made of. `to`: where
+// the slice begins.
 template <bool KEPT, class Element>
 __device__ __forceinline__ void write_slice(
     const Rows& rows, const Problem& problem, Element* to, float weight, float centre, bool more, const Source& next,
@@ -436,7 +437,7 @@ inline Kernel choose_flags(bool statistics, bool transformed) {
 }
 template <int BETA>
 inline Kernel choose_clip(bool clip, bool statistics, bool transformed) {
-    return clip ? choose_flags<BETA, true>(statistics, transformed) : choose_flags<BETA, false>(statistics, transformed);
+    return (clip ? choose_flags<BETA, true> : choose_flags<BETA, false>)(statistics, transformed);
 }
 inline Kernel choose(double beta, bool clip, bool statistics, bool transformed) {
     if (beta == 0) return choose_clip<FORWARD>(clip, statistics, transformed);

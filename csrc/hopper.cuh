@@ -14,7 +14,7 @@ namespace opsd {
 using bfloat16 = __nv_bfloat16;
 using float16 = __half;
 
-// -------------------------------------------------------------------------------------------------- blocks and clusters
+// ------------------------------------------------------------------------------------------------- blocks and clusters
 
 __device__ __forceinline__ float4* shared_memory() {
     extern __shared__ float4 memory[];
@@ -30,7 +30,7 @@ __device__ __forceinline__ T* in_block(T* here, int rank) {
     return cooperative_groups::this_cluster().map_shared_rank(here, rank);
 }
 
-// ------------------------------------------------------------------------------------------------ copies, with barriers
+// ----------------------------------------------------------------------------------------------- copies, with barriers
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return uint32_t(__cvta_generic_to_shared(pointer));

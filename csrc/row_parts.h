@@ -251,7 +251,9 @@ struct Direction {
 };
 
 template <int BETA, bool CLIP, bool STATISTICS>
-OPSD_HD Direction measured(const Logits& x, const Norms& norms, const Tempering& how, const Measure& measure, Totals& totals) {
+OPSD_HD Direction measured(
+    const Logits& x, const Norms& norms, const Tempering& how, const Measure& measure, Totals& totals
+) {
     const float d = x.gap * how.nats - norms.slip;
     const float log_s = x.y_s * how.bits - norms.log_s, log_t = x.y_t * how.bits - norms.log_t;
     const float big = exp2_fast(greatest(log_s, log_t));

@@ -24,6 +24,9 @@ int64_t opsd_cluster_most_columns() {
     return int64_t(opsd::MOST_CHUNKS) * opsd::CHUNK * 4 * opsd::WARPS * opsd::LARGEST_CLUSTER;
 }
 
+// What a block of a cluster of `blocks` takes of its multiprocessor.
+int opsd_cluster_shared_bytes(int64_t vocab, int blocks) { return opsd::shared_bytes(vocab, blocks); }
+
 const char* opsd_cluster_error(int code) { return cudaGetErrorString(cudaError_t(code)); }
 
 // Pointers are the device's; enqueued on `stream` of the device. Returns a cudaError_t.

@@ -30,7 +30,7 @@ namespace opsd {
 using std::max;
 using std::min;
 
-// -------------------------------------------------------------------------------------------------------- coroutines
+// ---------------------------------------------------------------------------------------------------------- coroutines
 
 struct Index {
     unsigned x;
@@ -114,7 +114,7 @@ static const uint32_t* exchanged(uint32_t word, uint32_t (&seen)[32]) {
     return seen;
 }
 
-// ------------------------------------------------------------------------------------------- what CUDA has of its own
+// -------------------------------------------------------------------------------------------- what CUDA has of its own
 
 inline void __syncwarp() { meet(own_warp().meeting); }
 inline void __syncthreads() { meet(own_block().meeting); }
@@ -142,7 +142,7 @@ inline int __reduce_min_sync(unsigned, int x) {
 }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 
-// ----------------------------------------------------------------------------------------- what hopper.cuh has on a device
+// ------------------------------------------------------------------------------------- what hopper.cuh has on a device
 
 inline float4* shared_memory() { return own_block().memory.data(); }
 inline int cluster_blocks() { return int(cluster->blocks.size()); }
