@@ -1,7 +1,4 @@
-"""Prints the lower bounds of pyproject.toml as constraints for pip, one `name==version` a line.
-
-python tests/lower_bounds.py > constraints.txt
-"""
+"""As a command, prints the lower bounds of pyproject.toml as constraints for pip: what `make test-oldest` installs."""
 
 from __future__ import annotations
 
