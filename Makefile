@@ -1,18 +1,26 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := -m pip install --quiet --disable-pip-version-check
+INSTALL := $(BIN)/python $(PIP) --constraint constraints.txt
+# The oldest versions have no wheels for the newest Pythons.
+PYTHON_OLDEST ?= $(or $(shell for python in python3.12 python3.11 python3.10; do \
+	$$python -c '' 2>/dev/null && echo $$python && break; done),$(PYTHON))
+OLDEST := .venv-oldest
+NEWEST := .venv-newest
 # The threads of the tests' processes and of the tiny model: more than one each only gets in the way on a small machine.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test check compare bench clean
+.PHONY: help demo test test-oldest test-newest check compare bench clean
 
 help:
 	@echo "make demo     watch a small model improve itself by on-policy self-distillation"
 	@echo "make test     formatting, lint, types and tests"
+	@echo "make test-oldest, make test-newest"
+	@echo "              the tests with the oldest versions that pyproject.toml admits, or the newest there are (3 GB each)"
 	@echo "make compare  OPSD beside supervised fine-tuning on the small model: several seeds, about half an hour"
 	@echo "make bench    the loss beside its peers, at small sizes on a CPU and full ones on a GPU"
-	@echo "make clean    remove the virtual environment"
+	@echo "make clean    remove the virtual environments"
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +44,24 @@ check: $(VENV)/dev
 test: check
 	$(BIN)/python -m pytest --numprocesses auto
 
+$(OLDEST)/bin/python:
+	$(PYTHON_OLDEST) -m venv $(OLDEST)
+
+$(OLDEST)/dev: pyproject.toml tests/lower_bounds.py | $(OLDEST)/bin/python
+	$(OLDEST)/bin/python tests/lower_bounds.py > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python $(PIP) --constraint $(OLDEST)/constraints.txt --editable '.[dev]'
+	@touch $@
+
+test-oldest: $(OLDEST)/dev
+	$(OLDEST)/bin/python -m pytest --numprocesses auto
+
+$(NEWEST)/bin/python:
+	$(PYTHON) -m venv $(NEWEST)
+
+test-newest: | $(NEWEST)/bin/python
+	$(NEWEST)/bin/python $(PIP) --upgrade --upgrade-strategy eager --editable '.[dev]'
+	$(NEWEST)/bin/python -m pytest --numprocesses auto
+
 compare: $(VENV)/dev
 	$(BIN)/python -m benchmarks.learning
 
@@ -43,4 +69,4 @@ bench: $(VENV)/dev
 	env -u OMP_NUM_THREADS $(BIN)/python -m pytest benchmarks
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(OLDEST) $(NEWEST)

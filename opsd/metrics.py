@@ -164,11 +164,13 @@ class Display:
         self.tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Display:
-        self.progress.start()
+        if self.live:  # rich before 14.3 ends even a disabled bar with an empty line
+            self.progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.progress.stop()
+        if self.live:
+            self.progress.stop()
 
     def note(self, text: str, *, style: str | None = None) -> None:
         """A line of its own, above the bar; `style`, as rich spells it, shows in a terminal only."""

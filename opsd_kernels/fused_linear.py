@@ -29,6 +29,10 @@ from .rows import DROPPED, Column
 from .rows.support import cached_rows, support_width
 from .workspace import GATHERED_SHARE, ChunkPlan, block_rows, filter_bytes, plan_chunks, row_stride, workspace
 
+# Of the operators that take a mask: the host waits for the number of its tokens, and the workspace outlives a call.
+# So no CUDA graph may hold them; those of torch.compile leave them out.
+WAITS = (torch.Tag.cudagraph_unsafe,)
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -101,7 +105,7 @@ def weighted(losses: Tensor, weights: Tensor) -> Tensor:
     return losses.masked_fill((weights == 0) & losses.isinf(), 0.0) * weights
 
 
-@library.custom_op("opsd::fused_linear", mutates_args=())
+@library.custom_op("opsd::fused_linear", mutates_args=(), tags=WAITS)
 def _fused_linear(
     x: Tensor,
     weight: Tensor,
@@ -541,7 +545,7 @@ def top_k_of(inputs: Inputs, spec: Spec) -> tuple[Tensor, Tensor, Tensor]:
     return _top_k(inputs.x, inputs.weight, inputs.bias, inputs.mask, *spec.encoded())
 
 
-@library.custom_op("opsd::top_k", mutates_args=())
+@library.custom_op("opsd::top_k", mutates_args=(), tags=WAITS)
 def _top_k(
     x: Tensor,
     weight: Tensor,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, library
 
 from . import backends
-from .fused_linear import Spec, check_ids, scaled
+from .fused_linear import WAITS, Spec, check_ids, scaled
 from .rows.support import support_width
 from .workspace import plan_chunks
 
@@ -23,7 +23,7 @@ def logits_loss(
     return table[0], table.detach()
 
 
-@library.custom_op("opsd::logits_loss", mutates_args=())
+@library.custom_op("opsd::logits_loss", mutates_args=(), tags=WAITS)
 def _logits_loss(
     student: Tensor,
     teacher: Tensor,

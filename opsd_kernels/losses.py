@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 
 OBJECTIVE_OPTIONS = tuple(inspect.signature(Objective.checked).parameters)
+# Rows of the table by the names of TokenStats; plain integers, since torch 2.11 traces no loop over an enumeration.
+_STATISTICS = {column.name.lower(): int(column) for column in Column if column != Column.LOSS}
 
 
 @dataclass(frozen=True)
@@ -489,7 +491,7 @@ def _loss(inputs: Inputs, spec: Spec, tokens: Tokens, return_stats: bool) -> Ten
 
 def _stats(table: Tensor, tokens: Tokens) -> TokenStats:
     """The statistics from the row pass's table (columns, N)."""
-    columns = {column.name.lower(): table[column].reshape(tokens.lead) for column in Column if column != Column.LOSS}
+    columns = {name: table[row].reshape(tokens.lead) for name, row in _STATISTICS.items()}
     for clip in ("entry_clipped", "token_clipped"):
         columns[clip] = columns[clip] != 0
     if tokens.targets is None:
@@ -501,9 +503,14 @@ def _stats(table: Tensor, tokens: Tokens) -> TokenStats:
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
     device = hidden.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if _has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return hidden.dtype
+
+
+@torch.compiler.assume_constant_result  # torch 2.11 cannot trace the question
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 def _constant(tensor: Tensor | None) -> Tensor | None:

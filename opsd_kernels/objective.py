@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 REDUCTIONS = ("mean", "sequence_mean", "sum", "none")
 TOP_K_SOURCES = ("teacher", "student")
@@ -43,15 +43,19 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
-@dataclass(frozen=True)
-class LogitTransform:
+class LogitTransform(NamedTuple):
     """What a model does to its head's output a = h·Wᵀ + b: z = softcap·tanh(logit_scale·a / softcap).
 
     Without a cap, z = logit_scale·a. A column that is −inf in `a` stays −inf: masking outlives the cap.
+
+    A named tuple, since torch.compile meets it as a default value, and torch 2.11 takes no dataclass there.
     """
 
     logit_scale: float = 1.0
     softcap: float | None = None
+
+
+_UNCHANGED = LogitTransform()
 
 
 def logit_transform(logit_scale: Any, softcap: Any, prefix: str = "") -> LogitTransform:
@@ -82,8 +86,8 @@ class Objective:
     top_k: int | None = None
     top_k_from: str = "teacher"
     tail_bucket: bool = False
-    student: LogitTransform = LogitTransform()
-    teacher: LogitTransform = LogitTransform()
+    student: LogitTransform = _UNCHANGED
+    teacher: LogitTransform = _UNCHANGED
 
     def encoded(self) -> list[float]:
         """As numbers, NaN for none: what fits through the schema of a torch operator."""

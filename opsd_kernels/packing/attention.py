@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import logging
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,11 @@ logger = logging.getLogger(__name__)
 NAME = "opsd_packed_rows"
 KEYWORD = "opsd_packed_pass"
 BACKENDS = ("auto", "sdpa", "varlen", "flash", "triton", "eager")
+_ON_CUDA = {  # most wanted first
+    "varlen": "torch's own FlashAttention",
+    "flash": "the package flash-attn",
+    "triton": "this project's Triton kernel",
+}
 _TILE = 512  # query rows per call where scores or masks are materialised
 
 
@@ -109,31 +114,35 @@ def packed_attention(
         backend, _ = choose_backend(query.device, query.dtype, query.shape[-1], softcap)
         if value.shape[-1] != query.shape[-1]:
             backend = "eager"
-    attend = {"sdpa": _sdpa, "varlen": _varlen, "flash": _flash, "triton": _triton, "eager": _eager}[backend]
-    return attend(query, key, value, packed.layout, scale, window, softcap).transpose(1, 2), None
+    return _attend(backend, query, key, value, packed.layout, scale, window, softcap).transpose(1, 2), None
+
+
+def _attend(backend: str, *arguments: Any) -> Tensor:
+    """(1, heads, T, D), by a backend that is not "auto"."""
+    call = {"sdpa": _sdpa, "varlen": _varlen, "flash": _flash, "triton": _triton, "eager": _eager}[backend]
+    return call(*arguments)
 
 
 def choose_backend(
     device: torch.device, dtype: torch.dtype, head_size: int = 64, softcap: float | None = None
 ) -> tuple[str, str]:
-    """What "auto" stands for, and why."""
+    """What "auto" stands for, and why: on a GPU the first that takes such tensors and passes its self-check."""
     if device.type == "cpu":
         if softcap is not None:
             return "eager", "no fused CPU kernel has a softcap"
         return "sdpa", "the fused CPU kernel"
     if device.type != "cuda":
         return "eager", f"no fused kernel for {device.type}"
-    lacking = f"FlashAttention does not take {dtype} with head size {head_size}"
-    if dtype in (torch.float16, torch.bfloat16) and head_size <= 256:
-        if softcap is None:
-            return "varlen", "torch's own FlashAttention"
-        if importlib.util.find_spec("flash_attn") is not None:
-            return "flash", "flash-attn has a softcap, torch's varlen_attn has none"
-        lacking = "torch's varlen_attn has no softcap and flash-attn is not installed"
-    obstacle = _triton_obstacle(device, dtype, head_size, softcap is not None)
-    if obstacle:
-        return "eager", f"{lacking}, and {obstacle}"
-    return "triton", f"{lacking}, so this project's Triton kernel"
+    obstacles: list[str] = []
+    for name, what in _ON_CUDA.items():
+        obstacle = backend_obstacle(name, device, dtype, head_size, softcap)
+        if obstacle is None:
+            exact = torch.get_float32_matmul_precision() == "highest"
+            obstacle = self_check(name, device, dtype, head_size, capped=softcap is not None, exact=exact)
+        if obstacle is None:
+            return name, "; ".join([what, *obstacles])
+        obstacles.append(f"{name} {obstacle}")
+    return "eager", "; ".join(obstacles)
 
 
 def backend_obstacle(
@@ -402,10 +411,16 @@ def _varlen_call(
 
     if softcap is not None:
         raise ValueError(f"packing backend 'varlen' has no softcap, got {softcap}; accepted here: flash, triton, eager")
-    window_size = (-1 if window is None else window - 1, 0)
-    grouped = q.shape[1] != k.shape[1]
-    sizes = (ragged.cu_q, ragged.cu_k, ragged.max_q, ragged.max_k)
-    return varlen_attn(q, k, v, *sizes, scale=scale, window_size=window_size, enable_gqa=grouped)  # type: ignore[return-value]
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
+    if q.shape[1] != k.shape[1] and _asks_for_grouped_queries(varlen_attn):
+        options["enable_gqa"] = True
+    return varlen_attn(q, k, v, ragged.cu_q, ragged.cu_k, ragged.max_q, ragged.max_k, **options)  # type: ignore[return-value]
+
+
+@functools.cache
+def _asks_for_grouped_queries(varlen_attn: Any) -> bool:
+    """Whether this torch wants to be told of them; 2.11 takes them as they come, as FlashAttention does."""
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _flash_call(
@@ -472,45 +487,70 @@ def _triton(
     return attend(query, key, value, layout, scale, window, softcap)
 
 
-def _triton_obstacle(device: torch.device, dtype: torch.dtype, head_size: int, capped: bool) -> str:
-    """Why "auto" does not take the Triton kernel for such tensors; empty where it does."""
-    from .triton_attention import serves
-
-    fine, why = serves(device, dtype, head_size)
-    if not fine:
-        return why
-    error = _triton_error(device, dtype, head_size, capped)
-    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return "" if error <= (1e-4 if exact else 0.03) else f"the Triton kernel's self-check is off by {error:.1e}"
+# Whether a backend is right on this device.
 
 
 @functools.cache
-def _triton_error(device: torch.device, dtype: torch.dtype, head_size: int, capped: bool) -> float:
-    """The largest relative error of output and gradients on a small layout, against "eager" in float64; infinite if
-    the kernel fails. Once per process, since a compiler or driver may do what no test has seen."""
-    layout = Layout(
-        torch.zeros(236, dtype=torch.int64),
-        torch.tensor([*range(150), *range(150, 235), 150]),
-        (Segment(0, 150), Segment(150, 235, ((0, 150),)), Segment(235, 236, ((0, 150),))),
-    )
-    draw = torch.Generator().manual_seed(0)
+def self_check(
+    backend: str, device: torch.device, dtype: torch.dtype, head_size: int, *, capped: bool, exact: bool
+) -> str | None:
+    """Why the backend is not to be trusted with such tensors on this device, or None. Never raises.
+
+    Once per process, since a compiler, a driver or another version of a library may do what no test has seen. What is
+    compared: output and gradients, on the layout of `_check_layout` under grouped queries, with and without a window,
+    against "eager" on the CPU in float64.
+
+    Args:
+        capped: whether scores have a softcap.
+        exact: whether float32 products are to be those of float32.
+    """
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        q, k, v, grad = (torch.randn(1, n, 236, head_size, generator=draw).to(device, dtype) for n in (2, 1, 1, 2))
+        try:
+            error = _largest_error(backend, device, dtype, head_size, capped)
+        except Exception as failure:  # whatever goes wrong in a compiler or a driver, there is another backend
+            reason = f"fails on {device} ({type(failure).__name__}: {failure})"
+        else:
+            if error <= (1e-4 if exact and dtype == torch.float32 else 0.05):
+                return None
+            reason = f"is off by {error:.1e} in its self-check on {device}"
+    logger.warning("opsd_kernels: packing backend %s %s; using another one", backend, reason)
+    return reason
 
-        def run(attend: Any, kind: torch.dtype, window: int | None) -> list[Tensor]:
-            inputs = [t.to(kind).requires_grad_() for t in (q, k, v)]
-            out = attend(*inputs, layout, head_size**-0.5, window, 2.0 if capped else None)
-            return [out.detach().double(), *(g.double() for g in torch.autograd.grad(out, inputs, grad.to(kind)))]
 
-        worst = 0.0
-        for window in (None, 100):
-            try:
-                got = run(_triton, dtype, window)
-            except Exception as error:  # whatever goes wrong in a compiler or a driver, there is another backend
-                logger.warning("opsd_kernels: the Triton attention fails on %s (%s); using eager", device, error)
-                return math.inf
-            for mine, want in zip(got, run(_eager, torch.float64, window), strict=True):
-                if not mine.isfinite().all():
-                    return math.inf
-                worst = max(worst, float((mine - want).norm() / want.norm()))
-        return worst
+def _check_layout() -> Layout:
+    """A prompt of several tiles with three rollouts, one of them a single token, and one with a single rollout."""
+    lengths = ((160, (70, 33, 1)), (20, (10,)))
+    segments: list[Segment] = []
+    positions: list[int] = []
+    for prompt, rollouts in lengths:
+        first = len(positions)
+        segments.append(Segment(first, first + prompt))
+        positions += range(prompt)
+        for rollout in rollouts:
+            start = len(positions)
+            segments.append(Segment(start, start + rollout, ((first, first + prompt),)))
+            positions += range(prompt, prompt + rollout)
+    ids = torch.zeros(len(positions), dtype=torch.int64)
+    return Layout(ids, torch.tensor(positions), tuple(segments))
+
+
+def _largest_error(backend: str, device: torch.device, dtype: torch.dtype, head_size: int, capped: bool) -> float:
+    """Of any row of the output and the gradients, relative to its norm, or to the root mean square of the rows' norms
+    where that is larger; not finite where one of them is not."""
+    layout, draw = _check_layout(), torch.Generator().manual_seed(0)
+    shapes = [(1, heads, layout.rows, head_size) for heads in (4, 2, 2, 4)]
+    given = [torch.randn(*shape, generator=draw).to(dtype) for shape in shapes]
+
+    def run(backend: str, device: torch.device, dtype: torch.dtype, window: int | None) -> list[Tensor]:
+        *inputs, grad = (t.to(device, dtype) for t in given)
+        inputs = [t.requires_grad_() for t in inputs]
+        out = _attend(backend, *inputs, layout, head_size**-0.5, window, 2.0 if capped else None)
+        return [t.double().cpu() for t in (out.detach(), *torch.autograd.grad(out, inputs, grad))]
+
+    errors = []
+    for window in (None, 100):
+        want = run("eager", torch.device("cpu"), torch.float64, window)
+        for mine, right in zip(run(backend, device, dtype, window), want, strict=True):
+            sizes = right.norm(dim=-1)
+            errors.append(((mine - right).norm(dim=-1) / sizes.clamp(min=sizes.square().mean().sqrt())).amax())
+    return float(torch.stack(errors).amax())  # which NaN outlives

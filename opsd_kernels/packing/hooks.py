@@ -315,6 +315,7 @@ _LAYER_INPUTS = {
     "position_ids",
     "position_embeddings",
     "past_key_values",
+    "cache",  # as transformers calls it since 5.24
     "use_cache",
     "cache_position",
     "output_attentions",
@@ -600,10 +601,11 @@ def _joint(body: _Body, joint: Joint, backend: str, *, adapters_off: bool) -> Du
         teacher_embeds = body.embedding(joint.layout.ids[None, n:]).detach()  # a hook may have asked for a gradient
     embeds = torch.cat([body.embedding(joint.student.ids[None]), teacher_embeds], dim=1)
     kept: list[Tensor] = []
+    packed = Pass(joint.layout, backend)
 
     def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Only the rows that predict something reach the norm, which would else save all of them."""
-        if kept or not rows.ran:
+        if kept or not packed.calls:
             raise ValueError(
                 f"passes='joint' needs the final norm once, after the last layer, and {type(body.inner).__name__} uses "
                 "it elsewhere; use passes='two'"
@@ -619,7 +621,7 @@ def _joint(body: _Body, joint: Joint, backend: str, *, adapters_off: bool) -> Du
             _checkpoint_function(body.layers, lambda _: rows.checkpoint, always=True),
             _row_wise_adapters(body.inner, n, joint.layout.rows, off=adapters_off),
         ):
-            student = _call(body, Pass(joint.layout, backend), inputs_embeds=embeds)
+            student = _call(body, packed, inputs_embeds=embeds)
     finally:
         handle.remove()
         rows.forget()
@@ -669,14 +671,12 @@ class _StudentRows:
 
     def __init__(self, body: _Body, joint: Joint):
         self.body, self.joint = body, joint
-        self.ran = False  #: whether any layer has
         self._sliced: dict[int, tuple[Tensor, Tensor]] = {}
 
     def checkpoint(self, function: Any, hidden: Tensor, *args: Any) -> Tensor:
         if args or not isinstance(function, partial):
             raise ValueError("passes='joint' needs layers that take hidden states alone by position; use passes='two'")
-        self.ran = True
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():  # transformers before 5.24 checkpoints then, too
             return function(hidden)
         # The layer is the partial's first argument, or what its bound method belongs to: that depends on the version.
         called: Any = function.func

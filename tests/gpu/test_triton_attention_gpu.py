@@ -133,7 +133,11 @@ def test_agrees_with_varlen() -> None:
     assert all(ours[n] <= 2 * theirs[n] for n in NAMES), (ours, theirs)
 
 
-def test_self_check() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        assert not attention._triton_obstacle(torch.device("cuda"), dtype, 128, False)
+@pytest.mark.parametrize("backend", ["varlen", "triton"])
+def test_self_check(backend: str) -> None:
+    assert attention.self_check(backend, torch.device("cuda"), torch.bfloat16, 128, capped=False, exact=True) is None
+
+
+def test_choice() -> None:
+    assert attention.choose_backend(torch.device("cuda"), torch.bfloat16, 128)[0] == "varlen"
     assert attention.choose_backend(torch.device("cuda"), torch.float32, 128)[0] == "triton"

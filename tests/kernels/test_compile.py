@@ -3,7 +3,10 @@
 import pytest
 import torch
 from _helpers import leaf, problem, relative
+from functorch.compile import make_boxed_func
 from torch import library
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.utils import get_first_incompatible_cudagraph_node
 
 import opsd_kernels
 from opsd_kernels.fused_linear import Inputs, Spec
@@ -50,6 +53,23 @@ def test_compiled_equals_eager_without_a_graph_break(name, trainable):
         results.append([loss, *torch.autograd.grad(loss, inputs[: 1 + trainable])])
     for eager, compiled in zip(*results, strict=True):
         assert relative(compiled, eager) < 1e-6
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_no_cuda_graph_holds_the_loss(name):
+    """By the question that Inductor asks of a graph: a capture would freeze how many tokens the mask has."""
+    torch._dynamo.reset()
+    found = []
+
+    def forward(graph, _):
+        found.append(get_first_incompatible_cudagraph_node(graph))
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=forward, bw_compiler=lambda graph, _: make_boxed_func(graph.forward))
+    torch.compile(CALLS[name], fullgraph=True, backend=backend)(leaf(STUDENT.view(2, 6, 8)), leaf(WEIGHT))
+    (node,) = found
+    assert node is not None
+    assert node.target.namespace == "opsd"
 
 
 def test_operators_are_well_formed():

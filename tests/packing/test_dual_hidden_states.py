@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import math
+import re
 from contextlib import nullcontext
 from typing import Any
 
@@ -459,6 +462,11 @@ def test_without_gradients_and_in_eval_mode(passes):
     got = dual_hidden_states(model, pack_dual_context(*data), passes=passes)
     assert got.student.requires_grad
     assert not any(m.training for m in model.modules())
+    # Some versions of transformers checkpoint without gradients, too.
+    model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with torch.no_grad():
+        got = dual_hidden_states(model, pack_dual_context(*data), passes=passes)
+    assert worst(got.student, want) < 1e-12
 
 
 @pytest.mark.parametrize("passes", ["two", "joint"])
@@ -837,27 +845,41 @@ def test_plan_says_what_and_why():
     assert plan_passes(model, teacher=make_model("qwen3")).passes == "two"
 
 
-@pytest.mark.parametrize(("capability", "error"), [((7, 5), 0.0), ((9, 0), 0.0), ((9, 0), 0.5)])
-@pytest.mark.parametrize("flash", [False, True])
-def test_choice_on_cuda(capability, error, flash, monkeypatch):
+@pytest.mark.parametrize(
+    ("capability", "flash", "wrong", "half", "capped", "full"),
+    [
+        ((9, 0), False, (), "varlen", "triton", "triton"),
+        ((9, 0), True, (), "varlen", "flash", "triton"),
+        ((9, 0), False, ("varlen",), "triton", "triton", "triton"),
+        ((9, 0), True, ("varlen",), "flash", "flash", "triton"),
+        ((9, 0), True, ("varlen", "flash"), "triton", "triton", "triton"),
+        ((9, 0), False, ("varlen", "triton"), "eager", "eager", "eager"),
+        ((7, 5), False, (), "varlen", "eager", "eager"),
+        ((7, 5), False, ("varlen",), "eager", "eager", "eager"),
+    ],
+)
+def test_choice_on_cuda(capability, flash, wrong, half, capped, full, monkeypatch):
+    """In bfloat16, with a softcap, in float32, where the self-check finds some backends wrong."""
     pytest.importorskip("triton", reason="Triton is not installed")
     if INTERPRETED:
         pytest.skip("TRITON_INTERPRET=1 runs the kernels on the CPU only")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda _: flash or None)
-    monkeypatch.setattr(attention, "_triton_error", lambda *_: error)
-    own = "triton" if capability == (9, 0) and not error else "eager"
+    monkeypatch.setattr(attention, "self_check", lambda name, *_, **__: "is off" if name in wrong else None)
 
     def choice(*arguments):
         return hooks.choose_backend(torch.device("cuda"), *arguments)
 
-    assert choice(torch.bfloat16) == ("varlen", "torch's own FlashAttention")
-    assert choice(torch.bfloat16, 256, 50.0)[0] == ("flash" if flash else own)
+    backend, reason = choice(torch.bfloat16)
+    assert backend == half
+    assert ("varlen is off" in reason) == ("varlen" in wrong)
+    backend, reason = choice(torch.bfloat16, 256, 50.0)
+    assert backend == capped
+    assert "varlen has no softcap, got 50.0" in reason
     backend, reason = choice(torch.float32, 128)
-    assert backend == own
-    assert "FlashAttention does not take torch.float32 with head size 128" in reason
-    refusal = "self-check is off by 5.0e-01" if error else "compute capability 7.5 is below 8.0"
-    assert ("this project's Triton kernel" if own == "triton" else refusal) in reason
+    assert backend == full
+    assert re.search("varlen needs .* got cuda, torch.float32, head size 128", reason)
+    assert ("triton cannot run: compute capability 7.5 is below 8.0" in reason) == (capability < (8, 0))
     assert choice(torch.float32, 256)[0] == choice(torch.float64)[0] == choice(torch.bfloat16, 512)[0] == "eager"
 
 
@@ -897,6 +919,103 @@ def test_ragged_backends_get_the_right_ranges(family, passes, monkeypatch):
     for generations in (1, 4):
         data = make_data(generations)
         assert compare(make_model(family), "live", data, share=True, passes=passes, backend="varlen") < 1e-12
+
+
+@pytest.fixture
+def _fresh_checks():
+    check = attention.self_check  # which a test may replace
+    check.cache_clear()
+    yield
+    check.cache_clear()
+
+
+def off(call: Any, fault: str) -> Any:
+    """A kernel with a fault: in what it returns, in a gradient alone, for a window alone, or an exception."""
+
+    def faulty(q, k, v, ragged, scale, window, softcap):
+        if fault == "raises":
+            raise TypeError("unexpected keyword argument 'enable_gqa'")
+        if fault == "ignores the window":
+            window = None
+        if fault == "first key unseen by the second rollout":
+            at = int(ragged.cu_k[2])
+            v = torch.cat([v[:at], torch.zeros_like(v[:1]), v[at + 1 :]])
+        if fault == "no gradient of keys":
+            k = k.detach() + 0 * k
+        out = call(q, k, v, ragged, 1.02 * scale if fault == "scale" else scale, window, softcap)
+        return out * math.nan if fault == "NaN" else out
+
+    return faulty
+
+
+FAULTS = (
+    "raises",
+    "NaN",
+    "scale",
+    "ignores the window",
+    "no gradient of keys",
+    "first key unseen by the second rollout",
+)
+
+
+@pytest.mark.usefixtures("_fresh_checks")
+@pytest.mark.parametrize("fault", [None, "alignment", *FAULTS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_backend_that_fails_its_self_check_is_not_used(fault, dtype, monkeypatch, caplog):
+    """On the CPU, by a kernel in varlen's place: each fault is found, logged once and passed over."""
+    right, calls = documented_varlen("first" if fault == "alignment" else "last"), []
+    monkeypatch.setattr(attention, "_varlen_call", off(right, fault))
+    monkeypatch.setattr(attention, "_check_alignment", lambda *_: calls.append(1))
+    monkeypatch.setattr(attention, "backend_obstacle", lambda name, *_: None if name == "varlen" else "is not there")
+    check = attention.self_check
+    monkeypatch.setattr(attention, "self_check", lambda name, _, *a, **k: check(name, torch.device("cpu"), *a, **k))
+    with torch.no_grad(), caplog.at_level("WARNING"):
+        for _ in range(3):
+            backend, reason = attention.choose_backend(torch.device("cuda"), dtype, 128)
+    assert len(calls) == (1 if fault == "raises" else 2)  # once in all, without and with a window
+    assert backend == ("varlen" if fault is None else "eager")
+    assert len(caplog.records) == (fault is not None)
+    if fault is not None:
+        assert re.search(r"fails on cpu \(TypeError.*'enable_gqa'" if fault == "raises" else "is off by", reason)
+        assert reason.startswith("varlen ")
+        assert "packing backend varlen" in caplog.text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the backends may be right there")
+@pytest.mark.usefixtures("_fresh_checks")
+def test_a_device_that_fails_altogether_leaves_the_plain_backend(monkeypatch):
+    monkeypatch.setattr(attention, "backend_obstacle", lambda *_: None)
+    assert attention.choose_backend(torch.device("cuda"), torch.bfloat16, 128)[0] == "eager"
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("asks", [None, False, True], ids=["installed", "torch 2.11", "torch 2.13"])
+def test_varlen_is_told_of_grouped_queries_where_it_asks(asks, grouped, monkeypatch):
+    """The call fits the installed torch, and torch with and without `enable_gqa`."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+
+    def without(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        pass
+
+    def with_it(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+    ):
+        pass
+
+    signature = inspect.signature({None: varlen.varlen_attn, False: without, True: with_it}[asks])
+    given = {}
+
+    def called(*args, **kwargs):
+        given.update(signature.bind(*args, **kwargs).arguments)
+        return given["query"]
+
+    called.__signature__ = signature
+    monkeypatch.setattr(varlen, "varlen_attn", called)
+    q, k = torch.zeros(4, 4, 8), torch.zeros(6, 2 if grouped else 4, 8)
+    ragged = attention._Ragged(torch.tensor([0, 4]), torch.tensor([0, 6]), 4, 6, None)
+    attention._varlen_call(q, k, k, ragged, 0.5, 3, None)
+    assert given.get("enable_gqa", False) == (grouped and "enable_gqa" in signature.parameters)
+    assert (given["scale"], given["window_size"]) == (0.5, (2, 0))
 
 
 @pytest.mark.parametrize("backend", ["varlen", "flash"])

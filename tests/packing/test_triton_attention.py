@@ -253,18 +253,18 @@ def test_a_wrong_table_is_seen(table: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 @inner
 def test_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    def error() -> float:
-        attention._triton_error.cache_clear()
+    def verdict(capped: bool = True) -> str | None:
+        attention.self_check.cache_clear()
         with torch.no_grad():
-            return attention._triton_error(torch.device("cpu"), torch.float32, 16, True)
+            return attention.self_check("triton", torch.device("cpu"), torch.float32, 16, capped=capped, exact=True)
 
-    assert error() < 1e-6
+    assert verdict() is None
     right = triton_attention.Table.of
     monkeypatch.setattr(triton_attention.Table, "of", lambda work, device: right(work[:-1], device))
-    assert error() == math.inf  # rows without a tile stay as they were
+    assert "is off by nan" in str(verdict())  # rows without a tile stay as they were
     monkeypatch.setattr(triton_attention, "attend", None)
-    assert error() == math.inf
-    attention._triton_error.cache_clear()
+    assert "fails on cpu (TypeError" in str(verdict())
+    attention.self_check.cache_clear()
 
 
 @inner
