@@ -12,10 +12,12 @@ The loop is a torch operator, opaque to torch.compile and with an autograd formu
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from torch import Tensor, library
 from . import backends
 from .across import Across, across_group
 from .gemm import Products, accumulation_dtype
-from .objective import Objective
+from .objective import LogitTransform, Objective
 from .rows import DROPPED, Column
 from .rows.support import cached_rows, support_width
 from .workspace import GATHERED_SHARE, ChunkPlan, block_rows, filter_bytes, plan_chunks, row_stride, workspace
@@ -52,23 +54,44 @@ class Spec:
     def accumulate(self) -> torch.dtype:
         return accumulation_dtype(self.compute)
 
-    def encoded(self) -> tuple[list[float], list[int], str, torch.dtype]:
-        gradient_filter = math.nan if self.gradient_filter is None else self.gradient_filter
-        numbers = [*self.objective.encoded(), gradient_filter]
-        return (
-            numbers,
-            [self.columns, self.vocab, self.budget],
-            f"{self.kind},{self.backend},{self.group}",
-            self.compute,
-        )
+    def encoded(self) -> str:
+        """As JSON, which fits through the schema of a torch operator; by hand, since torch.compile traces this."""
+        fields = {name: getattr(self, name) for name in _PLAIN_FIELDS}
+        objective = {name: getattr(self.objective, name) for name in _OBJECTIVE_FIELDS}
+        return _json({**fields, "compute": str(self.compute)[len("torch.") :], "objective": objective})
 
     @classmethod
-    def decoded(cls, numbers: Sequence[float], sizes: Sequence[int], names: str, compute: torch.dtype) -> Spec:
-        kind, backend, group = names.split(",")
-        columns, vocab, budget = sizes
-        gradient_filter = None if math.isnan(numbers[-1]) else numbers[-1]
-        objective = Objective.decoded(numbers[:-1])
-        return cls(kind, objective, columns, vocab, compute, budget, backend, gradient_filter, group)
+    def decoded(cls, options: str) -> Spec:
+        """The inverse of `encoded`. What a training run repeats is decoded once."""
+        return _decoded(options)
+
+
+_PLAIN_FIELDS = ("kind", "columns", "vocab", "budget", "backend", "gradient_filter", "group")
+_OBJECTIVE_FIELDS = tuple(field.name for field in dataclasses.fields(Objective))
+
+
+def _json(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, dict):
+        return "{" + ", ".join([f'"{key}": {_json(item)}' for key, item in value.items()]) + "}"
+    if isinstance(value, tuple):
+        return "[" + ", ".join([_json(item) for item in value]) + "]"
+    return f"{value!r}"
+
+
+@lru_cache(maxsize=256)
+def _decoded(options: str) -> Spec:
+    fields = json.loads(options)
+    objective = fields.pop("objective")
+    for model in ("student", "teacher"):
+        objective[model] = LogitTransform(*objective[model])
+    fields["compute"] = getattr(torch, fields["compute"])
+    return Spec(objective=Objective(**objective), **fields)
 
 
 @dataclass
@@ -96,7 +119,7 @@ def fused_linear_loss(inputs: Inputs, spec: Spec) -> tuple[Tensor, Tensor]:
     """
     grad = torch.is_grad_enabled()
     wanted = [grad and t is not None and t.requires_grad for t in (inputs.x, inputs.weight, inputs.bias)]
-    total, table, *_ = _fused_linear(*inputs.all(), *spec.encoded(), wanted)
+    total, table, *_ = _fused_linear(*inputs.all(), spec.encoded(), wanted)
     return (table[0] if inputs.row_weight is None else total), table.detach()
 
 
@@ -117,21 +140,18 @@ def _fused_linear(
     mask: Tensor | None,
     targets: Tensor | None,
     row_weight: Tensor | None,
-    numbers: Sequence[float],
-    sizes: Sequence[int],
-    names: str,
-    compute: torch.dtype,
+    options: str,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(total (), table (columns, N), dX (N, H), dW (V, H), db (V,)); a gradient that is not wanted has no elements.
 
-    The arguments are the fields of `Inputs`, those of `Spec` encoded, and which of the three gradients are wanted. A
-    schema is flat; everything else in this module passes the two objects.
+    The arguments are the fields of `Inputs`, a `Spec` encoded, and which of the three gradients are wanted. A schema is
+    flat; everything else in this module passes the two objects.
     """
     inputs = Inputs(x, weight, bias, teacher, teacher_weight, teacher_bias, support, mask, targets, row_weight)
-    spec, now = Spec.decoded(numbers, sizes, names, compute), Wanted(*wanted).now(row_weight)
+    spec, now = Spec.decoded(options), Wanted(*wanted).now(row_weight)
     size: Tensor | None = None
-    if row_weight is not None and x.shape[0] and compute == torch.float16:
+    if row_weight is not None and x.shape[0] and spec.compute == torch.float16:
         # weights as small as 1 / tokens would take dz below what it can hold: they go in relative to the largest
         size = row_weight.abs().amax().clamp(min=torch.finfo(row_weight.dtype).tiny)
         inputs.row_weight = row_weight / size
@@ -146,21 +166,20 @@ def _fused_linear(
 
 
 @_fused_linear.register_fake
-def _(x, weight, bias, teacher, tw, tb, support, mask, targets, row_weight, numbers, sizes, names, compute, wanted):
-    accumulate = accumulation_dtype(compute)
-    now, make = Wanted(*wanted).now(row_weight), x.new_empty
+def _(x, weight, bias, teacher, tw, tb, support, mask, targets, row_weight, options, wanted):
+    spec, now, make = Spec.decoded(options), Wanted(*wanted).now(row_weight), x.new_empty
     return (
-        make((), dtype=accumulate),
-        make((sizes[0], x.shape[0]), dtype=accumulate),
-        make(x.shape if now.x else (0,), dtype=accumulate),
-        make(weight.shape if now.weight else (0,), dtype=accumulate),
-        make(weight.shape[:1] if now.bias else (0,), dtype=accumulate),
+        make((), dtype=spec.accumulate),
+        make((spec.columns, x.shape[0]), dtype=spec.accumulate),
+        make(x.shape if now.x else (0,), dtype=spec.accumulate),
+        make(weight.shape if now.weight else (0,), dtype=spec.accumulate),
+        make(weight.shape[:1] if now.bias else (0,), dtype=spec.accumulate),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    tensors, (*spec, wanted) = inputs[:10], inputs[10:]
-    ctx.spec, ctx.wanted, ctx.dtypes = spec, wanted, [t.dtype if t is not None else None for t in tensors[:3]]
+    *tensors, ctx.options, wanted = inputs
+    ctx.wanted, ctx.dtypes = wanted, [t.dtype if t is not None else None for t in tensors[:3]]
     ctx.scalar = tensors[-1] is not None
     ctx.recompute = Wanted(*wanted).later(tensors[-1])
     if ctx.recompute:  # a teacher from inference mode cannot be saved as it is
@@ -172,11 +191,11 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward(ctx: Any, total: Tensor | None, table: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     upstream = total if ctx.scalar or table is None else table[0]
     if upstream is None:
-        return (None,) * 15
+        return (None,) * 12
     if ctx.recompute:
-        numbers, (_, *sizes), *rest = ctx.spec
+        options = dataclasses.replace(Spec.decoded(ctx.options), columns=1).encoded()
         wanted = [asked and need for asked, need in zip(ctx.wanted, ctx.needs_input_grad, strict=False)]
-        _, _, *gradients = _fused_linear(*ctx.saved_tensors, upstream, numbers, [1, *sizes], *rest, wanted)
+        _, _, *gradients = _fused_linear(*ctx.saved_tensors, upstream, options, wanted)
         upstream = None
     else:
         gradients, wanted = ctx.saved_tensors, ctx.wanted
@@ -184,7 +203,7 @@ def _backward(ctx: Any, total: Tensor | None, table: Tensor | None, *_: None) ->
         scaled(gradient, upstream, dtype) if computed else None
         for gradient, computed, dtype in zip(gradients, wanted, ctx.dtypes, strict=True)
     ]
-    return (*results, *[None] * 12)
+    return (*results, *[None] * 9)
 
 
 _fused_linear.register_autograd(_backward, setup_context=_setup_context)
@@ -542,7 +561,7 @@ class _Filter:
 
 def top_k_of(inputs: Inputs, spec: Spec) -> tuple[Tensor, Tensor, Tensor]:
     """(log-probabilities (N, k), ids (N, k), log-normalisers (N,)) of the k likeliest tokens, likeliest first."""
-    return _top_k(inputs.x, inputs.weight, inputs.bias, inputs.mask, *spec.encoded())
+    return _top_k(inputs.x, inputs.weight, inputs.bias, inputs.mask, spec.encoded())
 
 
 @library.custom_op("opsd::top_k", mutates_args=(), tags=WAITS)
@@ -551,19 +570,16 @@ def _top_k(
     weight: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
-    numbers: Sequence[float],
-    sizes: Sequence[int],
-    names: str,
-    compute: torch.dtype,
+    options: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    spec = Spec.decoded(numbers, sizes, names, compute)
+    spec = Spec.decoded(options)
     with torch.autocast(x.device.type, enabled=False):
         return _Sweep(Inputs(x, weight, bias, mask=mask), spec, Wanted(False, False, False)).top_k()
 
 
 @_top_k.register_fake
-def _(x, weight, bias, mask, numbers, sizes, names, compute):
-    spec = Spec.decoded(numbers, sizes, names, compute)
+def _(x, weight, bias, mask, options):
+    spec = Spec.decoded(options)
     shape = (x.shape[0], spec.objective.top_k)
     return (
         x.new_empty(shape, dtype=spec.accumulate),

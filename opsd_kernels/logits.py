@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ def logits_loss(
 ) -> tuple[Tensor, Tensor]:
     """(losses (N,), table (columns, N)) from logits (N, V); the losses are differentiable once in `student`."""
     wanted = torch.is_grad_enabled() and student.requires_grad
-    table, _ = _logits_loss(student, teacher, mask, targets, *spec.encoded(), wanted)
+    table, _ = _logits_loss(student, teacher, mask, targets, spec.encoded(), wanted)
     return table[0], table.detach()
 
 
@@ -29,15 +28,12 @@ def _logits_loss(
     teacher: Tensor,
     mask: Tensor | None,
     targets: Tensor | None,
-    numbers: Sequence[float],
-    sizes: Sequence[int],
-    names: str,
-    compute: torch.dtype,
+    options: str,
     wanted: bool,
 ) -> tuple[Tensor, Tensor]:
     """(table (columns, N), gradient (N, V) for a unit upstream one, or no elements)."""
-    spec = Spec.decoded(numbers, sizes, names, compute)
-    backend = backends.module(backends.chosen(spec.backend, student.device, compute))
+    spec = Spec.decoded(options)
+    backend = backends.module(backends.chosen(spec.backend, student.device, spec.compute))
     accumulate, vocab = spec.accumulate, spec.vocab
     rows = None if mask is None else mask.nonzero().squeeze(-1)
     check_ids("target_ids", targets, rows, vocab)
@@ -70,8 +66,8 @@ def _logits_loss(
 
 
 @_logits_loss.register_fake
-def _(student, teacher, mask, targets, numbers, sizes, names, compute, wanted):
-    spec = Spec.decoded(numbers, sizes, names, compute)
+def _(student, teacher, mask, targets, options, wanted):
+    spec = Spec.decoded(options)
     table = student.new_empty((spec.columns, student.shape[0]), dtype=spec.accumulate)
     return table, student.new_empty(student.shape if wanted else (0,))
 
@@ -84,7 +80,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, table: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     (grad,) = ctx.saved_tensors
-    return (None if table is None or not ctx.wanted else scaled(grad, table[0], grad.dtype), *[None] * 8)
+    return (None if table is None or not ctx.wanted else scaled(grad, table[0], grad.dtype), *[None] * 5)
 
 
 _logits_loss.register_autograd(_backward, setup_context=_setup_context)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -88,28 +87,6 @@ class Objective:
     tail_bucket: bool = False
     student: LogitTransform = _UNCHANGED
     teacher: LogitTransform = _UNCHANGED
-
-    def encoded(self) -> list[float]:
-        """As numbers, NaN for none: what fits through the schema of a torch operator."""
-        student, teacher = self.student, self.teacher
-        values = (
-            self.beta, self.temperature, self.entry_clip, self.token_clip, self.top_k,
-            TOP_K_SOURCES.index(self.top_k_from), self.tail_bucket,
-            student.logit_scale, student.softcap, teacher.logit_scale, teacher.softcap,
-        )  # fmt: skip
-        return [math.nan if value is None else float(value) for value in values]
-
-    @classmethod
-    def decoded(cls, numbers: Sequence[float]) -> Objective:
-        """The inverse of `encoded`."""
-        values = [None if math.isnan(number) else number for number in numbers]
-        beta, temperature, entry_clip, token_clip, top_k, source, tail, *transforms = values
-        return cls(
-            float(beta or 0.0), float(temperature or 0.0), entry_clip, token_clip,
-            None if top_k is None else int(top_k), TOP_K_SOURCES[int(source or 0)], bool(tail),
-            LogitTransform(float(transforms[0] or 0.0), transforms[1]),
-            LogitTransform(float(transforms[2] or 0.0), transforms[3]),
-        )  # fmt: skip
 
     @classmethod
     def checked(

@@ -80,8 +80,8 @@ def test_operators_are_well_formed():
     for targets in (IDS.view(-1), None):
         for wanted in ([True, False, False], [True, True, False]):
             inputs = Inputs(x, w, teacher=TEACHER, mask=MASK.view(-1), targets=targets)
-            library.opcheck(ops.fused_linear.default, (*inputs.all(), *spec.encoded(), wanted))
+            library.opcheck(ops.fused_linear.default, (*inputs.all(), spec.encoded(), wanted))
     logits = leaf(STUDENT @ WEIGHT.T)
-    library.opcheck(ops.logits_loss.default, (logits, TEACHER @ WEIGHT.T, None, None, *spec.encoded(), True))
+    library.opcheck(ops.logits_loss.default, (logits, TEACHER @ WEIGHT.T, None, None, spec.encoded(), True))
     top = Spec("top_k", Objective(top_k=3), 1, 50, torch.float32, 1 << 24, "torch")
-    library.opcheck(ops.top_k.default, (STUDENT, WEIGHT, None, None, *top.encoded()))
+    library.opcheck(ops.top_k.default, (STUDENT, WEIGHT, None, None, top.encoded()))
