@@ -64,7 +64,7 @@ struct Problem {
     bool wide_dz;             // and dz's at multiples of 4 elements
 };
 
-// Between a cluster's blocks, and a block's warps; made of zeros and what is written.
+// Between a cluster's blocks, and a block's warps. Never constructed: nothing is read that was not written.
 struct Exchange {
     uint64_t arrived[WARPS][MOST_CHUNKS];
     Part warp_parts[WARPS], parts[LARGEST_CLUSTER];
