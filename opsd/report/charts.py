@@ -130,7 +130,7 @@ def accuracy_figure(runs: Sequence[RunData]) -> Figure | None:
                 key = label, tuple(_percentages(e))
                 bands[key] = "shared" if key in bands else f"r{number % 6}"
     drawn = plot(lines, [(label, look, v) for (label, v), look in bands.items()], bounded=True, marks=6)
-    return Figure(ACCURACY, lines, [drawn]) if lines and drawn else None
+    return Figure(ACCURACY, lines, [drawn]) if drawn else None
 
 
 def thinned(points: Sequence[tuple[int, float | None]], limit: int = MAX_POINTS) -> list[tuple[int, float | None]]:

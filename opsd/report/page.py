@@ -71,6 +71,7 @@ def render(runs: Sequence[RunData], *, max_samples: int = MAX_SAMPLES) -> str:
         flat=flat,
         accuracy=accuracy,
         longest=max(len(run.metrics) for run in runs),
+        timed=any(run.total("seconds") for run in runs),
         max_points=MAX_POINTS,
         samples=samples,
         left_out=left_out,

@@ -21,7 +21,7 @@ Band = tuple[str, str, Sequence[float | None]]
 def plot(
     lines: Sequence[Line], bands: Sequence[Band] = (), *, bounded: bool = False, log: bool = False, marks: int = 4
 ) -> dict[str, Any] | None:
-    """What a template needs to draw, in percent from the top left corner; None if there are no values or logarithms.
+    """What a template needs to draw, in percent from the top left corner; None if there is no line or no logarithm.
 
     Args:
         bounded: values are percentages: the axis ends at 0 and 100, and no interval fills it.
@@ -32,7 +32,7 @@ def plot(
     errors = [pair for pair in pairs if None not in pair]
     some = [*(v for line in lines for _, v in line["points"]), *(v for *_, values in bands for v in values)]
     values = [value for value in (*some, *(v for pair in errors for v in pair)) if value is not None]
-    if not values or (log and min(values) <= 0):
+    if not lines or not values or (log and min(values) <= 0):
         return None
     height: Callable[[float], float] = math.log10 if log else float
     low, high = height(min(values)), height(max(values))

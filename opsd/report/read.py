@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +19,28 @@ Record = dict[str, Any]
 
 @dataclass
 class RunData:
-    """What a run directory holds, as far as it could be read. `notes` says what could not."""
+    """What a run directory holds, as far as it could be read.
+
+    Attributes:
+        config: what config.yaml says, by section.
+        summary: summary.json; None: the run is not finished.
+        metrics: one record for each step, in order; at least one.
+        notes: what could not be read.
+        started: run.json: when, on what and with which packages the run began.
+    """
 
     path: Path
     name: str
     config: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] | None = None
-    """None: the run is not finished."""
     metrics: list[Record] = field(default_factory=list)
-    """One record for each step, in order; never empty in a run that was read."""
     evaluations: list[Record] = field(default_factory=list)
     samples: list[Record] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     started: dict[str, Any] = field(default_factory=dict)
-    """What run.json says: when, on what and with which packages the run began."""
 
     def options(self) -> dict[str, Any]:
-        """section.option: value, of config.yaml."""
+        """section.option: value."""
         sections = {name: values for name, values in self.config.items() if isinstance(values, dict)}
         return {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
 
@@ -44,24 +48,8 @@ class RunData:
         """Those of `metric` that are finite numbers, in the order of the steps."""
         return [value for record in self.metrics if (value := finite(record.get(metric))) is not None]
 
-    def last(self, metric: str) -> float | None:
-        return next(reversed(self.values(metric)), None)
-
-    def most(self, metric: str) -> float | None:
-        return max(self.values(metric), default=None)
-
     def total(self, metric: str) -> float:
         return sum(self.values(metric))
-
-    def evaluation(self, name: str) -> Record | None:
-        """The latest of that name."""
-        return next((e for e in reversed(self.evaluations) if e.get("name") == name), None)
-
-    @property
-    def trained(self) -> Record | None:
-        """The evaluation after training, or the latest of the model in training."""
-        during = [e for e in self.evaluations if e.get("name") not in ("base", "teacher")]
-        return self.evaluation("trained") or max(during, key=lambda e: e["step"], default=None)
 
     @property
     def steps(self) -> int:
@@ -73,15 +61,24 @@ class RunData:
         return finite((self.summary or {}).get("seconds")) or self.total("seconds")
 
     @property
-    def tokens_per_second(self) -> float | None:
-        seconds = self.total("seconds")
-        return self.total("tokens") / seconds if seconds else None
+    def tokens_per_second(self) -> float:
+        """0 where no time is known."""
+        return self.total("tokens") / (self.total("seconds") or math.inf)
 
     @property
-    def created(self) -> datetime | None:
-        with contextlib.suppress(KeyError, TypeError, ValueError):
-            return datetime.fromisoformat(self.started["created"])
-        return None
+    def peak_memory(self) -> str | None:
+        most = max(self.values("peak_memory_bytes"), default=0)
+        return f"{most / 2**30:.2f} GiB" if most else None
+
+    def evaluation(self, name: str) -> Record | None:
+        """The latest of that name."""
+        return next((e for e in reversed(self.evaluations) if e.get("name") == name), None)
+
+    @property
+    def trained(self) -> Record | None:
+        """The evaluation after training, or the latest of the model in training."""
+        during = [e for e in self.evaluations if e.get("name") not in ("base", "teacher")]
+        return self.evaluation("trained") or max(during, key=lambda e: e["step"], default=None)
 
     @property
     def warnings(self) -> dict[str, list[int]]:
@@ -156,47 +153,43 @@ def _is_step(value: Any) -> bool:
 
 def _read_lines(run: RunData, name: str, **needed: Callable[[Any], bool]) -> list[Record]:
     """The records of a file of JSON lines in which each key of `needed` has a value as its function wants it."""
-    path = run.path / name
-    if not path.exists():
-        run.notes.append(f"{name} is missing")
-        return []
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError as error:
-        run.notes.append(f"{name} cannot be read: {error.strerror}")
-        return []
-    records, bad = [], []
+    text = _read_text(run, name)
+    lines = [] if text is None else text.split("\n")
+    records, bad, lacking = [], [], 0
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
         record = None
         with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
-        if isinstance(record, dict):
+        if not isinstance(record, dict):
+            bad += [number] if line.strip() else []
+        elif all(wanted(record.get(key)) for key, wanted in needed.items()):
             records.append(record)
         else:
-            bad.append(number)
+            lacking += 1
     if bad and bad[-1] == len(lines):  # no newline after it
         run.notes.append(f"the last line of {name} is half written and left out")
         bad.pop()
     if bad:
         run.notes.append(f"{name}: {len(bad)} lines are no records and are left out, the first is line {bad[0]}")
-    usable = [record for record in records if all(wanted(record.get(key)) for key, wanted in needed.items())]
-    if len(usable) < len(records):
-        lacking = " or ".join(needed)
-        run.notes.append(f"{name}: {len(records) - len(usable)} records without {lacking} are left out")
-    return usable
+    if lacking:
+        run.notes.append(f"{name}: {lacking} records without {' or '.join(needed)} are left out")
+    return records
 
 
 def _read_mapping(run: RunData, name: str, load: Callable[[str], Any]) -> dict[str, Any] | None:
-    path = run.path / name
-    if not path.exists():
-        run.notes.append(f"{name} is missing" + (": the run is not finished" if name == "summary.json" else ""))
-        return None
-    loaded = None
-    with contextlib.suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
-        loaded = load(path.read_text(encoding="utf-8"))
-    if not isinstance(loaded, dict):
+    text, loaded = _read_text(run, name), None
+    with contextlib.suppress(ValueError, RecursionError, yaml.YAMLError):
+        loaded = None if text is None else load(text)
+    if text is not None and not isinstance(loaded, dict):
         run.notes.append(f"{name} cannot be read")
-        return None
-    return loaded
+    return loaded if isinstance(loaded, dict) else None
+
+
+def _read_text(run: RunData, name: str) -> str | None:
+    try:
+        return (run.path / name).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        run.notes.append(f"{name} is missing" + (": the run is not finished" if name == "summary.json" else ""))
+    except OSError as error:
+        run.notes.append(f"{name} cannot be read: {error.strerror}")
+    return None

@@ -145,14 +145,13 @@ function fill(meter, p) {
 class TokenView {
   constructor(root) {
     this.find = selector => root.querySelector(selector);
-    [this.pickRun, this.pick] = root.querySelectorAll('select');
+    this.pick = this.find('#pick-sample');
     this.text = this.find('.tokens');
     const on = (selector, kind, action) => this.find(selector).addEventListener(kind, action);
     const onToken = (selector, kind, action) => on(selector, kind, event => {
       const token = event.target.closest('[data-i]');
       if (token) action(Number(token.dataset.i));
     });
-    on('#pick-run', 'change', () => this.fill());
     on('#pick-sample', 'change', () => this.open());
     on('#previous', 'click', () => this.turn(-1));
     on('#following', 'click', () => this.turn(1));
@@ -164,21 +163,7 @@ class TokenView {
       on(selector, 'pointerleave', () => { if (this.chosen !== null) this.show(this.chosen); });
     }
     on('.tokens', 'keydown', event => this.key(event));
-    this.fill();
-  }
-
-  // The rollouts of the chosen run, by step.
-  fill() {
-    this.pick.replaceChildren();
-    DATA.samples.forEach((sample, i) => {
-      if (sample.run !== Number(this.pickRun.value)) return;
-      const step = `step ${sample.step ?? '?'}`;
-      if (this.pick.lastElementChild?.label !== step) this.pick.append(element('optgroup', {label: step}));
-      const text = `${step} · ${sample.problem.replace(/\s+/g, ' ').slice(0, 48)}`;
-      this.pick.lastElementChild.append(element('option', {value: i}, text));
-    });
-    const first = [...this.pick.options].findIndex(option => DATA.samples[option.value].view.length);
-    this.pick.selectedIndex = Math.max(0, first);
+    this.pick.selectedIndex = Math.max(0, DATA.samples.findIndex(sample => sample.view.length));
     this.open();
   }
 
@@ -189,11 +174,13 @@ class TokenView {
   }
 
   open() {
-    const {step, tokens, of, view, truncated, source, problem, rollout} = DATA.samples[this.pick.value];
+    const {run, step, tokens, of, view, truncated, source, problem, rollout} = DATA.samples[this.pick.value];
     Object.assign(this, {view, of, chosen: null, shown: null});
-    const facts = [`step ${step ?? '?'}`, truncated ? 'cut off at the longest length' : 'ended by itself', source];
-    if (of > view.length) facts.splice(1, 0, `the first ${number(view.length)} shown`);
-    if (tokens !== null) facts.splice(1, 0, `${number(tokens)} tokens`);
+    const facts = [
+      DATA.runs.length > 1 && DATA.runs[run], `step ${step ?? '?'}`, tokens !== null && `${number(tokens)} tokens`,
+      of > view.length && `the first ${number(view.length)} shown`,
+      truncated ? 'cut off at the longest length' : 'ended by itself', source,
+    ];
     this.find('.about .quiet').textContent = facts.filter(Boolean).join(' · ');
     this.find('.problem').textContent = problem;
     const known = view.length > 0;
@@ -218,7 +205,7 @@ class TokenView {
       class: `tok ${kind}${text === '' ? ' empty' : ''}`, style: `--a:${strength(divergence).toFixed(3)}`,
       'data-i': i, tabindex: -1, role: 'option', 'aria-selected': 'false',
       'aria-label': `${visible(text)}: ${both}, divergence ${nats(divergence)} nats. ${VERDICT[kind]}.`,
-    }, text === '' ? '·' : (text ?? '').replace(/\n/g, '↵\n'));  // a line break shows as a sign, then breaks the line
+    }, text === '' ? '·' : (text ?? '').replace(/\n/g, '↵\n'));  // the sign, and then the line breaks
   }
 
   choose(i, focus) {
@@ -234,9 +221,9 @@ class TokenView {
   }
 
   disagreement() {
-    const order = this.view.map((_, ahead) => (this.chosen + 1 + ahead) % this.view.length);
-    const next = order.find(i => notable(this.view[i]));
-    if (next !== undefined) this.choose(next, true);
+    const next = this.view.findIndex((token, i) => i > this.chosen && notable(token));
+    const i = next < 0 ? this.view.findIndex(notable) : next;
+    if (i >= 0) this.choose(i, true);
   }
 
   key(event) {

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import timezone
+from datetime import datetime, timezone
 from typing import Any
 
 from opsd.report.read import Record, RunData, finite, tail
@@ -47,9 +48,12 @@ def facts(runs: Sequence[RunData]) -> dict[str, str]:
     for title, path in (("Model", "model.path"), ("Data", "data.train")):
         paths = [tail(str(of.get(path) or "the embedded tiny set-up")) for of in options]
         named[title] = ", ".join(dict.fromkeys(paths))
-    began = sorted(time.astimezone(timezone.utc) for run in runs if (time := run.created))
+    began = []
+    for run in runs:
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            began.append(datetime.fromisoformat(run.started["created"]).astimezone(timezone.utc))
     if began:
-        days = dict.fromkeys(f"{time:%d %B %Y}" for time in (began[0], began[-1]))
+        days = dict.fromkeys(f"{time:%d %B %Y}" for time in (min(began), max(began)))
         named["Started"] = " to ".join(days) if len(runs) > 1 else f"{began[0]:%d %B %Y, %H:%M} UTC"
     if len(runs) == 1:
         named["Duration"] = duration(runs[0].seconds)
@@ -64,11 +68,11 @@ def tiles(run: RunData) -> list[list[tuple[str, str, str]]]:
     name = "trained" if trained.get("name") == "trained" else f"after step {trained.get('step')}"
     evaluations = {name: trained, "base": run.evaluation("base"), "teacher": run.evaluation("teacher")}
     learnt = [(f"Accuracy, {name}", percent(e["accuracy"]), interval(e)) for name, e in evaluations.items() if e]
-    tokens, speed, memory = run.total("tokens"), run.tokens_per_second, run.most("peak_memory_bytes")
-    took = [("Loss, last step", number(run.last("loss")), f"first step {number(run.metrics[0].get('loss'))}")]
+    tokens, speed = run.total("tokens"), run.tokens_per_second
+    took = [("Loss, last step", number(_last_loss(run)), f"first step {number(run.metrics[0].get('loss'))}")]
     took += [("Rollout tokens", number(tokens), f"in {run.steps:,} steps")] if tokens else []
     took += [("Speed", f"{speed:,.0f}", "rollout tokens per second")] if speed else []
-    took += [("Peak memory", memory_size(memory), "of the GPU, or of the process on a CPU")] if memory else []
+    took += [("Peak memory", run.peak_memory, "of the GPU, or of the process on a CPU")] if run.peak_memory else []
     return [row for row in (learnt, took) if row]
 
 
@@ -76,13 +80,16 @@ def comparison(runs: Sequence[RunData]) -> Table:
     head = ["Run", "Base", "Trained", "Teacher", "Last loss", "Steps", "Tokens", "Duration", "Tokens/s", "Peak memory"]
     rows = []
     for run in runs:
-        evaluations = (run.evaluation("base"), run.trained, run.evaluation("teacher"))
+        found = (run.evaluation("base"), run.trained, run.evaluation("teacher"))
         steps = f"{run.steps:,}{'' if run.summary is not None else ' (not finished)'}"
-        speed, memory = run.tokens_per_second, run.most("peak_memory_bytes")
-        row = [run.name, *(percent((e or {}).get("accuracy")) for e in evaluations), run.last("loss"), steps]
-        row += [run.total("tokens"), duration(run.seconds), speed and f"{speed:,.0f}", memory and memory_size(memory)]
-        rows.append(row)
+        speed = f"{run.tokens_per_second:,.0f}" if run.tokens_per_second else None
+        row = [run.name, *(percent((e or {}).get("accuracy")) for e in found), _last_loss(run), steps]
+        rows.append([*row, run.total("tokens"), duration(run.seconds), speed, run.peak_memory])
     return Table("The runs side by side; accuracies are those of the evaluations", head, rows, marks=range(len(runs)))
+
+
+def _last_loss(run: RunData) -> float | None:
+    return next(reversed(run.values("loss")), None)
 
 
 def evaluations(runs: Sequence[RunData]) -> Table:
@@ -180,10 +187,6 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60:02d} min"
-
-
-def memory_size(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
 
 
 def option(value: Any, name: str = "") -> str:
