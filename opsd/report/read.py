@@ -19,25 +19,17 @@ Record = dict[str, Any]
 
 @dataclass
 class RunData:
-    """What a run directory holds, as far as it could be read.
-
-    Attributes:
-        config: what config.yaml says, by section.
-        summary: summary.json; None: the run is not finished.
-        metrics: one record for each step, in order; at least one.
-        notes: what could not be read.
-        started: run.json: when, on what and with which packages the run began.
-    """
+    """What a run directory holds, as far as it could be read; `notes` says what could not."""
 
     path: Path
     name: str
     config: dict[str, Any] = field(default_factory=dict)
-    summary: dict[str, Any] | None = None
-    metrics: list[Record] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)  # empty: the run is not finished
+    started: dict[str, Any] = field(default_factory=dict)  # of run.json: when and with which packages it began
+    metrics: list[Record] = field(default_factory=list)  # one for each step, in order; at least one
     evaluations: list[Record] = field(default_factory=list)
     samples: list[Record] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    started: dict[str, Any] = field(default_factory=dict)
 
     def options(self) -> dict[str, Any]:
         """section.option: value."""
@@ -58,17 +50,7 @@ class RunData:
     @property
     def seconds(self) -> float:
         """Of the whole run; of its steps alone while it is not finished."""
-        return finite((self.summary or {}).get("seconds")) or self.total("seconds")
-
-    @property
-    def tokens_per_second(self) -> float:
-        """0 where no time is known."""
-        return self.total("tokens") / (self.total("seconds") or math.inf)
-
-    @property
-    def peak_memory(self) -> str | None:
-        most = max(self.values("peak_memory_bytes"), default=0)
-        return f"{most / 2**30:.2f} GiB" if most else None
+        return finite(self.summary.get("seconds")) or self.total("seconds")
 
     def evaluation(self, name: str) -> Record | None:
         """The latest of that name."""
@@ -105,16 +87,16 @@ def read_run(directory: str | Path, name: str | None = None) -> RunData:
         raise ConfigError(f"{directory}: {missing}")
     run = RunData(path, name or path.resolve().name)
     # Of a step that was run twice, before and after an interruption, the later record counts.
-    metrics = {r["step"]: r for r in _read_lines(run, "metrics.jsonl", step=_is_step)}
+    metrics = {r["step"]: r for r in _read_lines(run, "metrics.jsonl", step=lambda step: type(step) is int)}
     if not metrics:
         raise ConfigError(f"{directory}: metrics.jsonl holds no step that can be read")
     run.metrics = [metrics[step] for step in sorted(metrics)]
-    evaluations = _read_lines(run, "evaluations.jsonl", step=_is_number, accuracy=_is_number)
+    evaluations = _read_lines(run, "evaluations.jsonl", step=_known, accuracy=_known)
     run.evaluations = list({(e["step"], str(e.get("name"))): e for e in evaluations}.values())
     run.samples = _read_lines(run, "samples.jsonl", rollout=lambda value: isinstance(value, str))
-    run.config = _read_mapping(run, "config.yaml", yaml.safe_load) or {}
+    run.config = _read_mapping(run, "config.yaml", yaml.safe_load)
     run.summary = _read_mapping(run, "summary.json", json.loads)
-    run.started = _read_mapping(run, "run.json", json.loads) or {}
+    run.started = _read_mapping(run, "run.json", json.loads)
     return run
 
 
@@ -143,12 +125,8 @@ def tail(path: str) -> str:
     return path if len(parts) <= 2 else "…/" + "/".join(parts[-2:])
 
 
-def _is_number(value: Any) -> bool:
+def _known(value: Any) -> bool:
     return finite(value) is not None
-
-
-def _is_step(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _read_lines(run: RunData, name: str, **needed: Callable[[Any], bool]) -> list[Record]:
@@ -176,13 +154,13 @@ def _read_lines(run: RunData, name: str, **needed: Callable[[Any], bool]) -> lis
     return records
 
 
-def _read_mapping(run: RunData, name: str, load: Callable[[str], Any]) -> dict[str, Any] | None:
+def _read_mapping(run: RunData, name: str, load: Callable[[str], Any]) -> dict[str, Any]:
     text, loaded = _read_text(run, name), None
     with contextlib.suppress(ValueError, RecursionError, yaml.YAMLError):
-        loaded = None if text is None else load(text)
-    if text is not None and not isinstance(loaded, dict):
+        loaded = {} if text is None else load(text)
+    if not isinstance(loaded, dict):
         run.notes.append(f"{name} cannot be read")
-    return loaded if isinstance(loaded, dict) else None
+    return loaded if isinstance(loaded, dict) else {}
 
 
 def _read_text(run: RunData, name: str) -> str | None:

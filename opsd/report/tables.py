@@ -36,60 +36,49 @@ class Table:
 def state(run: RunData) -> str:
     steps = f"{run.steps:,} step{'s' if run.steps != 1 else ''}"
     planned = finite(run.options().get("optim.steps"))
-    if run.summary is not None:
+    if run.summary:
         return f"Finished after {steps}"
     return f"Not finished: {steps}" + (f" of {planned:,.0f}" if planned else "")
 
 
 def facts(runs: Sequence[RunData]) -> dict[str, str]:
-    """On what the runs were made, by title."""
-    options = [run.options() for run in runs]
-    named = {}
-    for title, path in (("Model", "model.path"), ("Data", "data.train")):
-        paths = [tail(str(of.get(path) or "the embedded tiny set-up")) for of in options]
-        named[title] = ", ".join(dict.fromkeys(paths))
-    began = []
+    """On what the runs were made, by title: of several runs, what is not the same."""
+    named: dict[str, list[str]] = {"Model": [], "Data": [], "Started": [], "Duration": [], "Versions": []}
     for run in runs:
+        for title, path in (("Model", "model.path"), ("Data", "data.train")):
+            named[title].append(tail(str(run.options().get(path) or "the embedded tiny set-up")))
         with contextlib.suppress(KeyError, TypeError, ValueError):
-            began.append(datetime.fromisoformat(run.started["created"]).astimezone(timezone.utc))
-    if began:
-        days = dict.fromkeys(f"{time:%d %B %Y}" for time in (min(began), max(began)))
-        named["Started"] = " to ".join(days) if len(runs) > 1 else f"{began[0]:%d %B %Y, %H:%M} UTC"
-    if len(runs) == 1:
-        named["Duration"] = duration(runs[0].seconds)
-    packages = [run.started.get("packages") for run in runs]
-    versions = [f"{name} {v}" for some in packages if isinstance(some, dict) for name, v in some.items()]
-    return {**named, "Versions": ", ".join(dict.fromkeys(versions))} if versions else named
+            began = datetime.fromisoformat(run.started["created"]).astimezone(timezone.utc)
+            named["Started"].append(f"{began:%d %B %Y, %H:%M} UTC")
+        named["Duration"].append(duration(run.seconds))
+        packages = run.started.get("packages")
+        if isinstance(packages, dict):
+            named["Versions"].append(", ".join(f"{name} {version}" for name, version in packages.items()))
+    return {title: " · ".join(dict.fromkeys(values)) for title, values in named.items() if values}
 
 
-def tiles(run: RunData) -> list[list[tuple[str, str, str]]]:
-    """What it learnt, and what it took: two rows of (title, value, remark), each of what is known."""
-    trained = run.trained or {}
-    name = "trained" if trained.get("name") == "trained" else f"after step {trained.get('step')}"
-    evaluations = {name: trained, "base": run.evaluation("base"), "teacher": run.evaluation("teacher")}
-    learnt = [(f"Accuracy, {name}", percent(e["accuracy"]), interval(e)) for name, e in evaluations.items() if e]
-    tokens, speed = run.total("tokens"), run.tokens_per_second
-    took = [("Loss, last step", number(_last_loss(run)), f"first step {number(run.metrics[0].get('loss'))}")]
-    took += [("Rollout tokens", number(tokens), f"in {run.steps:,} steps")] if tokens else []
-    took += [("Speed", f"{speed:,.0f}", "rollout tokens per second")] if speed else []
-    took += [("Peak memory", run.peak_memory, "of the GPU, or of the process on a CPU")] if run.peak_memory else []
-    return [row for row in (learnt, took) if row]
+def figures(run: RunData) -> list[tuple[str, str, str]]:
+    """What it learnt, which are the first three, and what it took: title, value and remark."""
+    trained, tokens, seconds = run.trained or {}, run.total("tokens"), run.total("seconds")
+    after = "" if trained.get("name", "trained") == "trained" else f" after step {trained['step']}"
+    known = {f"trained{after}": trained, "base": run.evaluation("base"), "teacher": run.evaluation("teacher")}
+    last, memory = next(reversed(run.values("loss")), None), max(run.values("peak_memory_bytes"), default=0)
+    return [
+        *((f"Accuracy, {name}", percent((e or {}).get("accuracy")), interval(e or {})) for name, e in known.items()),
+        ("Loss, last step", number(last), f"first step {number(run.metrics[0].get('loss'))}"),
+        ("Rollout tokens", number(tokens or None), f"in {run.steps:,} steps"),
+        ("Speed", f"{tokens / seconds:,.0f}" if tokens and seconds else "–", "rollout tokens per second"),
+        ("Peak memory", f"{memory / 2**30:.2f} GiB" if memory else "–", "of the GPU, or of the process on a CPU"),
+    ]
 
 
 def comparison(runs: Sequence[RunData]) -> Table:
-    head = ["Run", "Base", "Trained", "Teacher", "Last loss", "Steps", "Tokens", "Duration", "Tokens/s", "Peak memory"]
+    head = ["Run", "Trained", "Base", "Teacher", "Last loss", "Tokens", "Tokens/s", "Peak memory", "Steps", "Duration"]
     rows = []
     for run in runs:
-        found = (run.evaluation("base"), run.trained, run.evaluation("teacher"))
-        steps = f"{run.steps:,}{'' if run.summary is not None else ' (not finished)'}"
-        speed = f"{run.tokens_per_second:,.0f}" if run.tokens_per_second else None
-        row = [run.name, *(percent((e or {}).get("accuracy")) for e in found), _last_loss(run), steps]
-        rows.append([*row, run.total("tokens"), duration(run.seconds), speed, run.peak_memory])
+        steps = f"{run.steps:,}{'' if run.summary else ' (not finished)'}"
+        rows.append([run.name, *(value for _, value, _ in figures(run)), steps, duration(run.seconds)])
     return Table("The runs side by side; accuracies are those of the evaluations", head, rows, marks=range(len(runs)))
-
-
-def _last_loss(run: RunData) -> float | None:
-    return next(reversed(run.values("loss")), None)
 
 
 def evaluations(runs: Sequence[RunData]) -> Table:

@@ -3,6 +3,7 @@
 import base64
 import itertools
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -197,6 +198,7 @@ def test_a_running_half_written_run_is_reported_with_what_is_missing(tmp_path):
         "config.yaml is missing",
         "the last line of metrics.jsonl is half written",
         "metrics.jsonl: 1 lines are no records",
+        "metrics.jsonl: 1 records without step are left out",
         "short &lt;b&gt; step 13",
         "No evaluation was recorded",
         "Not finished: 13 steps",
@@ -312,6 +314,18 @@ def browser():
         launched.close()
 
 
+@pytest.fixture(scope="module")
+def one_page(tmp_path_factory):
+    return write_report([write_run(tmp_path_factory.mktemp("report") / "one")])
+
+
+@pytest.fixture(scope="module")
+def two_page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    runs = [write_run(folder / "a-run-with-quite-a-long-name"), write_run(folder / "two", objective__beta=1.0)]
+    return write_report(runs, folder / "r.html")
+
+
 class Opened:
     """A page, with what its browser complained about and what it asked the network for."""
 
@@ -327,6 +341,12 @@ class Opened:
 
     def __enter__(self):
         return self
+
+    def widths(self, *widths):
+        """Each width of the screen in turn, the page being as wide."""
+        for width in widths:
+            self.page.set_viewport_size({"width": width, "height": 900})
+            yield width
 
     def __exit__(self, kind, *_):
         hacked = self.page.evaluate("window.hacked")
@@ -359,8 +379,8 @@ IS = {
 }
 
 
-def test_hovering_a_token_shows_its_numbers(tmp_path, browser):
-    with Opened(browser, write_report([write_run(tmp_path / "one")])) as opened:
+def test_hovering_a_token_shows_its_numbers(one_page, browser):
+    with Opened(browser, one_page) as opened:
         opened.page.locator(".tokens .tok").nth(1).hover()
         assert opened.card() == IS
         assert opened.page.locator(".card .verdict").inner_text() == "The teacher likes it less"
@@ -371,8 +391,8 @@ def test_hovering_a_token_shows_its_numbers(tmp_path, browser):
         assert rows.nth(1).locator(".meter.teacher i").evaluate(width) == pytest.approx(0.7, abs=0.02)
 
 
-def test_colour_says_which_way_and_how_much(tmp_path, browser):
-    with Opened(browser, write_report([write_run(tmp_path / "one")])) as opened:
+def test_colour_says_which_way_and_how_much(one_page, browser):
+    with Opened(browser, one_page) as opened:
         tokens = opened.page.locator(".tokens .tok")
         kinds = [set(tokens.nth(i).get_attribute("class").split()) & {"less", "more", "same"} for i in range(6)]
         assert kinds == [{"same"}, {"less"}, {"more"}, {"same"}, {"less"}, {"same"}]
@@ -386,8 +406,8 @@ def test_colour_says_which_way_and_how_much(tmp_path, browser):
         )
 
 
-def test_the_keyboard_reaches_every_token(tmp_path, browser):
-    with Opened(browser, write_report([write_run(tmp_path / "one")])) as opened:
+def test_the_keyboard_reaches_every_token(one_page, browser):
+    with Opened(browser, one_page) as opened:
         page = opened.page
         assert page.locator(".tokens [tabindex='0']").count() == 1  # one stop, arrow keys within
         page.get_by_role("button", name="Next token with a divergence").focus()
@@ -433,12 +453,11 @@ def test_hostile_text_is_only_text(tmp_path, browser):
         assert page.locator("img").count() == 0
 
 
-def test_light_and_dark_differ_and_the_button_changes_them(tmp_path, browser):
-    file = write_report([write_run(tmp_path / "one")])
+def test_light_and_dark_differ_and_the_button_changes_them(one_page, browser):
     look = "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
     seen = {}
     for scheme in ("light", "dark"):
-        with Opened(browser, file, scheme) as opened:
+        with Opened(browser, one_page, scheme) as opened:
             seen[scheme] = opened.page.evaluate(look)
             opened.page.locator("#theme").click()
             seen[f"not {scheme}"] = opened.page.evaluate(look)
@@ -474,24 +493,22 @@ CONTRAST = """() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_all_text_has_contrast(tmp_path, browser, scheme):
-    runs = [write_run(tmp_path / "one"), write_run(tmp_path / "two", objective__beta=1.0)]
-    with Opened(browser, write_report(runs, tmp_path / "r.html"), scheme) as opened:
+def test_all_text_has_contrast(two_page, browser, scheme):
+    with Opened(browser, two_page, scheme) as opened:
         assert opened.page.evaluate(CONTRAST) == []
 
 
-@pytest.mark.parametrize("width", [340, 390, 1200])
-def test_nothing_is_wider_than_the_screen(tmp_path, browser, width):
-    runs = [write_run(tmp_path / "a-run-with-quite-a-long-name"), write_run(tmp_path / "two", objective__beta=1.0)]
-    with Opened(browser, write_report(runs, tmp_path / "r.html"), width=width) as opened:
-        assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
+def test_nothing_is_wider_than_the_screen(two_page, browser):
+    with Opened(browser, two_page) as opened:
+        for width in opened.widths(340, 390, 1200):
+            assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 BOX = "e => { const b = e.getBoundingClientRect(); return [b.left, b.top, b.right, b.bottom]; }"
 
 
 def boxes(locator):
-    return [locator.nth(i).evaluate(BOX) for i in range(locator.count())]
+    return locator.evaluate_all(f"all => all.map({BOX})")
 
 
 def evaluated(path, base, teacher, trained, wide=0.05):
@@ -504,25 +521,25 @@ def evaluated(path, base, teacher, trained, wide=0.05):
     return run
 
 
-@pytest.mark.parametrize("width", [390, 1200])
 @pytest.mark.parametrize("accuracies", [
     [(0.0, 0.0, 0.0)], [(1.0, 1.0, 1.0)], [(0.5, 0.5, 0.5)], [(0.31, 0.3, 0.3)], [(0.1, 0.9, 0.5)],
     [(0.3 + n / 50, 0.4 + n / 50, 0.5) for n in range(4)], [(n / 90, 1 - n / 90, 0.5) for n in range(10)],
 ])  # fmt: skip
-def test_the_labels_of_teacher_and_base_never_overlap(tmp_path, browser, accuracies, width):
+def test_the_labels_of_teacher_and_base_never_overlap(tmp_path, browser, accuracies):
     runs = [evaluated(tmp_path / str(n), *values) for n, values in enumerate(accuracies)]
-    with Opened(browser, write_report(runs, tmp_path / "r.html"), width=width) as opened:
+    with Opened(browser, write_report(runs, tmp_path / "r.html")) as opened:
         labels = opened.page.locator("[data-accuracy] .note")
-        (plot,) = boxes(opened.page.locator("[data-accuracy] .plot > svg"))
         assert {"teacher", "base"} <= set(labels.all_text_contents())
-        found = sorted(boxes(labels), key=lambda box: box[1])
-        for above, below in itertools.pairwise(found):
-            assert above[3] <= below[1] + 1
-        for left, top, right, bottom in found:
-            assert plot[0] <= left < right <= plot[2]
-            assert plot[1] <= top + 1 < bottom <= plot[3]
-            # beside what is drawn, not over it
-            assert all(left >= drawn[2] for drawn in boxes(opened.page.locator("[data-accuracy] .point")))
+        for _ in opened.widths(390, 1200):
+            (plot,) = boxes(opened.page.locator("[data-accuracy] .plot > svg"))
+            drawn = max(box[2] for box in boxes(opened.page.locator("[data-accuracy] .point")))
+            found = sorted(boxes(labels), key=lambda box: box[1])
+            for above, below in itertools.pairwise(found):
+                assert above[3] <= below[1] + 1
+            for left, top, right, bottom in found:
+                assert plot[0] <= left < right <= plot[2]
+                assert plot[1] <= top + 1 < bottom <= plot[3]
+                assert left >= drawn  # beside what is drawn, not over it
 
 
 @pytest.mark.parametrize(("values", "wide", "ticks"), [
@@ -551,34 +568,35 @@ def test_a_teacher_that_runs_share_is_drawn_once(tmp_path, browser):
         assert opened.page.locator("[data-accuracy] .reference").count() == 3
 
 
-@pytest.mark.parametrize("width", [340, 390, 700, 1000, 1200])
 @pytest.mark.parametrize("missing", [(), ("teacher",), ("base", "teacher", "trained", "step 6")])
-def test_every_row_of_tiles_is_full(tmp_path, browser, width, missing):
+def test_every_row_of_tiles_is_full(tmp_path, browser, missing):
     run = write_run(tmp_path / "one")
     lines = (run / "evaluations.jsonl").read_text().splitlines(keepends=True)
     kept = [line for line in lines if json.loads(line)["name"] not in missing]
     (run / "evaluations.jsonl").write_text("".join(kept))
-    with Opened(browser, write_report([run]), width=width) as opened:
-        (within, *_) = boxes(opened.page.locator(".tiles"))
-        rows: dict[float, list[list[float]]] = {}
-        for box in boxes(opened.page.locator(".tile")):
-            rows.setdefault(round(box[1]), []).append(box)
-        for row in rows.values():
-            assert row[0][0] == pytest.approx(within[0], abs=1)
-            assert row[-1][2] == pytest.approx(within[2], abs=1)
-        assert opened.page.locator(".tile dd").evaluate_all("all => all.every(e => e.scrollWidth <= e.clientWidth)")
+    with Opened(browser, write_report([run])) as opened:
+        for _ in opened.widths(340, 390, 700, 1000, 1200):
+            (within, *_) = boxes(opened.page.locator(".tiles"))
+            rows: dict[float, list[list[float]]] = {}
+            for box in boxes(opened.page.locator(".tile")):
+                rows.setdefault(round(box[1]), []).append(box)
+            for row in rows.values():
+                assert row[0][0] == pytest.approx(within[0], abs=1)
+                assert row[-1][2] == pytest.approx(within[2], abs=1)
+            values = opened.page.locator(".tile dd")
+            assert values.evaluate_all("all => all.every(e => e.scrollWidth <= e.clientWidth)")
 
 
-@pytest.mark.parametrize("width", [340, 390, 1200])
-def test_every_section_link_is_in_sight(tmp_path, browser, width):
+def test_every_section_link_is_in_sight(tmp_path, browser):
     run = write_run(tmp_path / "one")
     append(run / "metrics.jsonl", {"step": 13, "loss": 1.0, "warnings": ["short"]})
-    with Opened(browser, write_report([run]), width=width) as opened:
+    with Opened(browser, write_report([run])) as opened:
         links = opened.page.locator("#links a")
         assert links.count() == 6
-        ((least, _, most, _),) = boxes(opened.page.locator("#links"))
-        assert all(least <= left < right <= most <= width for left, _, right, _ in boxes(links))
-        assert opened.page.locator("#links").evaluate("e => e.scrollWidth <= e.clientWidth")
+        for width in opened.widths(340, 390, 1200):
+            ((least, _, most, _),) = boxes(opened.page.locator("#links"))
+            assert all(least <= left < right <= most <= width for left, _, right, _ in boxes(links))
+            assert opened.page.locator("#links").evaluate("e => e.scrollWidth <= e.clientWidth")
 
 
 # The brightness of a few pixels at the left and at the right end of a picture's row of pixels.
@@ -594,8 +612,8 @@ ENDS = """async picture => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_table_that_goes_on_beyond_the_edge_has_a_shadow_there(tmp_path, browser, scheme):
-    with Opened(browser, write_report([write_run(tmp_path / "one")]), scheme, width=390) as opened:
+def test_a_table_that_goes_on_beyond_the_edge_has_a_shadow_there(one_page, browser, scheme):
+    with Opened(browser, one_page, scheme, width=390) as opened:
         table = opened.page.locator("[aria-label=Evaluations]")
         assert table.evaluate("e => e.scrollWidth > e.clientWidth && getComputedStyle(e).overflowX === 'auto'")
 
@@ -663,10 +681,52 @@ def test_several_runs_are_drawn_apart_and_read_together(tmp_path, browser):
         assert page.locator("[data-chart='2'] .at").inner_text() == "step 1"
         page.locator("#log").check()
         assert page.locator("[data-chart='0'] .plot:visible .line").count() == 4
-        page.locator("#pick-run").select_option("1")
-        assert "step 3" in page.locator(".about").inner_text()
+        options = page.locator("#pick-sample option").all_inner_texts()
+        assert [" ".join(text.split()) for text in options][1:4] == [
+            "one · step 8 · problem at 8",
+            "one · step 12 · problem at 12",
+            "two · step 3 · problem at 3",
+        ]
+        page.locator("#pick-sample").select_option("3")
+        assert "two · step 3" in page.locator(".about").inner_text()
         page.get_by_role("button", name="Next rollout").click()
+        assert "two · step 6" in page.locator(".about").inner_text()
         assert "problem at 6" in page.locator(".about").inner_text()
+
+
+def test_curves_are_drawn_without_scripts(one_page, browser):
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(one_page.absolute().as_uri())
+    assert page.locator("[data-chart] .plot:visible .line").count() >= 5
+    assert page.locator("[data-accuracy] .point").count() == 3  # base, step 6, trained
+    assert "need JavaScript" in page.inner_text("body")
+    assert not page.locator("#token-view").is_visible()
+    context.close()
+
+
+def heights(points):
+    """Of the points of a drawn path, in percent of the plot from its top."""
+    return [float(pair.split()[1]) for pair in re.findall(r"[\d.e-]+ [\d.e-]+", points)]
+
+
+def test_a_curve_lies_where_its_values_are_on_both_axes(one_page, browser):
+    with Opened(browser, one_page) as opened:
+        path = opened.page.locator("[data-chart='0'] .plot:visible .line").first
+        linear = heights(path.get_attribute("d"))  # of the losses 1, 1/2, ... 1/12
+        for step in range(2, 12):
+            share = (1 / step - 1 / 12) / (1 - 1 / 12)
+            assert (linear[-1] - linear[step - 1]) / (linear[-1] - linear[0]) == pytest.approx(share, abs=1e-3)
+        opened.page.locator("#log").check()
+        logarithmic = heights(path.get_attribute("d"))
+        for step in range(2, 12):
+            share = math.log(12 / step) / math.log(12)
+            whole = logarithmic[-1] - logarithmic[0]
+            assert (logarithmic[-1] - logarithmic[step - 1]) / whole == pytest.approx(share, abs=1e-3)
+        opened.page.locator("[data-chart='0'] svg[role=slider]:visible").focus()
+        opened.page.keyboard.press("Home")
+        dot = opened.page.locator("[data-chart='0'] .plot:visible .dot").first.get_attribute("cy")
+        assert float(dot.rstrip("%")) == pytest.approx(logarithmic[0], abs=0.1)
 
 
 @pytest.mark.parametrize("content", ["one step", "gap", "no evaluation", "nothing but nulls"])
