@@ -62,7 +62,7 @@ def plot(
         bars = [(x(step), y(pair[0]), y(pair[1])) for (step, _), pair in known if None not in pair]
         curves.append({"line": line, "path": path, "dots": dots, "bars": bars})
     whole = [step for step in _ticks(first, last, marks) if step == int(step) and steps[0] <= step <= steps[-1]]
-    heights = _log_ticks(low, high) if log else _ticks(low, min(high, 100.0) if bounded else high, marks)
+    heights = _log_ticks(low, high, marks) if log else _ticks(low, min(high, 100.0) if bounded else high, marks)
     return {
         "log": log,
         "steps": (steps[0], steps[-1]),
@@ -84,11 +84,12 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
     return [float(f"{i * step:.10g}") for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
+def _log_ticks(low: float, high: float, count: int) -> list[float]:
     """Round numbers whose decimal logarithms lie between the two."""
     digits = (1,) if high - low > 2.5 else (1, 2, 5)
     powers = range(math.floor(low), math.ceil(high) + 1)
-    return [float(f"{m}e{e}") for e in powers for m in digits if low <= e + math.log10(m) <= high]
+    found = [float(f"{m}e{e}") for e in powers for m in digits if low <= e + math.log10(m) <= high]
+    return found if len(found) > 1 else _ticks(10**low, 10**high, count)
 
 
 def _tick_label(value: float) -> str:

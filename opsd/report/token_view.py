@@ -35,8 +35,8 @@ def choose_samples(runs: Sequence[RunData], limit: int) -> tuple[list[dict[str, 
         steps = {str(run.samples[i].get("step")) for i in range(total) if i not in kept}
         dropped = sorted(steps, key=lambda text: (len(text), text))
         if dropped:
-            some = ", ".join(dropped[:12]) + (" …" if len(dropped) > 12 else "")
-            notes.append(f"{run.name}: {len(kept)} of {total} rollouts are here; left out are some of steps {some}.")
+            some = ", ".join(dropped[:12]) + (" …" if len(dropped) > 12 else ".")
+            notes.append(f"{run.name}: {len(kept)} of {total} rollouts are here; left out are some of steps {some}")
     if any(sample["of"] > MAX_TOKENS for sample in samples):
         notes.append(f"Of long rollouts the first {MAX_TOKENS:,} tokens are shown.")
     if any(not sample["view"] for sample in samples):
