@@ -119,15 +119,18 @@ def accuracy_figure(runs: Sequence[RunData]) -> Figure | None:
     bands: dict[tuple[str, tuple], str] = {}  # runs often share their teacher and base, which then are no run's own
     for number, run in enumerate(runs):
         rows = sorted((e for e in run.evaluations if e.get("name") != "teacher"), key=lambda e: e["step"])
-        if rows:
-            values = [_percentages(e) for e in rows]
-            points = [[e["step"], value[0]] for e, value in zip(rows, values, strict=True)]
-            line: Line = {"run": number, "second": False, "label": "accuracy", "points": points}
-            lines.append({**line, "errors": [value[1:] for value in values], "names": [_said(e) for e in rows]})
+        line: Line = {"run": number, "second": False, "label": "accuracy", "points": [], "errors": [], "names": []}
+        for e in rows:
+            accuracy, *interval = _percentages(e)
+            line["points"].append([e["step"], accuracy])
+            line["errors"].append(interval)
+            named = {"base": "base model", "trained": f"trained, step {e['step']}"}
+            line["names"].append(named.get(str(e.get("name")), str(e.get("name"))))
+        lines += [line] if rows else []
         base = run.evaluation("base") if len(rows) > 1 else None
-        for label, e in ("teacher", run.evaluation("teacher")), ("base", base and {"accuracy": base["accuracy"]}):
-            if e:
-                key = label, tuple(_percentages(e))
+        for label, known in ("teacher", run.evaluation("teacher")), ("base", base and {"accuracy": base["accuracy"]}):
+            if known:
+                key = label, tuple(_percentages(known))
                 bands[key] = "shared" if key in bands else f"r{number % 6}"
     drawn = plot(lines, [(label, look, v) for (label, v), look in bands.items()], bounded=True, marks=6)
     return Figure(ACCURACY, lines, [drawn]) if drawn else None
@@ -165,14 +168,8 @@ def _alike(record: Record) -> bool:
     return loss is None or divergence is None or math.isclose(loss, divergence, rel_tol=1e-3)
 
 
-def _said(evaluation: Record) -> str:
-    name = str(evaluation.get("name"))
-    return {"base": "base model", "trained": f"trained, step {evaluation['step']}"}.get(name, name)
-
-
 def _percentages(evaluation: Record) -> list[float | None]:
-    values = [finite(evaluation.get(key)) for key in ("accuracy", "low", "high")]
-    return [None if value is None else round(100 * value, 4) for value in values]
+    return [_scaled(evaluation.get(key), 100.0) for key in ("accuracy", "low", "high")]
 
 
 def _table(runs: Sequence[RunData], chart: Chart, metrics: dict[str, str]) -> Table:

@@ -37,10 +37,10 @@ function nearest(steps, step) {
   return step - steps[above - 1] <= steps[above] - step ? above - 1 : above;
 }
 
-class Chart {
-  static all = [];
-  static showAll(step) { for (const chart of Chart.all) chart.show(step); }
+const charts = [];
+const showAll = step => charts.forEach(chart => chart.show(step));
 
+class Chart {
   constructor(figure) {
     this.lines = figure.dataset.chart ? DATA.charts[figure.dataset.chart] : DATA.accuracy;
     for (const line of this.lines) line.steps = line.points.map(point => point[0]);
@@ -62,7 +62,7 @@ class Chart {
         this.go(nearest(this.steps, first + (event.clientX - at.left) / at.width * (last - first)));
       });
     }
-    svg.addEventListener('pointerleave', event => { if (event.pointerType === 'mouse') Chart.showAll(null); });
+    svg.addEventListener('pointerleave', event => { if (event.pointerType === 'mouse') showAll(null); });
     svg.addEventListener('keydown', event => {
       const here = this.step === null ? this.end : nearest(this.steps, this.step);
       const far = Math.max(1, Math.round(this.end / 10));
@@ -72,7 +72,7 @@ class Chart {
       }[event.key];
       if (to === undefined) return;
       event.preventDefault();
-      if (to === null) Chart.showAll(null); else this.go(to);
+      if (to === null) showAll(null); else this.go(to);
     });
     const height = plot.classList.contains('log') ? Math.log10 : v => v;
     const x = step => `${100 * (step - first) / (last - first)}%`;
@@ -80,7 +80,7 @@ class Chart {
     return {svg, x, y, cursor: svg.querySelector('.cursor'), dots: svg.querySelectorAll('.dot')};
   }
 
-  go(index) { Chart.showAll(this.steps[Math.min(this.end, Math.max(0, index))]); }
+  go(index) { showAll(this.steps[Math.min(this.end, Math.max(0, index))]); }
 
   // The values at `step`, of which lines that have none near it say so; for null each line's last.
   show(step) {
@@ -286,6 +286,6 @@ class TokenView {
   }
 }
 
-Chart.all = [...document.querySelectorAll('.chart')].map(figure => new Chart(figure));
+for (const figure of document.querySelectorAll('.chart')) charts.push(new Chart(figure));
 const root = document.getElementById('token-view');
 if (root) new TokenView(root);
