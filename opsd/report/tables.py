@@ -57,27 +57,29 @@ def facts(runs: Sequence[RunData]) -> dict[str, str]:
     return {title: " · ".join(dict.fromkeys(values)) for title, values in named.items() if values}
 
 
-def figures(run: RunData) -> list[tuple[str, str, str]]:
-    """What it learnt, which are the first three, and what it took: title, value and remark."""
+def key_numbers(run: RunData) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
+    """What the run learnt and what it took, each as (title, value, remark); an unknown value is a dash."""
     trained, tokens, seconds = run.trained or {}, run.total("tokens"), run.total("seconds")
     after = "" if trained.get("name", "trained") == "trained" else f" after step {trained['step']}"
     known = {f"trained{after}": trained, "base": run.evaluation("base"), "teacher": run.evaluation("teacher")}
     last, memory = next(reversed(run.values("loss")), None), max(run.values("peak_memory_bytes"), default=0)
-    return [
-        *((f"Accuracy, {name}", percent((e or {}).get("accuracy")), interval(e or {})) for name, e in known.items()),
+    learnt = [(f"Accuracy, {k}", percent((e or {}).get("accuracy")), interval(e or {})) for k, e in known.items()]
+    took = [
         ("Loss, last step", number(last), f"first step {number(run.metrics[0].get('loss'))}"),
         ("Rollout tokens", number(tokens or None), f"in {run.steps:,} steps"),
         ("Speed", f"{tokens / seconds:,.0f}" if tokens and seconds else "–", "rollout tokens per second"),
         ("Peak memory", f"{memory / 2**30:.2f} GiB" if memory else "–", "of the GPU, or of the process on a CPU"),
     ]
+    return learnt, took
 
 
 def comparison(runs: Sequence[RunData]) -> Table:
     head = ["Run", "Trained", "Base", "Teacher", "Last loss", "Tokens", "Tokens/s", "Peak memory", "Steps", "Duration"]
     rows = []
     for run in runs:
+        learnt, took = key_numbers(run)
         steps = f"{run.steps:,}{'' if run.summary else ' (not finished)'}"
-        rows.append([run.name, *(value for _, value, _ in figures(run)), steps, duration(run.seconds)])
+        rows.append([run.name, *(value for _, value, _ in learnt + took), steps, duration(run.seconds)])
     return Table("The runs side by side; accuracies are those of the evaluations", head, rows, marks=range(len(runs)))
 
 
@@ -107,20 +109,21 @@ def phases(runs: Sequence[RunData]) -> list[dict[str, float]]:
     """For each run the seconds of each phase of a step, and what none of them covers: all have the same phases."""
     known = dict.fromkeys(name for run in runs for r in run.metrics for name in r if name.startswith("seconds_"))
     times = [{name.removeprefix("seconds_"): run.total(name) for name in known} for run in runs]
-    for run, of in zip(runs, times, strict=True):
-        rest = run.total("seconds") - sum(of.values())
-        of["other"] = of.pop("other", 0.0) + (rest if of and rest > 0.001 * run.total("seconds") else 0.0)
-    used = [name for name in times[0] if any(of[name] for of in times)]
-    return [{name: of[name] for name in used} for of in times]
+    for run, spent in zip(runs, times, strict=True):
+        rest = run.total("seconds") - sum(spent.values())
+        rest = rest if known and rest > 0.001 * run.total("seconds") else 0.0
+        spent["other"] = spent.pop("other", 0.0) + rest
+    used = [name for name in times[0] if any(spent[name] for spent in times)]
+    return [{name: spent[name] for name in used} for spent in times]
 
 
 def time_table(runs: Sequence[RunData]) -> Table:
     times = phases(runs)
     head, columns = ["Phase"], [[*times[0], "all steps"]]
-    for run, of in zip(runs, times, strict=True):
+    for run, spent in zip(runs, times, strict=True):
         whole = run.total("seconds")
         head += [f"{run.name if len(runs) > 1 else ''} {title}".strip() for title in ("seconds", "share", "per step")]
-        seconds = [*of.values(), whole]
+        seconds = [*spent.values(), whole]
         columns.append([f"{s:,.1f}" for s in seconds])
         columns.append([percent(s / (whole or 1.0)) for s in seconds])
         columns.append([f"{s / len(run.metrics):.3g} s" for s in seconds])

@@ -6,9 +6,8 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 from html import unescape
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -253,14 +252,17 @@ def test_long_rollouts_are_cut_and_fewer(tmp_path, monkeypatch):
 
 def test_nothing_a_run_wrote_leaves_its_place(tmp_path):
     run = write_run(tmp_path / "one", model__path=HOSTILE)
-    (run / "samples.jsonl").open("a").write('{"step": 3, "problem": "\\ud83d", "rollout": "\\u0000lone \\udc00"}\n')
+    with (run / "samples.jsonl").open("a") as file:
+        file.write('{"step": 3, "problem": "\\ud83d", "rollout": "\\u0000lone \\udc00"}\n')
     append(
-        run / "metrics.jsonl", {"step": 13, "loss": 1.0, HOSTILE: 3.0, "seconds_" + HOSTILE: 1.0, "warnings": [HOSTILE]}
+        run / "metrics.jsonl",
+        {"step": 13, "loss": 1.0, HOSTILE: 3.0, "seconds_" + HOSTILE: 1.0, "warnings": [HOSTILE, "lone \udc00"]},
     )
     append(run / "evaluations.jsonl", {"step": 13, "name": HOSTILE, "accuracy": 0.5, "pass_at": {HOSTILE: 0.5}})
     html = write_report([run]).read_text(encoding="utf-8")
     assert html.count("<script") == html.count("</script") == 2
     assert "<img" not in html
+    assert "lone ?" in html  # half a character, which no file of text can hold
     assert payload(html)["samples"][0]["view"][5][0] == HOSTILE
     assert "http://" not in html.replace("http://www.w3.org/2000/svg", "")
     assert "https://" not in html
@@ -777,7 +779,7 @@ def test_a_real_run_is_reported(tmp_path, browser):
         assert "Finished after 3 steps" in page.inner_text("body")
 
 
-def test_the_template_styles_and_script_are_part_of_the_package():
-    code = "from importlib import resources as r; print(all((r.files('opsd.report') / name).is_file() for name in "
-    code += "('page.html.j2', 'style.css', 'script.js')))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "True\n"
+def test_the_templates_styles_and_script_are_part_of_the_package():
+    files = resources.files("opsd.report")
+    for name in ("page.html.j2", "macros.html.j2", "style.css", "script.js"):
+        assert (files / name).is_file()
