@@ -3,17 +3,18 @@
 import base64
 import itertools
 import json
+import math
 import re
 import shutil
-import subprocess
-import sys
+from html import unescape
+from importlib import resources
 from pathlib import Path
 
 import pytest
 import yaml
 from _models import write_model, write_rows
 
-import opsd.report
+import opsd.report.token_view
 from opsd.cli import main
 from opsd.config import ConfigError
 from opsd.report import CHARTS, MAX_POINTS, read_run, render, thinned, write_report
@@ -196,12 +197,13 @@ def test_a_running_half_written_run_is_reported_with_what_is_missing(tmp_path):
         "config.yaml is missing",
         "the last line of metrics.jsonl is half written",
         "metrics.jsonl: 1 lines are no records",
+        "metrics.jsonl: 1 records without step are left out",
         "short &lt;b&gt; step 13",
         "No evaluation was recorded",
         "Not finished: 13 steps",
     ):
         assert note in text
-    points = payload(html)["charts"][0]["lines"][0]["points"]
+    points = payload(html)["charts"][0][0]["points"]
     assert points[-2:] == [[12, 7.0], [13, None]]  # the later record of a step that was run again
 
 
@@ -210,13 +212,8 @@ def test_a_single_step_without_anything_else(tmp_path):
     run.mkdir()
     append(run / "metrics.jsonl", {"step": 1, "loss": 0.5})
     html = write_report([run]).read_text()
-    assert payload(html)["charts"] == [
-        {
-            "title": "Loss",
-            "unit": "nats per token",
-            "lines": [{"run": 0, "second": False, "label": "loss", "points": [[1, 0.5]]}],
-        }
-    ]
+    assert payload(html)["charts"] == [[{"run": 0, "second": False, "label": "loss", "points": [[1, 0.5]]}]]
+    assert re.findall(r"<h3>(.*?)</h3><p class=\"unit\">(.*?)</p>", html) == [("Loss", "nats per token")]
     assert "Token view" not in text_of(html)
 
 
@@ -245,8 +242,8 @@ def test_many_steps_are_said_to_be_thinned_and_samples_left_out(tmp_path):
 
 def test_long_rollouts_are_cut_and_fewer(tmp_path, monkeypatch):
     run = write_run(tmp_path / "one", steps=30)
-    monkeypatch.setattr(opsd.report, "MAX_TOKENS", 4)
-    monkeypatch.setattr(opsd.report, "MAX_PAGE_TOKENS", 8)
+    monkeypatch.setattr(opsd.report.token_view, "MAX_TOKENS", 4)
+    monkeypatch.setattr(opsd.report.token_view, "MAX_PAGE_TOKENS", 8)
     html = render([read_run(run)])
     assert [(len(sample["view"]), sample["of"]) for sample in payload(html)["samples"]] == [(4, 6), (4, 6)]
     assert "the first 4 tokens are shown" in text_of(html)
@@ -255,18 +252,21 @@ def test_long_rollouts_are_cut_and_fewer(tmp_path, monkeypatch):
 
 def test_nothing_a_run_wrote_leaves_its_place(tmp_path):
     run = write_run(tmp_path / "one", model__path=HOSTILE)
-    (run / "samples.jsonl").open("a").write('{"step": 3, "problem": "\\ud83d", "rollout": "\\u0000lone \\udc00"}\n')
+    with (run / "samples.jsonl").open("a") as file:
+        file.write('{"step": 3, "problem": "\\ud83d", "rollout": "\\u0000lone \\udc00"}\n')
     append(
-        run / "metrics.jsonl", {"step": 13, "loss": 1.0, HOSTILE: 3.0, "seconds_" + HOSTILE: 1.0, "warnings": [HOSTILE]}
+        run / "metrics.jsonl",
+        {"step": 13, "loss": 1.0, HOSTILE: 3.0, "seconds_" + HOSTILE: 1.0, "warnings": [HOSTILE, "lone \udc00"]},
     )
     append(run / "evaluations.jsonl", {"step": 13, "name": HOSTILE, "accuracy": 0.5, "pass_at": {HOSTILE: 0.5}})
     html = write_report([run]).read_text(encoding="utf-8")
     assert html.count("<script") == html.count("</script") == 2
     assert "<img" not in html
+    assert "lone ?" in html  # half a character, which no file of text can hold
     assert payload(html)["samples"][0]["view"][5][0] == HOSTILE
     assert "http://" not in html.replace("http://www.w3.org/2000/svg", "")
     assert "https://" not in html
-    assert "default-src 'none'" in html
+    assert "default-src 'none'" in unescape(html)
 
 
 def test_several_runs_show_the_options_that_differ(tmp_path):
@@ -285,14 +285,14 @@ def test_several_runs_show_the_options_that_differ(tmp_path):
 
 def test_every_chart_is_explained(tmp_path):
     run = write_run(tmp_path / "one")
-    append(run / "metrics.jsonl", {"step": 13} | {name: 1.0 for chart in CHARTS for name, _ in chart.metrics})
+    append(run / "metrics.jsonl", {"step": 13} | {name: 1.0 for chart in CHARTS for name in chart.metrics})
     html = write_report([run]).read_text()
-    figures = re.findall(r"<figure class='chart' data-chart=.*?</figure>", html, re.S)
+    figures = re.findall(r'<figure class="chart" data-chart=.*?</figure>', html, re.S)
     assert len(figures) == len(CHARTS)
     for chart, figure in zip(CHARTS, figures, strict=True):
         assert chart.note.endswith(".")
-        assert chart.title in text_of(figure).replace("&#x27;", "'")
-        assert chart.note in text_of(figure).replace("&#x27;", "'")
+        assert chart.title in unescape(text_of(figure))
+        assert chart.note in unescape(text_of(figure))
 
 
 def test_reading_a_directory_without_steps_is_an_error(tmp_path):
@@ -316,6 +316,18 @@ def browser():
         launched.close()
 
 
+@pytest.fixture(scope="module")
+def one_page(tmp_path_factory):
+    return write_report([write_run(tmp_path_factory.mktemp("report") / "one")])
+
+
+@pytest.fixture(scope="module")
+def two_page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    runs = [write_run(folder / "a-run-with-quite-a-long-name"), write_run(folder / "two", objective__beta=1.0)]
+    return write_report(runs, folder / "r.html")
+
+
 class Opened:
     """A page, with what its browser complained about and what it asked the network for."""
 
@@ -327,10 +339,16 @@ class Opened:
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(file.absolute().as_uri())
-        self.page.wait_for_function("document.querySelector('.plot svg') !== null")
+        self.page.wait_for_function("document.querySelector('.plot > svg') !== null")
 
     def __enter__(self):
         return self
+
+    def widths(self, *widths):
+        """Each width of the screen in turn, the page being as wide."""
+        for width in widths:
+            self.page.set_viewport_size({"width": width, "height": 900})
+            yield width
 
     def __exit__(self, kind, *_):
         hacked = self.page.evaluate("window.hacked")
@@ -363,8 +381,8 @@ IS = {
 }
 
 
-def test_hovering_a_token_shows_its_numbers(tmp_path, browser):
-    with Opened(browser, write_report([write_run(tmp_path / "one")])) as opened:
+def test_hovering_a_token_shows_its_numbers(one_page, browser):
+    with Opened(browser, one_page) as opened:
         opened.page.locator(".tokens .tok").nth(1).hover()
         assert opened.card() == IS
         assert opened.page.locator(".card .verdict").inner_text() == "The teacher likes it less"
@@ -375,8 +393,8 @@ def test_hovering_a_token_shows_its_numbers(tmp_path, browser):
         assert rows.nth(1).locator(".meter.teacher i").evaluate(width) == pytest.approx(0.7, abs=0.02)
 
 
-def test_colour_says_which_way_and_how_much(tmp_path, browser):
-    with Opened(browser, write_report([write_run(tmp_path / "one")])) as opened:
+def test_colour_says_which_way_and_how_much(one_page, browser):
+    with Opened(browser, one_page) as opened:
         tokens = opened.page.locator(".tokens .tok")
         kinds = [set(tokens.nth(i).get_attribute("class").split()) & {"less", "more", "same"} for i in range(6)]
         assert kinds == [{"same"}, {"less"}, {"more"}, {"same"}, {"less"}, {"same"}]
@@ -390,8 +408,8 @@ def test_colour_says_which_way_and_how_much(tmp_path, browser):
         )
 
 
-def test_the_keyboard_reaches_every_token(tmp_path, browser):
-    with Opened(browser, write_report([write_run(tmp_path / "one")])) as opened:
+def test_the_keyboard_reaches_every_token(one_page, browser):
+    with Opened(browser, one_page) as opened:
         page = opened.page
         assert page.locator(".tokens [tabindex='0']").count() == 1  # one stop, arrow keys within
         page.get_by_role("button", name="Next token with a divergence").focus()
@@ -437,12 +455,11 @@ def test_hostile_text_is_only_text(tmp_path, browser):
         assert page.locator("img").count() == 0
 
 
-def test_light_and_dark_differ_and_the_button_changes_them(tmp_path, browser):
-    file = write_report([write_run(tmp_path / "one")])
+def test_light_and_dark_differ_and_the_button_changes_them(one_page, browser):
     look = "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
     seen = {}
     for scheme in ("light", "dark"):
-        with Opened(browser, file, scheme) as opened:
+        with Opened(browser, one_page, scheme) as opened:
             seen[scheme] = opened.page.evaluate(look)
             opened.page.locator("#theme").click()
             seen[f"not {scheme}"] = opened.page.evaluate(look)
@@ -478,24 +495,22 @@ CONTRAST = """() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_all_text_has_contrast(tmp_path, browser, scheme):
-    runs = [write_run(tmp_path / "one"), write_run(tmp_path / "two", objective__beta=1.0)]
-    with Opened(browser, write_report(runs, tmp_path / "r.html"), scheme) as opened:
+def test_all_text_has_contrast(two_page, browser, scheme):
+    with Opened(browser, two_page, scheme) as opened:
         assert opened.page.evaluate(CONTRAST) == []
 
 
-@pytest.mark.parametrize("width", [340, 390, 1200])
-def test_nothing_is_wider_than_the_screen(tmp_path, browser, width):
-    runs = [write_run(tmp_path / "a-run-with-quite-a-long-name"), write_run(tmp_path / "two", objective__beta=1.0)]
-    with Opened(browser, write_report(runs, tmp_path / "r.html"), width=width) as opened:
-        assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
+def test_nothing_is_wider_than_the_screen(two_page, browser):
+    with Opened(browser, two_page) as opened:
+        for width in opened.widths(340, 390, 1200):
+            assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 BOX = "e => { const b = e.getBoundingClientRect(); return [b.left, b.top, b.right, b.bottom]; }"
 
 
 def boxes(locator):
-    return [locator.nth(i).evaluate(BOX) for i in range(locator.count())]
+    return locator.evaluate_all(f"all => all.map({BOX})")
 
 
 def evaluated(path, base, teacher, trained, wide=0.05):
@@ -508,25 +523,25 @@ def evaluated(path, base, teacher, trained, wide=0.05):
     return run
 
 
-@pytest.mark.parametrize("width", [390, 1200])
 @pytest.mark.parametrize("accuracies", [
     [(0.0, 0.0, 0.0)], [(1.0, 1.0, 1.0)], [(0.5, 0.5, 0.5)], [(0.31, 0.3, 0.3)], [(0.1, 0.9, 0.5)],
     [(0.3 + n / 50, 0.4 + n / 50, 0.5) for n in range(4)], [(n / 90, 1 - n / 90, 0.5) for n in range(10)],
 ])  # fmt: skip
-def test_the_labels_of_teacher_and_base_never_overlap(tmp_path, browser, accuracies, width):
+def test_the_labels_of_teacher_and_base_never_overlap(tmp_path, browser, accuracies):
     runs = [evaluated(tmp_path / str(n), *values) for n, values in enumerate(accuracies)]
-    with Opened(browser, write_report(runs, tmp_path / "r.html"), width=width) as opened:
+    with Opened(browser, write_report(runs, tmp_path / "r.html")) as opened:
         labels = opened.page.locator("[data-accuracy] .note")
-        (plot,) = boxes(opened.page.locator("[data-accuracy] .plot svg"))
         assert {"teacher", "base"} <= set(labels.all_text_contents())
-        found = sorted(boxes(labels), key=lambda box: box[1])
-        for above, below in itertools.pairwise(found):
-            assert above[3] <= below[1] + 1
-        for left, top, right, bottom in found:
-            assert plot[0] <= left < right <= plot[2]
-            assert plot[1] <= top + 1 < bottom <= plot[3]
-            # beside what is drawn, not over it
-            assert all(left >= drawn[2] for drawn in boxes(opened.page.locator("[data-accuracy] .point")))
+        for _ in opened.widths(390, 1200):
+            (plot,) = boxes(opened.page.locator("[data-accuracy] .plot > svg"))
+            drawn = max(box[2] for box in boxes(opened.page.locator("[data-accuracy] .point")))
+            found = sorted(boxes(labels), key=lambda box: box[1])
+            for above, below in itertools.pairwise(found):
+                assert above[3] <= below[1] + 1
+            for left, top, right, bottom in found:
+                assert plot[0] <= left < right <= plot[2]
+                assert plot[1] <= top + 1 < bottom <= plot[3]
+                assert left >= drawn  # beside what is drawn, not over it
 
 
 @pytest.mark.parametrize(("values", "wide", "ticks"), [
@@ -537,11 +552,11 @@ def test_the_labels_of_teacher_and_base_never_overlap(tmp_path, browser, accurac
 ])  # fmt: skip
 def test_no_interval_fills_the_plot_of_the_accuracies(tmp_path, browser, values, wide, ticks):
     with Opened(browser, write_report([evaluated(tmp_path / "one", *values, wide=wide)])) as opened:
-        svg = opened.page.locator("[data-accuracy] .plot svg")
+        svg = opened.page.locator("[data-accuracy] .plot > svg")
         ((_, top, _, bottom),) = boxes(svg)
         ((_, high, _, low),) = boxes(svg.locator(".band"))
         assert 0 < low - high <= 0.4 * (bottom - top)
-        marks = [float(text) for text in svg.locator(".tick[text-anchor=end][x='38']").all_text_contents()]
+        marks = [float(text) for text in svg.locator(".tick.y").all_text_contents()]
         assert [marks[0], marks[-1]] == pytest.approx(ticks, abs=3)
         assert marks[-1] <= 100
 
@@ -555,34 +570,35 @@ def test_a_teacher_that_runs_share_is_drawn_once(tmp_path, browser):
         assert opened.page.locator("[data-accuracy] .reference").count() == 3
 
 
-@pytest.mark.parametrize("width", [340, 390, 700, 1000, 1200])
 @pytest.mark.parametrize("missing", [(), ("teacher",), ("base", "teacher", "trained", "step 6")])
-def test_every_row_of_tiles_is_full(tmp_path, browser, width, missing):
+def test_every_row_of_tiles_is_full(tmp_path, browser, missing):
     run = write_run(tmp_path / "one")
     lines = (run / "evaluations.jsonl").read_text().splitlines(keepends=True)
     kept = [line for line in lines if json.loads(line)["name"] not in missing]
     (run / "evaluations.jsonl").write_text("".join(kept))
-    with Opened(browser, write_report([run]), width=width) as opened:
-        (within, *_) = boxes(opened.page.locator(".tiles"))
-        rows: dict[float, list[list[float]]] = {}
-        for box in boxes(opened.page.locator(".tile")):
-            rows.setdefault(round(box[1]), []).append(box)
-        for row in rows.values():
-            assert row[0][0] == pytest.approx(within[0], abs=1)
-            assert row[-1][2] == pytest.approx(within[2], abs=1)
-        assert opened.page.locator(".tile dd").evaluate_all("all => all.every(e => e.scrollWidth <= e.clientWidth)")
+    with Opened(browser, write_report([run])) as opened:
+        for _ in opened.widths(340, 390, 700, 1000, 1200):
+            (within, *_) = boxes(opened.page.locator(".tiles"))
+            rows: dict[float, list[list[float]]] = {}
+            for box in boxes(opened.page.locator(".tile")):
+                rows.setdefault(round(box[1]), []).append(box)
+            for row in rows.values():
+                assert row[0][0] == pytest.approx(within[0], abs=1)
+                assert row[-1][2] == pytest.approx(within[2], abs=1)
+            values = opened.page.locator(".tile dd")
+            assert values.evaluate_all("all => all.every(e => e.scrollWidth <= e.clientWidth)")
 
 
-@pytest.mark.parametrize("width", [340, 390, 1200])
-def test_every_section_link_is_in_sight(tmp_path, browser, width):
+def test_every_section_link_is_in_sight(tmp_path, browser):
     run = write_run(tmp_path / "one")
     append(run / "metrics.jsonl", {"step": 13, "loss": 1.0, "warnings": ["short"]})
-    with Opened(browser, write_report([run]), width=width) as opened:
+    with Opened(browser, write_report([run])) as opened:
         links = opened.page.locator("#links a")
         assert links.count() == 6
-        ((least, _, most, _),) = boxes(opened.page.locator("#links"))
-        assert all(least <= left < right <= most <= width for left, _, right, _ in boxes(links))
-        assert opened.page.locator("#links").evaluate("e => e.scrollWidth <= e.clientWidth")
+        for width in opened.widths(340, 390, 1200):
+            ((least, _, most, _),) = boxes(opened.page.locator("#links"))
+            assert all(least <= left < right <= most <= width for left, _, right, _ in boxes(links))
+            assert opened.page.locator("#links").evaluate("e => e.scrollWidth <= e.clientWidth")
 
 
 # The brightness of a few pixels at the left and at the right end of a picture's row of pixels.
@@ -598,8 +614,8 @@ ENDS = """async picture => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_table_that_goes_on_beyond_the_edge_has_a_shadow_there(tmp_path, browser, scheme):
-    with Opened(browser, write_report([write_run(tmp_path / "one")]), scheme, width=390) as opened:
+def test_a_table_that_goes_on_beyond_the_edge_has_a_shadow_there(one_page, browser, scheme):
+    with Opened(browser, one_page, scheme, width=390) as opened:
         table = opened.page.locator("[aria-label=Evaluations]")
         assert table.evaluate("e => e.scrollWidth > e.clientWidth && getComputedStyle(e).overflowX === 'auto'")
 
@@ -646,13 +662,13 @@ def test_several_runs_are_drawn_apart_and_read_together(tmp_path, browser):
     runs = [write_run(tmp_path / "one"), write_run(tmp_path / "two", steps=9, objective__beta=1.0)]
     with Opened(browser, write_report(runs, tmp_path / "r.html")) as opened:
         page = opened.page
-        lines = page.locator("[data-chart='2'] .line")
+        lines = page.locator("[data-chart='2'] .plot:visible .line")
         assert lines.count() == 2
         look = "e => [getComputedStyle(e).stroke, getComputedStyle(e).strokeDasharray]"
         first, second = (lines.nth(i).evaluate(look) for i in range(2))
         assert first[0] != second[0]
         assert first[1] != second[1]
-        chart = page.locator("[data-chart='0'] svg[role=slider]")
+        chart = page.locator("[data-chart='0'] svg[role=slider]:visible")
         chart.focus()
         page.keyboard.press("Home")
         page.keyboard.press("ArrowRight")
@@ -666,11 +682,53 @@ def test_several_runs_are_drawn_apart_and_read_together(tmp_path, browser):
         chart.hover(position={"x": 48, "y": 60})
         assert page.locator("[data-chart='2'] .at").inner_text() == "step 1"
         page.locator("#log").check()
-        assert page.locator("[data-chart='0'] .line").count() == 4
-        page.locator("#pick-run").select_option("1")
-        assert "step 3" in page.locator(".about").inner_text()
+        assert page.locator("[data-chart='0'] .plot:visible .line").count() == 4
+        options = page.locator("#pick-sample option").all_inner_texts()
+        assert [" ".join(text.split()) for text in options][1:4] == [
+            "one · step 8 · problem at 8",
+            "one · step 12 · problem at 12",
+            "two · step 3 · problem at 3",
+        ]
+        page.locator("#pick-sample").select_option("3")
+        assert "two · step 3" in page.locator(".about").inner_text()
         page.get_by_role("button", name="Next rollout").click()
+        assert "two · step 6" in page.locator(".about").inner_text()
         assert "problem at 6" in page.locator(".about").inner_text()
+
+
+def test_curves_are_drawn_without_scripts(one_page, browser):
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(one_page.absolute().as_uri())
+    assert page.locator("[data-chart] .plot:visible .line").count() >= 5
+    assert page.locator("[data-accuracy] .point").count() == 3  # base, step 6, trained
+    assert "need JavaScript" in page.inner_text("body")
+    assert not page.locator("#token-view").is_visible()
+    context.close()
+
+
+def heights(points):
+    """Of the points of a drawn path, in percent of the plot from its top."""
+    return [float(pair.split()[1]) for pair in re.findall(r"[\d.e-]+ [\d.e-]+", points)]
+
+
+def test_a_curve_lies_where_its_values_are_on_both_axes(one_page, browser):
+    with Opened(browser, one_page) as opened:
+        path = opened.page.locator("[data-chart='0'] .plot:visible .line").first
+        linear = heights(path.get_attribute("d"))  # of the losses 1, 1/2, ... 1/12
+        for step in range(2, 12):
+            share = (1 / step - 1 / 12) / (1 - 1 / 12)
+            assert (linear[-1] - linear[step - 1]) / (linear[-1] - linear[0]) == pytest.approx(share, abs=1e-3)
+        opened.page.locator("#log").check()
+        logarithmic = heights(path.get_attribute("d"))
+        for step in range(2, 12):
+            share = math.log(12 / step) / math.log(12)
+            whole = logarithmic[-1] - logarithmic[0]
+            assert (logarithmic[-1] - logarithmic[step - 1]) / whole == pytest.approx(share, abs=1e-3)
+        opened.page.locator("[data-chart='0'] svg[role=slider]:visible").focus()
+        opened.page.keyboard.press("Home")
+        dot = opened.page.locator("[data-chart='0'] .plot:visible .dot").first.get_attribute("cy")
+        assert float(dot.rstrip("%")) == pytest.approx(logarithmic[0], abs=0.1)
 
 
 @pytest.mark.parametrize("content", ["one step", "gap", "no evaluation", "nothing but nulls"])
@@ -686,7 +744,7 @@ def test_sparse_runs_draw_without_errors(tmp_path, browser, content):
         nothing = {"text": None, "id": None, "p_student": None, "divergence": None, "alternatives": None}
         append(run / "samples.jsonl", {"step": None, "rollout": "x", "view": [nothing, {}]})
     with Opened(browser, write_report([run])) as opened:
-        assert opened.page.locator("[data-chart='0'] .point").count() == 1  # a point that no line reaches
+        assert opened.page.locator("[data-chart='0'] .plot:visible .point").count() == 1  # a point that no line reaches
         assert opened.page.locator("[data-chart]").count() == 1
 
 
@@ -721,7 +779,7 @@ def test_a_real_run_is_reported(tmp_path, browser):
         assert "Finished after 3 steps" in page.inner_text("body")
 
 
-def test_the_templates_are_part_of_the_package():
-    code = "from importlib import resources as r; print(all((r.files('opsd') / f'report.{e}').is_file() for e in "
-    code += "('html', 'css', 'js')))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "True\n"
+def test_the_templates_styles_and_script_are_part_of_the_package():
+    files = resources.files("opsd.report")
+    for name in ("page.html.j2", "macros.html.j2", "style.css", "script.js"):
+        assert (files / name).is_file()
