@@ -3,12 +3,40 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 torch.set_num_threads(1)  # the tensors are small, and the tests themselves run in parallel
 
 for folder in ("kernels", "opsd"):  # their helper modules
     sys.path.insert(0, str(Path(__file__).parent / folder))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="also the cases that tests mark as exhaustive or thinned")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in (
+        "exhaustive: runs with --all only",
+        "thinned(n): without --all, the cases of a grid whose indices add up to a multiple of n: every value is among "
+        "them where the other parameters have n values between them",
+    ):
+        config.addinivalue_line("markers", line)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--all"):
+        return
+    kept: list[pytest.Item] = []
+    left: list[pytest.Item] = []
+    for item in items:
+        thinned = item.get_closest_marker("thinned")
+        indices = item.callspec.indices.values() if thinned and hasattr(item, "callspec") else ()
+        out = item.get_closest_marker("exhaustive") or (thinned and sum(indices) % thinned.args[0])
+        (left if out else kept).append(item)
+    config.hook.pytest_deselected(items=left)
+    items[:] = kept
 
 
 def _repair_interpreter() -> None:

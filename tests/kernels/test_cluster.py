@@ -110,11 +110,13 @@ def check(
 @pytest.mark.parametrize(("std", "gap"), [(3.0, 1.0), (4.0, 0.05), (4.0, 1e-3), (5.0, 1e-3)])
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize(("vocab", "blocks"), [(32003, 2), (50257, 2)])
+@pytest.mark.thinned(4)
 def test_peaked_logits_and_small_gaps(host, vocab, blocks, beta, std, gap):
     check(host, *peaked(32, vocab, gap, std), Objective.checked(beta=beta), blocks=blocks)
 
 
 @pytest.mark.parametrize(("beta", "gap"), [(0.5, 1.0), (0.5, 1e-3), (0.0, 1e-3), (1.0, 0.05)])
+@pytest.mark.exhaustive
 def test_a_large_vocabulary_in_sixteen_blocks(host, beta, gap):
     check(host, *peaked(8, 151_936, gap), Objective.checked(beta=beta), blocks=16)
 
@@ -128,6 +130,7 @@ def test_any_mixture(host, beta, dz_bound):
 
 @pytest.mark.parametrize("vocab", [1, 2, 3, 5, 127, 128, 129, 515, 4112])
 @pytest.mark.parametrize("blocks", [1, 2, 16])
+@pytest.mark.thinned(3)
 def test_more_parts_than_there_are_columns_for(host, blocks, vocab):
     student, teacher = peaked(5, vocab, 0.5)
     want, want_dz = expected(student, teacher, Objective.checked())
@@ -139,6 +142,7 @@ def test_more_parts_than_there_are_columns_for(host, blocks, vocab):
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("top", [14.0, 17.0, 22.0])  # a probability of about 0.99, and all but 1e-3 or 1e-6 of it
+@pytest.mark.thinned(3)
 def test_a_student_that_is_sure_of_a_token(host, top, beta, clip):
     """And a teacher that leans to it less, or is sure of another, or lacks it; in whichever part the token is."""
     vocab, objective = 5003, Objective.checked(beta=beta, entry_clip=clip)
@@ -160,6 +164,7 @@ def test_a_student_that_is_sure_of_a_token(host, top, beta, clip):
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("constant", [0.0, 41.3])  # between the models: of no consequence, but for its digits
 @pytest.mark.parametrize("peak", [15.0, 22.0])
+@pytest.mark.thinned(2)
 def test_models_that_agree_on_a_sure_token(host, peak, constant, beta):
     for gap in (1e-3, 1e-2):
         student, teacher = close_pair(32, 4112, gap, peak)
@@ -181,6 +186,7 @@ def test_equal_models_have_no_divergence(host, beta):
 @pytest.mark.parametrize("options", [{}, {"softcap": 8.0}, {"logit_scale": 0.8, "teacher_logit_scale": 0.9}], ids=str)
 @pytest.mark.parametrize("clip", [None, 0.02])
 @pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.thinned(3)
 def test_minus_infinity_in_every_pattern(host, beta, clip, options):
     student, teacher = peaked(10, 1031, 0.3)
     student[0, 3:9] = -INF
@@ -213,12 +219,14 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.thinned(3)
 def test_options(host, beta, options):
     check(host, *peaked(32, 4112, 0.5), Objective.checked(beta=beta, **options))
 
 
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.thinned(2)
 def test_small_gaps_under_a_temperature_or_a_cap_and_a_constant(host, beta, softcap):
     student, teacher = peaked(32, 4112, 1e-3)
     check(host, student, teacher, Objective.checked(beta=beta, temperature=0.8, softcap=softcap))
@@ -255,6 +263,7 @@ def test_row_weights(host):
 # a slice of a warp has no, one or two whole chunks of 128 quads, and a rest
 @pytest.mark.parametrize(("vocab", "blocks"), [(4096, 1), (4097, 1), (9005, 1), (9008, 2)])
 @pytest.mark.parametrize(("padding", "start"), [(0, 0), (1, 0), (3, 0), (4, 0), (4, 1), (2, 2)])
+@pytest.mark.thinned(3)
 def test_rows_of_any_stride_and_place(host, vocab, blocks, padding, start):
     """In bulk or word by word, copied early or late, dz in the student's place: the same bits, and none beside it."""
     student, teacher = peaked(5, vocab, 0.5)
@@ -376,6 +385,7 @@ def instructions_per_entry(code: list[Instruction]) -> dict[str, float]:
     return phases
 
 
+@pytest.mark.exhaustive
 def test_every_kernel_leaves_room_for_two_blocks_and_spills_nothing(compiled):
     report, _ = compiled
     kernels = re.findall(
@@ -393,6 +403,7 @@ def test_every_kernel_leaves_room_for_two_blocks_and_spills_nothing(compiled):
 
 
 @pytest.mark.parametrize(("vocab", "fitting"), [(151_936, 2), (262_144, 1), (cluster_backend.MOST_COLUMNS, 1)])
+@pytest.mark.exhaustive
 def test_blocks_fit_a_multiprocessor(compiled, vocab, fitting):
     used = ctypes.CDLL(str(compiled[1])).opsd_cluster_shared_bytes(ctypes.c_int64(vocab), 16)
     assert used >= 8 * vocab / 16
@@ -401,6 +412,7 @@ def test_blocks_fit_a_multiprocessor(compiled, vocab, fitting):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.exhaustive
 def test_instructions_per_entry(binary, kind):
     (code,) = (code for name, code in binary.items() if kernel_name(kind) in name)
     phases = instructions_per_entry(code)
@@ -409,6 +421,7 @@ def test_instructions_per_entry(binary, kind):
     assert sum(phases.values()) <= MOST_INSTRUCTIONS[kind]
 
 
+@pytest.mark.exhaustive
 def test_no_kernel_touches_local_memory_and_all_copy_in_bulk(binary):
     for name, code in binary.items():
         texts = [instruction.text for instruction in code]
@@ -449,6 +462,7 @@ def test_it_needs_nvcc_or_a_library(monkeypatch, tmp_path):
     assert "absent.so" in reason
 
 
+@pytest.mark.exhaustive
 def test_a_built_library_loads_and_names_its_errors(compiled, monkeypatch):
     monkeypatch.setenv(cluster_backend.LIBRARY_VARIABLE, str(compiled[1]))
     library, reason = cluster_backend._load.__wrapped__()

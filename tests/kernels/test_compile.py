@@ -40,6 +40,7 @@ CALLS = {
 
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("name", CALLS)
+@pytest.mark.thinned(2)
 def test_compiled_equals_eager_without_a_graph_break(name, trainable):
     torch._dynamo.reset()
 
@@ -56,6 +57,7 @@ def test_compiled_equals_eager_without_a_graph_break(name, trainable):
 
 
 @pytest.mark.parametrize("name", CALLS)
+@pytest.mark.thinned(3)
 def test_no_cuda_graph_holds_the_loss(name):
     """By the question that Inductor asks of a graph: a capture would freeze how many tokens the mask has."""
     torch._dynamo.reset()

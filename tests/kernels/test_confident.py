@@ -72,6 +72,7 @@ clipped_or_not = pytest.mark.parametrize("options", [{}, {"entry_clip": 0.05}], 
 @every_beta
 @clipped_or_not
 @pytest.mark.parametrize("top", SURE)
+@pytest.mark.thinned(2)
 def test_a_teacher_that_prefers_another_token(top, options, beta, name):
     for nearer in (1.0, -8.0, -12.0):  # a little less likely than the student's top, or far likelier
         student, teacher = rows(top, top - nearer, 0.3)
@@ -82,6 +83,7 @@ def test_a_teacher_that_prefers_another_token(top, options, beta, name):
 @every_beta
 @clipped_or_not
 @pytest.mark.parametrize("top", SURE)
+@pytest.mark.thinned(2)
 def test_a_teacher_that_agrees(top, options, beta, name):
     student, teacher = rows(top, None, 1e-3)
     want = close_divergence(student, teacher, beta)  # nothing is clipped
@@ -91,6 +93,7 @@ def test_a_teacher_that_agrees(top, options, beta, name):
 @every_backend
 @every_beta
 @clipped_or_not
+@pytest.mark.thinned(2)
 def test_under_a_temperature_a_cap_and_a_constant(options, beta, name):
     student, teacher = rows(17.0, 16.0, 0.3, offset=16.0)
     check(name, student, teacher, Objective.checked(beta=beta, temperature=0.9, **options))

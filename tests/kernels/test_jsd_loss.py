@@ -32,6 +32,7 @@ LOGITS = [
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("support", SUPPORTS, ids=str)
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.thinned(2)
 def test_values_and_gradients_match_the_reference(beta, support, dtype):
     student, teacher, weight = problem(23, 16, 301)
     bias = torch.randn(301, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -247,6 +248,7 @@ NO, YES = -math.inf, 0.0
 
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.thinned(2)
 def test_every_infinite_case(beta, clip):
     """Rows: mass missing in the student, in the teacher, in both, everywhere in one or both; and a plain row."""
     base_s, base_t = torch.tensor([0.3, -1.0, 2.0, 0.5]), torch.tensor([0.1, -0.5, 1.0, 0.9])

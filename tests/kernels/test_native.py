@@ -118,6 +118,7 @@ def check(student: Tensor, teacher: Tensor, objective: Objective, tolerance: flo
 @needs_library
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.thinned(3)
 def test_every_column_and_the_gradient_match_the_definitions(beta, options):
     check(*logits(5, 501, gap=0.5), Objective.checked(beta=beta, **options), tolerance=1e-5)
 
@@ -126,6 +127,7 @@ def test_every_column_and_the_gradient_match_the_definitions(beta, options):
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("options", [{}, {"softcap": 8.0}], ids=str)
+@pytest.mark.thinned(2)
 def test_minus_infinity_in_every_pattern(beta, clip, options):
     student, teacher = logits(9, 83)
     student[0, 3:9] = -INF
@@ -145,6 +147,7 @@ def test_minus_infinity_in_every_pattern(beta, clip, options):
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("clips", [{}, {"entry_clip": 0.05}, {"token_clip": 0.05}], ids=str)
 @pytest.mark.parametrize("where", [0, 50, 52])
+@pytest.mark.thinned(3)
 def test_nan_stays_visible(beta, clips, where):
     for which in (0, 1):
         pair = logits(3, 53)
@@ -160,6 +163,7 @@ def test_nan_stays_visible(beta, clips, where):
 @needs_library
 @pytest.mark.parametrize("vocab", [1, 2, 7, 15, 16, 17, 501, 1024, 1025, 32003])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.thinned(3)
 def test_every_length_of_row(vocab, beta):
     student, teacher = logits(2, vocab)
     if vocab == 1:  # one token has all the mass
@@ -185,6 +189,7 @@ def test_no_rows_and_one_row():
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("vocab", [32003, 50257])
+@pytest.mark.thinned(2)
 def test_accuracy_does_not_depend_on_the_gap(beta, clip, vocab):
     objective = Objective.checked(beta=beta, entry_clip=clip)
     for gap in (1.0, 1e-3):
@@ -449,6 +454,7 @@ def _cpu_flags() -> set[str]:
 @needs_library
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86-64 instruction sets")
 @pytest.mark.parametrize(("target", "lanes"), [((), 4), (("-mavx2", "-mfma"), 8)])
+@pytest.mark.exhaustive
 def test_other_instruction_sets_give_the_same(tmp_path, monkeypatch, target, lanes):
     monkeypatch.setattr(library, "TARGETS", (target,))
     path = tmp_path / "rows.so"

@@ -153,6 +153,7 @@ def check(name: str, student: Tensor, teacher: Tensor, objective: Objective) -> 
 @every_backend
 @every_beta
 @pytest.mark.parametrize("support", SUPPORTS, ids=str)
+@pytest.mark.thinned(3)
 def test_options(beta, support, name):
     for options in OPTIONS:
         check(name, *logits(3, 301), Objective.checked(beta=beta, **support, **options))
@@ -161,6 +162,7 @@ def test_options(beta, support, name):
 @every_backend
 @every_beta
 @pytest.mark.parametrize("support", SUPPORTS, ids=str)
+@pytest.mark.thinned(3)
 def test_minus_infinity_in_every_pattern(beta, support, name):
     student, teacher = logits(10, 301)
     order = teacher.argsort(descending=True)
@@ -182,6 +184,7 @@ def test_minus_infinity_in_every_pattern(beta, support, name):
 @every_beta
 @pytest.mark.parametrize("tail", [False, True])
 @pytest.mark.parametrize(("vocab", "k"), [(1, 1), (2, 1), (7, 7), (17, 16), (33, 32), (300, 1), (301, 301)])
+@pytest.mark.thinned(3)
 def test_sizes(vocab, k, tail, beta, name):
     student, teacher = logits(3, vocab)
     objective = Objective.checked(beta=beta, top_k=k, tail_bucket=tail)
@@ -210,6 +213,7 @@ def test_accuracy_does_not_depend_on_the_gap(beta, name):
 @every_backend
 @every_beta
 @pytest.mark.parametrize("options", [{"temperature": 0.7}, {"softcap": 30.0}], ids=str)
+@pytest.mark.thinned(2)
 def test_nor_does_it_under_a_temperature_or_a_cap(options, beta, name):
     student, teacher = logits(16, 1027, 1e-3)
     objective = Objective.checked(beta=beta, top_k=20, tail_bucket=True, **options)
@@ -247,6 +251,7 @@ def test_narrow_dz(tail, name):
 @every_backend
 @every_beta
 @pytest.mark.parametrize("which", ["student", "teacher"])
+@pytest.mark.thinned(2)
 def test_nan_stays_visible(which, beta, name):
     for clips in ({}, {"entry_clip": 0.05}, {"token_clip": 0.05}):
         pair = dict(zip(("student", "teacher"), logits(4, 301), strict=True))
@@ -276,6 +281,7 @@ def test_equal_logits_at_the_edge_of_the_support(name):
 @every_backend
 @pytest.mark.parametrize("tail", [False, True])
 @every_beta
+@pytest.mark.thinned(2)
 def test_a_cached_teacher(beta, tail, name):
     student, teacher, weight = problem(9, 8, 301, gap=1.0)
     student[3] *= 30  # nearly certain

@@ -40,9 +40,10 @@ RUNS = [
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 @pytest.mark.parametrize(("group", "file"), RUNS)
-def test_under_the_interpreter(group: str, file: str) -> None:
+def test_under_the_interpreter(group: str, file: str, request: pytest.FixtureRequest) -> None:
     root, path = Path(__file__).resolve().parents[2], str(Path(__file__).with_name(file))
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", group, path]
+    command += ["--all"] * request.config.getoption("--all")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
     run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
@@ -114,6 +115,7 @@ OPTIONS = [
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.thinned(3)
 def test_options(beta: float, options: dict, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layout(monkeypatch, splits, block=256 if splits == 1 else 128)
     student, teacher = logits(3, 501)
@@ -149,6 +151,7 @@ def test_options(beta: float, options: dict, splits: int, monkeypatch: pytest.Mo
     ids=["plain", "split", "temperature", "cap", "clip"],
 )
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.thinned(2)
 def test_accuracy(
     beta: float, options: dict, splits: int, gaps: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +168,7 @@ def test_accuracy(
 @inner
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.thinned(2)
 def test_accuracy_where_one_token_is_nearly_certain(beta: float, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layout(monkeypatch, splits, block=1024 // splits)
     for gap, peak in ((1e-2, 16.0), (1e-3, 12.0), (1e-3, 16.0), (1e-3, 20.0)):
@@ -300,6 +304,7 @@ def masked(vocab: int) -> tuple[Tensor, Tensor]:
     ids=["plain", "entry", "token", "cap", "scales"],
 )
 @pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
+@pytest.mark.thinned(3)
 def test_infinities(beta: float, options: dict, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layout(monkeypatch, splits, block=256 if splits == 1 else 128)
     student, teacher = masked(501)
@@ -319,6 +324,7 @@ def test_infinities(beta: float, options: dict, splits: int, monkeypatch: pytest
 @inner
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
+@pytest.mark.thinned(3)
 def test_nan_stays_visible(beta: float, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layout(monkeypatch, splits, block=128)
     for options in ({}, {"entry_clip": 0.01, "token_clip": 0.5}):
@@ -332,6 +338,7 @@ def test_nan_stays_visible(beta: float, splits: int, monkeypatch: pytest.MonkeyP
 @inner
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
+@pytest.mark.thinned(3)
 def test_levels_too_far_apart_for_one_maximum(beta: float, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layout(monkeypatch, splits, block=128)
     student, teacher = logits(4, 501)
@@ -350,6 +357,7 @@ def test_levels_too_far_apart_for_one_maximum(beta: float, splits: int, monkeypa
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("tokens", [0, 1, 3])
 @pytest.mark.parametrize("vocab", [1, 7, 256, 2053])
+@pytest.mark.thinned(3)
 def test_sizes(vocab: int, tokens: int, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layout(monkeypatch, splits)
     student, teacher = logits(tokens, vocab)
@@ -364,6 +372,7 @@ def test_sizes(vocab: int, tokens: int, splits: int, monkeypatch: pytest.MonkeyP
 @inner
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
+@pytest.mark.thinned(2)
 def test_dz_in_the_students_place(beta: float, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layout(monkeypatch, splits, block=128)
     student, teacher = logits(3, 501)
@@ -463,6 +472,7 @@ def test_bits() -> None:
 @inner
 @pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(1.3), LogitTransform(1.2, 20.0)])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.thinned(2)
 def test_logprobs(transform: LogitTransform, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
     layout(monkeypatch, block=128)
     z, _ = logits(5, 501)

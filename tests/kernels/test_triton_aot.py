@@ -13,6 +13,7 @@ from opsd_kernels.triton_jit import INTERPRETED
 pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 replaces the compiler"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.exhaustive,
 ]
 
 ARCHITECTURES = (80, 90, 100)

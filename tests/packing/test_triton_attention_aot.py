@@ -14,6 +14,7 @@ from opsd_kernels.triton_jit import INTERPRETED
 pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 replaces the compiler"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.exhaustive,
 ]
 
 # What a program may have at most. Those for 8.0 serve 8.6, 8.9 and 12.x as well, which have less than its 163 KiB.
