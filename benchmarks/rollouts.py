@@ -6,7 +6,7 @@ reported apart.
 
 `generate` of transformers runs with a cache that grows ("dynamic") or with one of fixed size ("static", and "static,
 compiled", which transformers does by itself on a GPU), "continuous" is its `generate_batch`; "opsd" is
-`opsd.rollouts.generate`, which is on a dynamic cache and keeps the sampler's log-probabilities.
+`opsd.engines.generate.generate`, which is on a dynamic cache and keeps the sampler's log-probabilities.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from benchmarks.measure import peak_bytes
 from benchmarks.packing import Shape
 from benchmarks.record import Record, release
 from benchmarks.step import SHAPES
-from opsd.rollouts import Sampling, generate
+from opsd.engines.generate import generate
+from opsd.rollouts import Sampling
 
 Write = Callable[[Any, list[list[int]], int], list[int]]
 """(model, prompts, new tokens) → how many tokens each rollout has."""

@@ -12,7 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from opsd.config import ConfigError
+from opsd.errors import ConfigError, DataError
 
 FIELDS = ("problem", "solution", "answer", "teacher_prompt")
 SYNONYMS = {"prompt": "problem", "privileged_context": "solution"}
@@ -20,10 +20,6 @@ SPLITS = {"train": ("train",), "eval": ("eval", "validation", "test")}
 
 Messages = list[dict[str, Any]]
 """A chat: dicts of `role` and `content`, both text. What else a message holds is left for the chat template."""
-
-
-class DataError(ConfigError):
-    """A row that cannot be used, named by file, line and reason."""
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from opsd import models
-from opsd.config import Config, ConfigError, load_config, sections, yaml_options
-from opsd.data import DataError
-from opsd.evaluate import Answer, Context, Evaluation, answer, check_examples, summarise
-from opsd.prompts import Example, Prompter, read_examples
-from opsd.scorers import Undecided, scorer_of
+from opsd.config import Config, load_config, yaml_options
+from opsd.engines import GenerateEngine
+from opsd.errors import ConfigError, Undecided
+from opsd.evaluation import Answer, Context, Evaluation, Evaluator, check_examples, summarise
+from opsd.prompts import Prompter, read_examples
+from opsd.scorers import scorer_of
 
 # The options that change an evaluation, a whole section or one option, and those of the sections that do not.
 USED = {"model", "data", "prompts", "rollout.max_new_tokens", "eval", "run.seed", "run.device", "run.threads"}
@@ -51,10 +51,11 @@ class Report:
 
     def summary(self) -> dict[str, Any]:
         """Everything but the answers, for JSON."""
-        options = {
-            section: {name: value for name, value in values.items() if is_used(f"{section}.{name}")}
-            for section, values in sections(self.config).items()
-        }
+        options: dict[str, dict[str, Any]] = {}
+        for name, value in self.config.options().items():
+            if is_used(name):
+                section, _, option = name.partition(".")
+                options.setdefault(section, {})[option] = value
         return {
             "model": self.config.model.path,
             "data": self.config.data.eval,
@@ -63,7 +64,7 @@ class Report:
             "rows_skipped": self.rows_skipped,
             "rows_too_long": self.rows_too_long,
             "seconds": self.seconds,
-            "options": {section: values for section, values in options.items() if values},
+            "options": options,
         }
 
     def write(self, output: Path) -> Path:
@@ -128,13 +129,9 @@ def evaluation_config(
     if not below:
         return config, None
     # Those that are the defaults anyway, or that the user gave, need not be told.
-    plain = dict(_pairs(Config()))
+    plain = Config().options()
     told = [f"{name} {_shown(value)}" for name, value in below if name not in named and value != plain.get(name)]
     return config, f"defaults from {of_run}: {', '.join(told) or 'as opsd has them'}"
-
-
-def _pairs(config: Config) -> list[tuple[str, Any]]:
-    return [(f"{section}.{name}", value) for section, of in sections(config).items() for name, value in of.items()]
 
 
 def _shown(value: Any) -> str:
@@ -149,50 +146,24 @@ def evaluate_model(config: Config, context: Context = "student") -> Report:
         ConfigError: the scorer, the model or the device cannot be had (`DataError` for a row that cannot be used).
     """
     began = time.perf_counter()
-    device = models.pick_device(config)
+    device = models.pick_device(config.run.device)
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
-    scorer = scorer_of(config)
+    scorer = scorer_of(config.eval)
     tokenizer = models.load_tokenizer(config.model.path)
-    data = read_examples(
-        config,
-        Prompter(tokenizer, config.prompts),
-        config.data.eval or "",
-        required=("problem", "answer"),
-        most=config.eval.max_problems,
-        reason=False,
-    )
+    prompter = Prompter(tokenizer, config.prompts)
+    most = config.eval.max_problems
+    data = read_examples(config.data, prompter, config.data.eval or "", required=("problem", "answer"), most=most)
     examples = data.examples
     with contextlib.suppress(Undecided):
         scorer("", examples[0].row)  # a fault of the scorer should show now, not after all the answers
     check_examples(examples, context)
-    model = models.load_trained(config, device)
-    _check_positions(config, model, examples, context)
-    ends = models.end_ids(model, tokenizer)
-    setting = _Setting(config, tokenizer, device, ends, models.pad_id(tokenizer, ends))
-    answers = answer(setting, model, examples, context, scorer)
-    evaluation = summarise(answers, config.eval.samples)
-    return Report(
-        evaluation, answers, config, context, len(data.skipped), len(data.too_long), time.perf_counter() - began
-    )
-
-
-@dataclass(frozen=True)
-class _Setting:
-    config: Config
-    tokenizer: Any
-    device: torch.device
-    end_ids: list[int]
-    pad_id: int
-
-
-def _check_positions(config: Config, model: nn.Module, examples: Sequence[Example], context: Context) -> None:
-    limit = models.decoder_limit(model)
+    model = models.load_trained(config.model, device)
     name = "eval.max_new_tokens" if config.eval.max_new_tokens else "rollout.max_new_tokens"
     new = config.eval.max_new_tokens or config.rollout.max_new_tokens
-    longest = max(len(getattr(example, context)) for example in examples)
-    if limit is not None and longest + new > limit:
-        raise DataError(
-            f"the longest prompt has {longest} tokens and {name} adds {new}, but the model has {limit} positions; "
-            f"lower data.max_prompt_tokens (with data.too_long drop) or {name}"
-        )
+    models.check_positions(model, [getattr(example, context) for example in examples], {name: new})
+    engine = GenerateEngine.of(model, tokenizer, config.model)
+    answers = Evaluator.of(config, tokenizer, engine, scorer).answers(model, examples, context)
+    evaluation = summarise(answers, config.eval.samples)
+    seconds = time.perf_counter() - began
+    return Report(evaluation, answers, config, context, len(data.skipped), len(data.too_long), seconds)

@@ -6,15 +6,18 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging
 
-from opsd.config import Config, ConfigError
+from opsd.errors import ConfigError, DataError
+from opsd.options import LoraConfig, ModelConfig
 from opsd_kernels.packing.hooks import outside_adapter
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -31,8 +34,6 @@ def load_tokenizer(path: str | None, option: str = "model.path") -> Any:
         ConfigError: there is none, or `path` is a run or a checkpoint, of which transformers would say odd things, or
             the path of nothing.
     """
-    from transformers import AutoTokenizer
-
     _check_no_run(path, option)
     _check_there(path, option)
     try:
@@ -41,11 +42,11 @@ def load_tokenizer(path: str | None, option: str = "model.path") -> Any:
         raise ConfigError(f"{_asked(option, path)}no tokenizer can be loaded: {error}") from error
 
 
-def hub_notes(config: Config) -> list[str]:
+def hub_notes(model_path: str | None, teacher_path: str | None = None) -> list[str]:
     """A line for each model that is no directory here, so that the hub will be asked for it, which may take long."""
     return [
         f"there is no directory {path}: the hub is asked for it ({option})"
-        for option, path in (("model.path", config.model.path), ("teacher.path", config.teacher.path))
+        for option, path in (("model.path", model_path), ("teacher.path", teacher_path))
         if path and not Path(path).exists() and HUB_ID.fullmatch(path)
     ]
 
@@ -87,38 +88,36 @@ def _check_no_run(path: str | None, option: str) -> None:
         raise ConfigError(f"{option} {path!r} is a run directory; {advice}")
 
 
-def load_weights(config: Config, path: str | None, option: str = "model.path") -> Any:
-    """The causal language model of `path`, in the types of `config.model`; errors call the path `option`.
+def load_weights(options: ModelConfig, path: str | None, option: str = "model.path") -> Any:
+    """The causal language model of `path`, in the types of `options`; errors call the path `option`.
 
     Raises:
         ConfigError: no model can be loaded.
     """
-    from transformers import AutoModelForCausalLM
-
     try:
         return AutoModelForCausalLM.from_pretrained(
             path,  # type: ignore[arg-type]
-            dtype=getattr(torch, config.model.dtype),
-            attn_implementation=config.model.attn_implementation,
+            dtype=getattr(torch, options.dtype),
+            attn_implementation=options.attn_implementation,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(f"{_asked(option, path)}no model can be loaded: {error}") from error
 
 
-def load_model(config: Config, device: torch.device) -> nn.Module:
+def load_model(options: ModelConfig, lora: LoraConfig, device: torch.device) -> nn.Module:
     """The model to train, on `device` and with adapters where asked for.
 
     Raises:
         ConfigError: no model can be loaded from `model.path`, it is an adapter, or the adapters do not fit it.
     """
-    path = config.model.path
+    path = options.path
     _refuse_adapter(path, (Path(path or "") / ADAPTER).is_file())
-    model: Any = load_weights(config, path)
+    model: Any = load_weights(options, path)
     _refuse_adapter(path, bool(getattr(model, "peft_config", None)))  # of a hub id it only shows now
     model.to(device)
-    if config.lora.enabled:
-        model = _add_adapters(model, config)
-    if config.model.gradient_checkpointing:
+    if lora.enabled:
+        model = _add_adapters(model, lora)
+    if options.gradient_checkpointing:
         with _renamed():
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -136,8 +135,6 @@ def _renamed() -> Iterator[None]:
 @contextmanager
 def progress_bars(shown: bool) -> Iterator[None]:
     """Unless `shown`, transformers and the hub show no bars of theirs; afterwards they do as before."""
-    from transformers.utils import logging
-
     if shown or not logging.is_progress_bar_enabled():
         yield
         return
@@ -163,17 +160,17 @@ def _refuse_adapter(path: str | None, adapter: bool) -> None:
         )
 
 
-def load_trained(config: Config, device: torch.device) -> nn.Module:
+def load_trained(options: ModelConfig, device: torch.device) -> nn.Module:
     """The model in `model.path` as it is, on `device`: one of transformers, or an adapter on the base that it names.
 
     Raises:
         ConfigError: no model can be loaded from there, or not the base of the adapter, or the adapter acts outside the
             model's layers.
     """
-    path = config.model.path or ""
+    path = options.path or ""
     adapter = Path(path) / ADAPTER
     if not adapter.is_file():
-        return load_weights(config, path).to(device)
+        return load_weights(options, path).to(device)
     try:
         from peft import PeftModel
     except ImportError as error:
@@ -185,7 +182,7 @@ def load_trained(config: Config, device: torch.device) -> nn.Module:
     if not base:
         raise ConfigError(f"{adapter} does not name its base model (base_model_name_or_path)")
     try:
-        model = load_weights(config, base, "base_model_name_or_path").to(device)
+        model = load_weights(options, base, "base_model_name_or_path").to(device)
     except ConfigError as error:
         raise ConfigError(f"{adapter} names a base model that cannot be loaded: {error}") from error
     try:
@@ -200,32 +197,32 @@ def load_trained(config: Config, device: torch.device) -> nn.Module:
     return adapted
 
 
-def pick_device(config: Config) -> torch.device:
-    """The device of `run.device`.
+def pick_device(device: str) -> torch.device:
+    """The device that `run.device` names.
 
     Raises:
         ConfigError: it is cuda and there is none.
     """
-    if config.run.device == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("run.device is cuda, but torch finds no CUDA device; accepted here: auto, cpu")
-    use_cuda = config.run.device == "cuda" or (config.run.device == "auto" and torch.cuda.is_available())
+    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     return torch.device("cuda" if use_cuda else "cpu")
 
 
-def _add_adapters(model: nn.Module, config: Config) -> nn.Module:
+def _add_adapters(model: nn.Module, options: LoraConfig) -> nn.Module:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ConfigError("lora.enabled needs the package peft") from error
-    targets = config.lora.target_modules
+    targets = options.target_modules
     try:
         with _renamed():
             return get_peft_model(
                 model,
                 LoraConfig(
-                    r=config.lora.r,
-                    lora_alpha=config.lora.alpha,
-                    lora_dropout=config.lora.dropout,
+                    r=options.r,
+                    lora_alpha=options.alpha,
+                    lora_dropout=options.dropout,
                     target_modules="all-linear" if targets == ("all-linear",) else list(targets),
                     task_type="CAUSAL_LM",
                 ),
@@ -273,9 +270,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def autocast(config: Config, device: torch.device) -> AbstractContextManager:
+def autocast(options: ModelConfig, device: torch.device) -> AbstractContextManager:
     """The context of `model.autocast`. Enter it anew for each phase: weights it has cast without a gradient stay so."""
-    if config.model.autocast == "none":
+    if options.autocast == "none":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
@@ -292,7 +289,32 @@ def pad_id(tokenizer: Any, ends: Sequence[int]) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
 
 
-def decoder_limit(model: nn.Module) -> int | None:
-    """The longest context `model` has positions for, or None if it does not say."""
-    text = causal_lm(model).config.get_text_config()
-    return getattr(text, "max_position_embeddings", None)
+def save_model(model: nn.Module, tokenizer: Any, ends: Sequence[int], directory: Path) -> None:
+    """Writes the model, or its adapter, and the tokenizer to `directory`, for `from_pretrained`."""
+    lm = causal_lm(model)
+    try:
+        lm.generation_config.validate(strict=True)
+    except ValueError:
+        # Some published models carry generation settings that load and then refuse to be saved.
+        lm.generation_config = GenerationConfig(eos_token_id=list(ends) or None, pad_token_id=pad_id(tokenizer, ends))
+    model.save_pretrained(directory)  # type: ignore[operator]
+    tokenizer.save_pretrained(directory)
+
+
+def check_positions(model: nn.Module, prompts: Iterable[Sequence[int]], added: Mapping[str, int]) -> None:
+    """A model run beyond its positions degrades without a word, or fails in the middle of a run.
+
+    Args:
+        added: the most tokens that may follow a prompt, by the options that say so.
+
+    Raises:
+        DataError: the longest of `prompts` and what is added exceed the positions that `model` says it has.
+    """
+    limit = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, prompts))
+    if limit is not None and longest + sum(added.values()) > limit:
+        more = ", ".join(f"{name} adds {count}" for name, count in added.items())
+        raise DataError(
+            f"the longest prompt has {longest} tokens and {more}, but the model has {limit} positions; lower "
+            f"data.max_prompt_tokens (with data.too_long drop) or {' or '.join(added)}"
+        )

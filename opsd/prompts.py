@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
-from opsd.config import Config, ConfigError, PromptsConfig
-from opsd.data import DataError, Messages, Row, name_rows, read_rows
+from opsd.data import Messages, Row, name_rows, read_rows
+from opsd.errors import ConfigError, DataError
+from opsd.options import DataConfig, PromptsConfig
 
 Who = Literal["student", "teacher"]
 
@@ -178,23 +179,19 @@ class Prompter:
 
 
 def read_examples(
-    config: Config,
+    options: DataConfig,
     prompter: Prompter,
     path: str,
     *,
     required: tuple[str, ...],
     most: int | None = None,
-    reason: bool | None = None,
+    reason: bool = False,
 ) -> Encoded:
-    """The examples of the first `most` usable rows of `path` by the options of `data`, and what was left out.
-
-    Args:
-        reason: as in `encode_rows`; None: `teacher.reason_first`.
+    """The examples of the first `most` usable rows of `path`, and what was left out; `reason` as in `encode_rows`.
 
     Raises:
         DataError: as `read_rows` and `encode_rows`.
     """
-    options = config.data
     rows = read_rows(path, required=required, columns=options.columns, skip_bad_rows=options.skip_bad_rows)
     encoded = encode_rows(
         prompter,
@@ -202,7 +199,7 @@ def read_examples(
         limit=options.max_prompt_tokens,
         too_long=options.too_long,
         skip_bad_rows=options.skip_bad_rows,
-        reason=config.teacher.reason_first if reason is None else reason,
+        reason=reason,
     )
     return encoded._replace(skipped=[*rows.skipped, *encoded.skipped])
 

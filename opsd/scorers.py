@@ -13,8 +13,9 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
 
-from opsd.config import Config, ConfigError
 from opsd.data import Row
+from opsd.errors import ConfigError, ScorerError, Undecided
+from opsd.options import EvalConfig
 
 
 class Scorer(Protocol):
@@ -30,15 +31,7 @@ class Scorer(Protocol):
 SECONDS = 5  # for math_verify to read or to compare one expression
 
 
-class Undecided(Exception):
-    """A scorer cannot judge this answer: it counts as wrong, and is counted among the undecided."""
-
-
-class ScorerError(ConfigError):
-    """The user's scorer failed, or what it gave back is no score."""
-
-
-def scorer_of(config: Config) -> Scorer:
+def scorer_of(options: EvalConfig) -> Scorer:
     """The scorer that `eval.scorer` names. Needs no model, so call it before one is loaded.
 
     - "exact": the text of `eval.answer_pattern` equals `row.answer`, blanks around either aside.
@@ -51,7 +44,7 @@ def scorer_of(config: Config) -> Scorer:
         ConfigError: the name is none of these, math-verify is not installed, or there is no such function, or it cannot
             be called with (text, row). The scorer itself raises `ScorerError` for a fault in the user's function.
     """
-    name, pattern = config.eval.scorer, config.eval.answer_pattern
+    name, pattern = options.scorer, options.answer_pattern
     if name == "exact":
         return lambda text, row: extract(text, pattern) == (row.answer or "").strip()
     if name == "math_verify":

@@ -30,30 +30,14 @@ import transformers
 from tokenizers import Tokenizer, decoders, models
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from opsd.step import supervised_loss
+from opsd.presets import TINY as SETTINGS
+from opsd.scoring import supervised_loss
 
 __all__ = ["SETTINGS", "own_solution", "prepare", "reference_solution"]
 
 DIGITS = 3
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 ALPHABET = "0123456789+=;#:AQR\n"
-
-SETTINGS: dict = {
-    "prompts": {"student": "Q:{problem}\nA:", "teacher": "Q:{problem}\nR:{solution}\nA:"},
-    "rollout": {"max_new_tokens": 40, "temperature": 1.0, "batch_size": 64},
-    "teacher": {"kind": "base"},
-    "objective": {"beta": 0.5},
-    "optim": {
-        "lr": 5e-4,
-        "steps": 120,
-        "batch_size": 64,
-        "micro_batch_size": 64,
-        "betas": (0.9, 0.95),
-        "warmup_steps": 5,
-        "schedule": "linear",
-    },
-    "eval": {"answer_pattern": r"#(\d+)$", "temperature": 0.0, "batch_size": 250, "every": 20},
-}
 
 
 @dataclass(frozen=True)
@@ -115,7 +99,7 @@ def prepare(
     """
     identity = [
         Path(__file__).read_text(encoding="utf-8"),
-        repr(_build),
+        repr((_build, SETTINGS["prompts"])),
         seed,
         torch.__version__,
         transformers.__version__,

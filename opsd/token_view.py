@@ -50,7 +50,7 @@ def token_view(run: Run, example: Example, rollout: Rollout) -> list[dict[str, A
     """
     if not rollout.ids:
         return []
-    with autocast(run.config, run.device):
+    with autocast(run.config.model, run.device):
         teacher_hidden = run.teacher.hidden([example.teacher], [rollout.ids])
         with evaluating(run.model):
             student_hidden = rollout_hidden(run.model, [example.student], [rollout.ids])

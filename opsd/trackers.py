@@ -16,8 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from opsd.checkpoint import replace_file
-from opsd.config import TRACKERS, ConfigError
+from opsd.errors import ConfigError
+from opsd.files import replace_file
+from opsd.options import TRACKERS
 
 # What is imported, which is what fails without the package.
 _MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
@@ -117,6 +118,16 @@ class Trackers:
     def text(self, step: int, name: str, text: str) -> None:
         """Send a text, such as a rollout."""
         self._each(f"at step {step}", lambda tracker: tracker.text(step, name, text))
+
+    def on_step(self, record: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
+        self.log(record["step"], train_values(record))
+        for sample in samples:
+            self.text(sample["step"], "samples/rollout", sample["rollout"])
+
+    def on_evaluation(self, record: Mapping[str, Any]) -> None:
+        passes = {str(passed["k"]): passed["value"] for passed in record["pass_at"]}
+        of = record["name"] if record["name"] in ("base", "teacher") else "eval"
+        self.log(record["step"], eval_values({**record, "pass_at": passes}, of=of))
 
     def close(self, *, failed: bool = False) -> None:
         """End the run in every tracker; closing again does nothing."""

@@ -1,7 +1,8 @@
 import pytest
 
 from opsd.cli import main, parse_overrides
-from opsd.config import ConfigError, load_config, to_yaml, unused_options
+from opsd.config import load_config, to_yaml, unused_options
+from opsd.errors import ConfigError
 
 OWN = [("model.path", "m"), ("data.train", "t.jsonl")]
 

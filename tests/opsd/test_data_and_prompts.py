@@ -5,8 +5,9 @@ from itertools import islice
 import pytest
 from _models import tokenizer, write_rows
 
-from opsd.config import ConfigError, PromptsConfig, load_config
-from opsd.data import DataError, Row, batches, read_rows
+from opsd.data import Row, batches, read_rows
+from opsd.errors import ConfigError, DataError
+from opsd.options import DataConfig, PromptsConfig
 from opsd.prompts import Prompter, encode_rows, fill, read_examples
 
 ROW = Row("1+1?", "it is 2", "2", None, "f.jsonl:1")
@@ -532,14 +533,12 @@ def test_the_teachers_analysis_is_prepared_for_with_the_rows():
 
 def test_rows_are_read_for_analyses_where_the_teacher_writes_them(tmp_path):
     path = jsonl(tmp_path / "rows.jsonl", {"problem": "1", "teacher_prompt": "only this", "answer": "2"})
-    given = {"model": {"path": "m"}, "data": {"train": path}}
-    prompter = Prompter(tokenizer(), PLAIN)
-    assert read_examples(load_config(given), prompter, str(path), required=("problem", "solution")).examples
-    config = load_config(given | {"teacher": {"reason_first": True}})
+    options, prompter = DataConfig(train=path), Prompter(tokenizer(), PLAIN)
+    assert read_examples(options, prompter, str(path), required=("problem", "solution")).examples
     for required in (("problem", "solution"), ("problem", "answer")):
         with pytest.raises(DataError, match=r"rows.jsonl:1: teacher.reason_first needs a solution"):
-            read_examples(config, prompter, str(path), required=required)
-    assert read_examples(config, prompter, str(path), required=("problem", "answer"), reason=False).examples
+            read_examples(options, prompter, str(path), required=required, reason=True)
+    assert read_examples(options, prompter, str(path), required=("problem", "answer")).examples
 
 
 def test_special_tokens_are_meant_in_templates_and_in_text_that_is_rendered_already():

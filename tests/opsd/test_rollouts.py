@@ -3,7 +3,8 @@ import torch
 from _models import VOCAB, lora, model
 from transformers import GenerationConfig
 
-from opsd.rollouts import Sampling, first_end, generate, inverse_cdf
+from opsd.engines.generate import generate, inverse_cdf
+from opsd.rollouts import Sampling, first_end
 
 PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 12, 13]]
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import opsd.trackers
-from opsd.config import TRACKERS, ConfigError
+from opsd.errors import ConfigError
+from opsd.options import TRACKERS
 from opsd.trackers import check_trackers, eval_values, make_trackers, train_values
 
 RECORD = {
