@@ -85,26 +85,23 @@ class UserEngine:
         return self.engine.end_ids
 
     def rollouts(self, run: Run, examples: Sequence[Example], number: int) -> list[Rollout]:
-        rollouts: Any = self.function(run, examples, number)
-        if not isinstance(rollouts, Iterable):
-            accepted = "a list of opsd.rollouts.Rollout"
-            raise TypeError(f"the sampler returned {type(rollouts).__name__}; accepted: {accepted}")
-        rollouts, each = list(rollouts), run.config.rollout.per_prompt
-        if len(rollouts) != len(examples) * each:
+        given: Any = self.function(run, examples, number)
+        kind, each = type(given).__name__, run.config.rollout.per_prompt
+        _expect(isinstance(given, Iterable), f"the sampler returned {kind}; accepted: a list of opsd.rollouts.Rollout")
+        rollouts, wanted = list(given), len(examples) * each
+        if len(rollouts) != wanted:
             raise ValueError(
-                f"the sampler returned {len(rollouts)} rollouts for {len(examples)} examples; accepted: "
-                f"{len(examples) * each}, rollout.per_prompt {each} of each, in the order of the examples"
+                f"the sampler returned {len(rollouts)} rollouts for {len(examples)} examples; accepted: {wanted}, "
+                f"rollout.per_prompt {each} of each, in the order of the examples"
             )
         for i, rollout in enumerate(rollouts):
             _check_rollout(f"rollout {i % each} of example {i // each}", rollout, vocabulary_size(run.head))
         known = sum(rollout.logprobs is not None for rollout in rollouts)
-        if 0 < known < len(rollouts):
-            raise ValueError(f"{known} of {len(rollouts)} rollouts have logprobs; accepted: all or none")
+        if 0 < known < wanted:
+            raise ValueError(f"{known} of {wanted} rollouts have logprobs; accepted: all or none")
         if not known and run.config.rollout.importance_cap is not None:
-            raise ValueError(
-                "rollout.importance_cap needs the sampler's log-probabilities: the rollouts have none "
-                "(Rollout.logprobs)"
-            )
+            needed = "the sampler's log-probabilities: the rollouts have none (Rollout.logprobs)"
+            raise ValueError(f"rollout.importance_cap needs {needed}")
         return rollouts
 
     def write(self, *given: Any) -> list[Rollout]:
@@ -112,25 +109,23 @@ class UserEngine:
 
 
 def _check_rollout(name: str, rollout: Any, vocabulary: int) -> None:
-    if not isinstance(rollout, Rollout):
-        raise TypeError(f"{name} must be an opsd.rollouts.Rollout, got {type(rollout).__name__}")
-    if not isinstance(rollout.ids, list | tuple):
-        raise TypeError(f"{name} has ids of type {type(rollout.ids).__name__}; accepted: a list of ints")
-    if not isinstance(rollout.logprobs, list | tuple | None):
-        kind = type(rollout.logprobs).__name__
-        raise TypeError(f"{name} has logprobs of type {kind}; accepted: a list of floats, or None")
-    if not isinstance(rollout.truncated, bool):
-        raise TypeError(f"{name} has truncated {rollout.truncated!r}; accepted: True or False")
-    if not rollout.ids:
+    _expect(isinstance(rollout, Rollout), f"{name} must be an opsd.rollouts.Rollout, got {type(rollout).__name__}")
+    ids, logprobs, truncated = rollout.ids, rollout.logprobs, rollout.truncated
+    _expect(isinstance(ids, list | tuple), f"{name} has ids of type {type(ids).__name__}; accepted: a list of ints")
+    accepted = "accepted: a list of floats, or None"
+    _expect(
+        isinstance(logprobs, list | tuple | None), f"{name} has logprobs of type {type(logprobs).__name__}; {accepted}"
+    )
+    _expect(isinstance(truncated, bool), f"{name} has truncated {truncated!r}; accepted: True or False")
+    if not ids:
         raise ValueError(f"{name} is empty; a rollout has at least one token id, the end token if nothing else")
-    for token in rollout.ids:
+    for token in ids:
         if type(token) is not int or not 0 <= token < vocabulary:
             raise ValueError(f"{name} has token id {token!r}; accepted: ints from 0 to {vocabulary - 1}")
-    if rollout.logprobs is not None and len(rollout.logprobs) != len(rollout.ids):
-        raise ValueError(f"{name} has {len(rollout.ids)} ids and {len(rollout.logprobs)} logprobs")
-    for logprob in rollout.logprobs or ():
-        if not isinstance(logprob, Real):
-            raise TypeError(f"{name} has the log-probability {logprob!r}; accepted: a float")
+    if logprobs is not None and len(logprobs) != len(ids):
+        raise ValueError(f"{name} has {len(ids)} ids and {len(logprobs)} logprobs")
+    for logprob in logprobs or ():
+        _expect(isinstance(logprob, Real), f"{name} has the log-probability {logprob!r}; accepted: a float")
         if not math.isfinite(logprob):
             raise ValueError(f"{name} has the log-probability {logprob} for a token that was sampled")
 
@@ -148,40 +143,29 @@ class UserLoss:
     def loss(
         self, student: Stream, teachers: Mapping[str, Stream], batch: MicroBatch, denominator: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = len(student.hidden)
-        returned: Any = self.function(self.run, student.hidden, teachers["teacher"].hidden, batch.rollouts, denominator)
-        what, accepted = (
-            "the loss function (loss) returned",
-            "(loss, statistics), a 0-d tensor and a dict of (R,) tensors",
-        )
-        if not isinstance(returned, tuple | list):
-            raise TypeError(f"{what} {_shown(returned)}; accepted: {accepted}")
-        if len(returned) != 2:
-            raise ValueError(f"{what} {len(returned)} values; accepted: {accepted}")
-        loss, stats = returned
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"{what} {_shown(loss)} as the loss; accepted: {accepted}")
+        hidden, rows = (student.hidden, teachers["teacher"].hidden), len(student.hidden)
+        given: Any = self.function(self.run, *hidden, batch.rollouts, denominator)
+        what, pair = "the loss function (loss) returned", "(loss, statistics), a 0-d tensor and a dict of (R,) tensors"
+        _expect(isinstance(given, tuple | list), f"{what} {_shown(given)}; accepted: {pair}")
+        if len(given) != 2:
+            raise ValueError(f"{what} {len(given)} values; accepted: {pair}")
+        loss, stats = given
+        _expect(isinstance(loss, Tensor), f"{what} {_shown(loss)} as the loss; accepted: {pair}")
         if loss.ndim:
             raise ValueError(f"{what} a loss of shape {tuple(loss.shape)}; accepted: 0-d, as a sum over tokens is")
         if not loss.requires_grad:
             raise ValueError(
                 f"{what} a loss without a gradient; accepted: one computed from student_hidden, not detached"
             )
-        if not isinstance(stats, Mapping):
-            raise TypeError(
-                f"{what} {_shown(stats)} as the statistics; accepted: a dict of (R,) tensors, empty for none"
-            )
+        accepted = "a dict of (R,) tensors, empty for none"
+        _expect(isinstance(stats, Mapping), f"{what} {_shown(stats)} as the statistics; accepted: {accepted}")
         for name, value in stats.items():
             _check_name(f"{what} a statistic", name)
-            if not isinstance(value, Tensor):
-                raise TypeError(
-                    f"{what} {_shown(value)} as statistic {name!r}; accepted: an (R,) tensor, here ({rows},)"
-                )
+            accepted = f"accepted: an (R,) tensor, here ({rows},)"
+            _expect(isinstance(value, Tensor), f"{what} {_shown(value)} as statistic {name!r}; {accepted}")
             if value.shape != (rows,):
-                raise ValueError(
-                    f"{what} statistic {name!r} of shape {tuple(value.shape)}; accepted: (R,), one value for each "
-                    f"rollout token, here ({rows},)"
-                )
+                accepted = f"accepted: (R,), one value for each rollout token, here ({rows},)"
+                raise ValueError(f"{what} statistic {name!r} of shape {tuple(value.shape)}; {accepted}")
         if self.names is not None and self.names != stats.keys():
             raise ValueError(
                 f"{what} statistics called {', '.join(stats) or 'nothing'}, for another micro-batch "
@@ -200,44 +184,34 @@ class UserTeacher:
 
     def __init__(self, teacher: Any):
         what = f"the teacher (teacher) is of type {type(teacher).__name__}"
-        missing = [
-            name
-            for name in ("head", "source", "active", "hidden", "update", "state_dict", "load_state_dict")
-            if not hasattr(teacher, name) or not (name in ("head", "source") or callable(getattr(teacher, name)))
-        ]
-        if missing:
-            raise TypeError(f"{what}, which lacks {', '.join(missing)}; accepted: an opsd.teachers.Teacher")
-        if not isinstance(teacher.head, Head):
-            kind = type(teacher.head).__name__
-            raise TypeError(
-                f"{what}, its head of type {kind}; accepted: an opsd_kernels.Head, as lm_head_of(model) gives"
-            )
+        missing = [name for name in ("head", "source") if not hasattr(teacher, name)]
+        methods = ("active", "hidden", "update", "state_dict", "load_state_dict")
+        missing += [name for name in methods if not callable(getattr(teacher, name, None))]
+        _expect(not missing, f"{what}, which lacks {', '.join(missing)}; accepted: an opsd.teachers.Teacher")
+        kind, accepted = type(teacher.head).__name__, "an opsd_kernels.Head, as lm_head_of(model) gives"
+        _expect(isinstance(teacher.head, Head), f"{what}, its head of type {kind}; accepted: {accepted}")
         source = teacher.source
         if not isinstance(source, nn.Module) and not (isinstance(source, str) and source in ("live", "base")):
             raise ValueError(f"{what}, its source {source!r}; accepted: 'live', 'base' or the model that it is")
-        active = teacher.active()
-        if not isinstance(active, AbstractContextManager):
-            raise TypeError(
-                f"{what}, whose active() is no context manager; accepted: one that yields a torch.nn.Module"
-            )
+        active, accepted = teacher.active(), "accepted: one that yields a torch.nn.Module"
+        _expect(isinstance(active, AbstractContextManager), f"{what}, whose active() is no context manager; {accepted}")
         with active as model:
-            if not isinstance(model, nn.Module):
-                raise TypeError(f"{what}, whose active() yields {type(model).__name__}; accepted: a torch.nn.Module")
+            kind = type(model).__name__
+            _expect(isinstance(model, nn.Module), f"{what}, whose active() yields {kind}; accepted: a torch.nn.Module")
         self._teacher = teacher
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._teacher, name)
 
     def hidden(self, prompts: Sequence[Sequence[int]], rollouts: Sequence[Sequence[int]]) -> Tensor:
-        hidden = self._teacher.hidden(prompts, rollouts)
+        hidden, what = self._teacher.hidden(prompts, rollouts), "the teacher's hidden() returned"
         wanted = (sum(map(len, rollouts)), self._teacher.head.weight.shape[1])
-        accepted = f"(R, H) rows of hidden states that its head takes, without a gradient, here {wanted}"
-        if not isinstance(hidden, Tensor):
-            raise TypeError(f"the teacher's hidden() returned {type(hidden).__name__}; accepted: {accepted}")
+        accepted = f"accepted: (R, H) rows of hidden states that its head takes, without a gradient, here {wanted}"
+        _expect(isinstance(hidden, Tensor), f"{what} {type(hidden).__name__}; {accepted}")
         if tuple(hidden.shape) != wanted:
-            raise ValueError(f"the teacher's hidden() returned shape {tuple(hidden.shape)}; accepted: {accepted}")
+            raise ValueError(f"{what} shape {tuple(hidden.shape)}; {accepted}")
         if hidden.requires_grad:
-            raise ValueError(f"the teacher's hidden() returned states with a gradient; accepted: {accepted}")
+            raise ValueError(f"{what} states with a gradient; {accepted}")
         return hidden
 
 
@@ -250,24 +224,22 @@ class UserStep:
     def __call__(self, run: Run, examples: Sequence[Example], number: int) -> StepResult:
         result: Any = self.function(run, examples, number)
         what = "the step function (step) returned"
-        if not isinstance(result, StepResult):
-            raise TypeError(f"{what} {type(result).__name__}; accepted: an opsd.step.StepResult")
-        if not isinstance(result.loss, Tensor) or result.loss.ndim:
-            shape = tuple(result.loss.shape) if isinstance(result.loss, Tensor) else repr(result.loss)
-            raise TypeError(f"{what} a loss that is {shape}; accepted: a 0-d tensor")
-        if not isinstance(result.tokens, int) or result.tokens < 0:
-            raise TypeError(f"{what} tokens {result.tokens!r}; accepted: an int, how many rollout tokens there were")
-        if not isinstance(result.metrics, Mapping):
-            raise TypeError(f"{what} metrics of type {type(result.metrics).__name__}; accepted: a dict of numbers")
-        for name, value in result.metrics.items():
+        kind = type(result).__name__
+        _expect(isinstance(result, StepResult), f"{what} {kind}; accepted: an opsd.run.StepResult")
+        loss, tokens, metrics, rollouts = result.loss, result.tokens, result.metrics, result.rollouts
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else repr(loss)
+        _expect(shape == (), f"{what} a loss that is {shape}; accepted: a 0-d tensor")
+        accepted = "accepted: an int, how many rollout tokens there were"
+        _expect(isinstance(tokens, int) and tokens >= 0, f"{what} tokens {tokens!r}; {accepted}")
+        kind = type(metrics).__name__
+        _expect(isinstance(metrics, Mapping), f"{what} metrics of type {kind}; accepted: a dict of numbers")
+        for name, value in metrics.items():
             _check_name(f"{what} a metric", name)
-            if value.ndim if isinstance(value, Tensor) else not isinstance(value, Real):
-                shown = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-                raise TypeError(f"{what} metric {name!r} {shown}; accepted: a number or a 0-d tensor")
-        if not isinstance(result.rollouts, list) or not all(isinstance(r, Rollout) for r in result.rollouts):
-            raise TypeError(
-                f"{what} rollouts {result.rollouts!r:.80}; accepted: a list of opsd.Rollout, empty for none"
-            )
+            shown = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            number_like = not value.ndim if isinstance(value, Tensor) else isinstance(value, Real)
+            _expect(number_like, f"{what} metric {name!r} {shown}; accepted: a number or a 0-d tensor")
+        good = isinstance(rollouts, list) and all(isinstance(rollout, Rollout) for rollout in rollouts)
+        _expect(good, f"{what} rollouts {rollouts!r:.80}; accepted: a list of opsd.Rollout, empty for none")
         return result
 
 
@@ -279,11 +251,15 @@ class UserEvaluation:
 
     def __call__(self, run: Run, model: nn.Module, examples: Sequence[Example], context: Context) -> Evaluation:
         result: Any = self.function(run, model, examples, context)
-        if not isinstance(result, Evaluation):
-            kind = type(result).__name__
-            raise TypeError(f"the evaluation function (evaluate) returned {kind}; accepted: an opsd.Evaluation")
+        what, kind = "the evaluation function (evaluate) returned", type(result).__name__
+        _expect(isinstance(result, Evaluation), f"{what} {kind}; accepted: an opsd.Evaluation")
         result.check()
         return result
+
+
+def _expect(good: bool, message: str) -> None:
+    if not good:
+        raise TypeError(message)
 
 
 def _check_name(what: str, name: Any) -> None:

@@ -239,7 +239,7 @@ def test_what_is_no_evaluation_is_named(setup, returned, error, said):
 
 
 @pytest.mark.parametrize(("changes", "said"), [
-    (None, r"step\) returned Tensor; accepted: an opsd.step.StepResult"),
+    (None, r"step\) returned Tensor; accepted: an opsd.run.StepResult"),
     ({"loss": 0.5}, r"a loss that is 0.5; accepted: a 0-d tensor"),
     ({"loss": torch.ones(3)}, r"a loss that is \(3,\); accepted: a 0-d tensor"),
     ({"tokens": torch.tensor(3)}, r"tokens tensor\(3\); accepted: an int"),
