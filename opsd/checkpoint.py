@@ -5,8 +5,6 @@ state's size and SHA-256 and the id of the run. It is made under another name, f
 that under its own name it is whole; what the disk or a copy did to it later, the manifest tells.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random

@@ -1,7 +1,5 @@
 """The command line: `opsd train`, `opsd eval` and `opsd report`."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable, Sequence
@@ -17,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from opsd import trainer
 from opsd.config import describe, is_flag, load_config, to_yaml
 from opsd.errors import CheckpointError, ConfigError, Interrupted, RunError
-from opsd.evaluate_model import answers_path, evaluate_model, evaluation_config, is_used
+from opsd.evaluate_model import check_output, evaluate_model, evaluation_config, is_used
 from opsd.models import hub_notes
 from opsd.report import write_report
 
@@ -168,17 +166,11 @@ def _add_eval(commands: Any) -> None:
 
 
 def _eval(known: argparse.Namespace, rest: Sequence[str]) -> int:
-    config, said = evaluation_config(known.model, known.data, known.config, parse_overrides(rest))
+    config, origin = evaluation_config(known.model, known.data, known.config, parse_overrides(rest))
     output = Path(known.output) if known.output else None
-    if output is not None:  # before the hours that the answers may take
-        for path in (output, answers_path(output)):
-            if path.exists():
-                raise ConfigError(f"--output {path} exists; name a new file, an evaluation never overwrites another")
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--output {output}: the directory cannot be made: {error.strerror}") from error
-    for line in [*([said] if said else []), *hub_notes(config.model.path)]:
+    if output is not None:
+        check_output(output)  # before the hours that the answers may take
+    for line in [*([origin] if origin else []), *hub_notes(config.model.path)]:
         print(line, flush=True)
     if not sys.stderr.isatty():
         disable_progress_bar()

@@ -1,7 +1,5 @@
 """How long each phase of a step took, and how much memory it needed."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """`opsd eval`: a model's directory and a file of problems in, an evaluation and all its answers out."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -81,6 +79,21 @@ def answers_path(output: Path) -> Path:
     return output.with_suffix(".answers.jsonl")
 
 
+def check_output(output: Path) -> None:
+    """Makes the directory of the summary `output`.
+
+    Raises:
+        ConfigError: it cannot be made, or the summary or its answers are there already.
+    """
+    for path in (output, answers_path(output)):
+        if path.exists():
+            raise ConfigError(f"--output {path} exists; name a new file, an evaluation never overwrites another")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {output}: the directory cannot be made: {error.strerror}") from error
+
+
 def is_used(name: str) -> bool:
     """Whether the option `name` (dotted) can change an evaluation."""
     return _within(name, USED) and not _within(name, UNUSED)
@@ -128,10 +141,10 @@ def evaluation_config(
     config = load_config(None, given, training=False, below=below)
     if not below:
         return config, None
-    # Those that are the defaults anyway, or that the user gave, need not be told.
+    # Those that are the defaults anyway, or that the user gave, need not be named.
     plain = Config().options()
-    told = [f"{name} {_shown(value)}" for name, value in below if name not in named and value != plain.get(name)]
-    return config, f"defaults from {of_run}: {', '.join(told) or 'as opsd has them'}"
+    taken = [f"{name} {_shown(value)}" for name, value in below if name not in named and value != plain.get(name)]
+    return config, f"defaults from {of_run}: {', '.join(taken) or 'as opsd has them'}"
 
 
 def _shown(value: Any) -> str:

@@ -3,8 +3,6 @@
 What is being written has a name that begins with `UNFINISHED`, and is renamed once it is on the disk.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

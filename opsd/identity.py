@@ -1,7 +1,5 @@
 """What a run began with, so that one that is resumed can tell whether it still is the same run."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

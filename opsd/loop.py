@@ -1,13 +1,10 @@
 """The loop around a step: batches -> step -> finite? -> optimiser and teacher -> observers, with evaluations and
 checkpoints in between."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,17 +41,19 @@ class Loop:
         self.random_state: dict[str, Any] | None = None
         self.began = time.perf_counter()
 
-    def to_the_end(self) -> Path | None:
-        """Evaluates, trains, evaluates and saves; returns the directory of the model, if it is saved."""
+    def to_the_end(self) -> dict[str, Any]:
+        """Evaluates, trains, evaluates and saves; returns what `summary.json` holds."""
         if self.setup.eval_examples and not self.progress.evaluations:
             self._evaluate_before()
         self._train()
         if self.setup.eval_examples and "trained" not in self.progress.evaluations:
             # Resumed with less patience, or fewer steps, than had already passed.
             self._evaluate("trained", self.run.model, self.setup.eval_examples, "student")
-        model_dir = self.run_dir.save_model(self.run, "model") if self.config.run.save else None
-        self.run_dir.write_summary(self.summary(model_dir))
-        return model_dir
+        if self.config.run.save:
+            self.run_dir.save_model(self.run, "model")
+        summary = self.progress.summary(self.setup.counts, self.config.optim.steps, saved=self.config.run.save)
+        self.run_dir.write_summary(summary)
+        return summary
 
     def _train(self) -> None:
         options, every, progress = self.config.optim, self.config.run.checkpoint_every, self.progress
@@ -172,9 +171,7 @@ class Loop:
                 self.display.note("the best so far, and no better than the model before training")
         if progress.out_of_patience(options.patience) and not last:
             progress.evaluations["trained"] = asdict(result)
-            best, worse = progress.best or {}, progress.since_best
-            count = "1 evaluation was" if worse == 1 else f"{worse} evaluations were"
-            self.display.note(f"stopped early: {count} no better than {best['accuracy']:.1%} at step {best['step']}")
+            self.display.note(f"stopped early: {progress.standstill()}")
 
     def _evaluate(self, name: str, model: nn.Module, examples: Sequence[Example], context: Context) -> Evaluation:
         with evaluating(model), torch.no_grad():  # whatever a user's function does to it
@@ -185,21 +182,6 @@ class Loop:
         if not name.startswith("step"):
             self.progress.evaluations[name] = asdict(result)
         return result
-
-    def summary(self, model_dir: Path | None) -> dict[str, Any]:
-        """What `summary.json` holds."""
-        progress = self.progress
-        return {
-            "steps": progress.step,
-            "seconds": progress.seconds,
-            "tokens": progress.tokens,
-            **self.setup.counts,
-            "evaluations": progress.evaluations,
-            "best": progress.best,
-            "stopped_early": progress.step < self.config.optim.steps,
-            "last_step": progress.last_record,
-            "model": "model" if model_dir else None,
-        }
 
     def _state(self) -> dict[str, Any]:
         """All that the rest of the run depends on."""

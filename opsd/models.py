@@ -1,7 +1,5 @@
 """A causal language model of transformers, with or without peft: loading, its body, its modes."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

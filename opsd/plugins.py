@@ -3,8 +3,6 @@
 What it returns is checked at each call, since only then it is known; every other part of a run is trusted.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager

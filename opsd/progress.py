@@ -1,7 +1,5 @@
 """How far a run has come: with the weights, all that a checkpoint has to hold."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +31,26 @@ class Progress:
     def out_of_patience(self, patience: int | None) -> bool:
         """Whether `eval.patience` ends the run."""
         return patience is not None and self.since_best >= patience
+
+    def standstill(self) -> str:
+        """How long no evaluation was better, in words."""
+        best, count = self.best or {}, self.since_best
+        evaluations = "1 evaluation was" if count == 1 else f"{count} evaluations were"
+        return f"{evaluations} no better than {best['accuracy']:.1%} at step {best['step']}"
+
+    def summary(self, counts: dict[str, int], steps: int, *, saved: bool) -> dict[str, Any]:
+        """What `summary.json` holds; `counts` are of the rows, `saved` says whether the model was."""
+        return {
+            "steps": self.step,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            **counts,
+            "evaluations": self.evaluations,
+            "best": self.best,
+            "stopped_early": self.step < steps,
+            "last_step": self.last_record,
+            "model": "model" if saved else None,
+        }
 
     def finished(self, steps: int, patience: int | None) -> str | None:
         """Why there is no further step, or None if there is one."""

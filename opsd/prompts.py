@@ -1,7 +1,5 @@
 """What the student and the teacher read, as token ids."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import re

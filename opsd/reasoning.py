@@ -4,8 +4,6 @@ The analyses are made anew for each step, by the teacher as it then is, from see
 resumed writes the same ones.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 config.yaml  run.json  metrics.jsonl  evaluations.jsonl  samples.jsonl  checkpoints/  best/  model/  summary.json
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,12 +51,11 @@ class RunDir:
         with self._writing():
             append_json(self.path / "evaluations.jsonl", record)
 
-    def save_model(self, run: Run, name: str) -> Path:
+    def save_model(self, run: Run, name: str) -> None:
         """The model, or its adapter, and the tokenizer, for `from_pretrained`."""
         with self._writing(), progress_bars(False):  # they would break into the display's
-            return replace_directory(
-                self.path / name, lambda fresh: save_model(run.model, run.tokenizer, run.engine.end_ids, fresh)
-            )
+            ends = run.engine.end_ids
+            replace_directory(self.path / name, lambda fresh: save_model(run.model, run.tokenizer, ends, fresh))
 
     def save_checkpoint(self, step: int, state: dict[str, Any], *, keep: int) -> None:
         """`state` as the checkpoint of `step`; of those before it `keep` stay, itself included."""

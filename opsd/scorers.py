@@ -1,7 +1,5 @@
 """Is an answer right? The scorers of `eval.scorer`: exact, math_verify, or a function of the user's."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import inspect
@@ -93,7 +91,7 @@ def math_verify_scorer(pattern: str) -> Scorer:
         try:
             pairs = [(gold, given) for gold in read(answer, seconds) for given in read(found, seconds)]
         except (Exception, TimeoutException) as error:  # its timeout is no Exception
-            raise Undecided(_told(error)) from error
+            raise Undecided(_failure(error)) from error
         for gold, given in pairs:
             try:
                 if verify(gold, given, timeout_seconds=seconds, raise_on_error=True):
@@ -101,7 +99,7 @@ def math_verify_scorer(pattern: str) -> Scorer:
             except (Exception, TimeoutException) as error:
                 failure = error
         if failure is not None:
-            raise Undecided(_told(failure)) from failure
+            raise Undecided(_failure(failure)) from failure
         return False
 
     return score
@@ -111,7 +109,7 @@ def _without_dollars(text: str) -> str:
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] == "$" else text
 
 
-def _told(error: BaseException) -> str:
+def _failure(error: BaseException) -> str:
     return f"math-verify: {type(error).__name__}: {error}"
 
 

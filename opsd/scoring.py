@@ -1,7 +1,5 @@
 """From prompts and rollouts to the rows of hidden states that predict the rollouts, in both contexts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 

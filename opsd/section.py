@@ -1,7 +1,5 @@
 """What a section of options is: how its values may be written, and how the help and the errors say what it takes."""
 
-from __future__ import annotations
-
 import os
 import types
 import typing

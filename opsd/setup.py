@@ -1,7 +1,5 @@
 """From a configuration to all that a run works with: data, model, teacher, and how they are scored."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace

@@ -6,8 +6,6 @@ The teacher reads [its own prompt | rollout], the student [its prompt | rollout]
 Only the rows that predict rollout tokens reach the lm_head, inside the recipe, so that full logits never exist.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """The teachers: the same model with the solution to read, or another one. They score rollouts without a gradient."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """`train` and `resume`: a run from its options to its result, and on from where it stopped as if it never had."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -178,12 +176,12 @@ def _run(loop: Loop, *, resumed: bool = False) -> RunResult:
     loop.observers.append(trackers)
     try:
         with trackers:
-            model_dir = loop.to_the_end()
+            summary = loop.to_the_end()
     except ConfigError as error:  # of a scorer, say; the run could start
         raise RunError(f"{error}; {run_dir.what_is_safe()}") from error
     except KeyboardInterrupt:
         raise Interrupted(f"stopped by the user; {run_dir.what_is_safe()}") from None
-    summary = loop.summary(model_dir)
+    model_dir = run_dir.path / "model" if summary["model"] else None
     evaluations = {name: Evaluation.of(values) for name, values in summary["evaluations"].items()}
     return RunResult(run_dir.path, model_dir, evaluations, summary["seconds"], summary)
 

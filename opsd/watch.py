@@ -4,8 +4,6 @@
 run warns exactly where an uninterrupted one would have.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import statistics

@@ -117,7 +117,7 @@ class _Sampler:
     """A logits processor that samples. It leaves one token possible, which greedy decoding then has to take.
 
     transformers puts a caller's processors before its own temperature and cut-offs and draws after them, from torch's
-    one random state, which a batch shares. So it is told to be greedy, and all that happens here.
+    one random state, which a batch shares. So it decodes greedily, and all that happens here.
     """
 
     def __init__(self, sampling: Sampling, seeds: Sequence[int], device: torch.device):

@@ -1,7 +1,5 @@
 """Recipes: what on-policy self-distillation minimises. One class for each, found by its name. Needs torch alone."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a recipe gets: hidden states in each context, and the tokens that they predict."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol

@@ -1,7 +1,5 @@
 """The divergence between student and teacher over the whole vocabulary: OPSD itself, and GKD's generalised JSD."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

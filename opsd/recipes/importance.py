@@ -1,7 +1,5 @@
 """Rollouts whose sampler is not quite the student: how far the two are apart, and weights that make up for it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """The policy gradient of the reverse KL, from the sampled token of each position alone."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

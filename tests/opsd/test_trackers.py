@@ -301,7 +301,7 @@ def test_each_tracker_is_made_once(recorders, run_dir, monkeypatch):
     make(["wandb", "wandb"], run_dir)
     make(["wandb"], run_dir, resume_step=7)
     assert len(made) == 2
-    (first, second) = ((directory, identity, step) for directory, _, identity, _, step in made)
+    (first, second) = ((directory, identity, step) for directory, identity, _, step in made)
     assert first == (run_dir, second[1], None)
     assert second[2] == 7
 
