@@ -17,19 +17,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
+from opsd import options as sections
 from opsd.errors import ConfigError
-from opsd.options import (
-    DataConfig,
-    EvalConfig,
-    LoraConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    PromptsConfig,
-    RolloutConfig,
-    RunConfig,
-    TeacherConfig,
-)
 from opsd.presets import PRESETS, TINY
 from opsd.section import Section, accepted
 
@@ -40,16 +29,16 @@ ABBREVIATED = {"learning-rate": "lr", "learnrate": "lr", "rank": "r"}
 class Config(BaseModel):
     model_config = ConfigDict(frozen=True)
 
-    model: ModelConfig = ModelConfig()
-    lora: LoraConfig = LoraConfig()
-    data: DataConfig = DataConfig()
-    prompts: PromptsConfig = PromptsConfig()
-    rollout: RolloutConfig = RolloutConfig()
-    teacher: TeacherConfig = TeacherConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
-    optim: OptimConfig = OptimConfig()
-    eval: EvalConfig = EvalConfig()
-    run: RunConfig = RunConfig()
+    model: sections.ModelConfig = sections.ModelConfig()
+    lora: sections.LoraConfig = sections.LoraConfig()
+    data: sections.DataConfig = sections.DataConfig()
+    prompts: sections.PromptsConfig = sections.PromptsConfig()
+    rollout: sections.RolloutConfig = sections.RolloutConfig()
+    teacher: sections.TeacherConfig = sections.TeacherConfig()
+    objective: sections.ObjectiveConfig = sections.ObjectiveConfig()
+    optim: sections.OptimConfig = sections.OptimConfig()
+    eval: sections.EvalConfig = sections.EvalConfig()
+    run: sections.RunConfig = sections.RunConfig()
     preset: str | None = None
     """Of `opsd.presets.PRESETS`, the one that lies below; what it sets is in the sections already."""
 
@@ -171,7 +160,7 @@ def unused_options(config: Config) -> list[str]:
     """
     off: dict[str, Iterable[str]] = {}  # what is off: the options that belong to it
     if not config.lora.enabled:
-        off["lora.enabled is false"] = [f"lora.{name}" for name in LoraConfig.model_fields]
+        off["lora.enabled is false"] = [f"lora.{name}" for name in sections.LoraConfig.model_fields]
     if config.teacher.kind != "ema":
         off[f"teacher.kind is {config.teacher.kind}"] = ["teacher.ema_decay", "teacher.ema_every"]
     if not config.teacher.reason_first:
@@ -182,7 +171,7 @@ def unused_options(config: Config) -> list[str]:
     if config.objective.form == "sampled_token":
         off["objective.form is sampled_token"] = ["objective.beta"]
     if config.data.eval is None and config.model.path is not None:  # without a model it is the embedded set-up's
-        off["data.eval is none"] = [f"eval.{name}" for name in EvalConfig.model_fields]
+        off["data.eval is none"] = [f"eval.{name}" for name in sections.EvalConfig.model_fields]
     values, default = config.options(), Config().options()
     preset = {s: _build(s, given) for s, given in PRESETS.get(config.preset or "", {}).items()}
     lines = []
@@ -278,7 +267,9 @@ def _flatten(nested: Any, source: str) -> list[tuple[str, Any]]:
     options = []
     for section, values in nested.items():
         if section not in SECTIONS:
-            raise ConfigError(f"{source}: unknown section {section!r}; {_nearest(str(section), SECTIONS)}")
+            close = difflib.get_close_matches(str(section), SECTIONS, n=4, cutoff=0.6)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(SECTIONS)}"
+            raise ConfigError(f"{source}: unknown section {section!r}; {hint}")
         if not isinstance(values, Mapping):
             raise ConfigError(f"{source}: section {section} should hold options, got {values!r}")
         spelt: dict[str, Any] = {}
@@ -315,11 +306,6 @@ def _advice(section: str, option: str) -> str:
     if own:
         return f"known in {section}: {', '.join(f'{section}.{name}' for name in own)}"
     return f"options are spelt section.option; the sections: {', '.join(SECTIONS)}"
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=4, cutoff=0.6)
-    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
 
 
 def _dashed(name: str) -> str:

@@ -306,12 +306,12 @@ def batches(count: int, batch_size: int, seed: int, start: int = 0) -> Iterator[
         raise ValueError(f"no batches of {batch_size} of {count} rows from batch {start} on")
     first, offset = divmod(start * batch_size, count)
     rows = itertools.islice(
-        itertools.chain.from_iterable(_order(count, seed, e) for e in itertools.count(first)), offset, None
+        itertools.chain.from_iterable(_shuffled(count, seed, e) for e in itertools.count(first)), offset, None
     )
     return ([next(rows) for _ in range(batch_size)] for _ in itertools.count())
 
 
-def _order(count: int, seed: int, epoch: int) -> list[int]:
+def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
     order = list(range(count))
     random.Random(f"{seed}/{epoch}").shuffle(order)
     return order

@@ -18,7 +18,7 @@ from opsd.prompts import Example
 from opsd.run import Run
 
 
-def identity(run: Run, examples: Sequence[Example], eval_examples: Sequence[Example]) -> dict[str, str]:
+def digest_inputs(run: Run, examples: Sequence[Example], eval_examples: Sequence[Example]) -> dict[str, str]:
     """What a checkpoint relies on and does not hold: digests of initial weights, the teacher's, and the data."""
     found = {
         "model.path": fingerprint(sorted(run.model.named_parameters())),
@@ -31,7 +31,7 @@ def identity(run: Run, examples: Sequence[Example], eval_examples: Sequence[Exam
 
 
 def describe(digests: Mapping[str, str], device: torch.device) -> dict[str, Any]:
-    """What `run.json` holds: the run's own id, when it was started, on what, and its `identity`."""
+    """What `run.json` holds: the run's own id, when it was started, on what, and the digests of `digest_inputs`."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {"id": uuid.uuid4().hex, "created": now, **_environment(device), "identity": dict(digests)}
 
@@ -42,7 +42,7 @@ def check_identity(
     """Whether model, teacher and data are those that the run of `run.json` began with.
 
     Args:
-        digests: the `identity` now, before anything was restored.
+        digests: of `digest_inputs` now, before anything was restored.
         same_evaluation: whether the options that choose the rows of data.eval are the same, too.
 
     Returns:

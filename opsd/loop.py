@@ -41,7 +41,7 @@ class Loop:
         self.random_state: dict[str, Any] | None = None
         self.began = time.perf_counter()
 
-    def to_the_end(self) -> dict[str, Any]:
+    def run_to_end(self) -> dict[str, Any]:
         """Evaluates, trains, evaluates and saves; returns what `summary.json` holds."""
         if self.setup.eval_examples and not self.progress.evaluations:
             self._evaluate_before()

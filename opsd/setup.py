@@ -17,7 +17,7 @@ from opsd.display import Display
 from opsd.engines import GenerateEngine
 from opsd.errors import ConfigError
 from opsd.evaluation import Context, Evaluation, Evaluator
-from opsd.identity import identity
+from opsd.identity import digest_inputs
 from opsd.optim import learning_rate
 from opsd.options import ModelConfig
 from opsd.plugins import (
@@ -66,9 +66,9 @@ class Setup:
     notes: list[str]
     warnings: list[str]
 
-    def identity(self) -> dict[str, str]:
-        """As `opsd.identity.identity`."""
-        return identity(self.run, self.examples, self.eval_examples)
+    def digests(self) -> dict[str, str]:
+        """As `opsd.identity.digest_inputs`."""
+        return digest_inputs(self.run, self.examples, self.eval_examples)
 
 
 def set_up(config: Config, parts: Parts) -> Setup:

@@ -74,7 +74,7 @@ def micro_batches(run: Run, examples: Sequence[Example], rollouts: Sequence[Roll
     """The rollouts in groups of at most `optim.micro_batch_size`; packed, those of a prompt stay together."""
     each = run.config.rollout.per_prompt
     size, together = run.config.optim.micro_batch_size, each if run.packed else 1
-    for chosen in grouped([len(rollout.ids) for rollout in rollouts], size, together):
+    for chosen in group_rollouts([len(rollout.ids) for rollout in rollouts], size, together):
         written = [rollouts[i] for i in chosen]
         targets, sequences = rollout_index([rollout.ids for rollout in written], run.device)
         known = all(rollout.logprobs is not None for rollout in written)
@@ -89,7 +89,7 @@ def micro_batches(run: Run, examples: Sequence[Example], rollouts: Sequence[Roll
         )
 
 
-def grouped(lengths: Sequence[int], size: int, together: int = 1) -> list[list[int]]:
+def group_rollouts(lengths: Sequence[int], size: int, together: int = 1) -> list[list[int]]:
     """Numbers of the rollouts to score together, at most `size`: similar lengths, the longest first, so that memory
     runs out at once if it ever does.
 

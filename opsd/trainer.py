@@ -97,7 +97,7 @@ def train(
         for note in models.hub_notes(config.model.path, config.teacher.path):
             display.note(note)
         setup = set_up(config, Parts(rollouts, teacher, loss, evaluate, step))
-        described = describe(setup.identity(), setup.run.device)
+        described = describe(setup.digests(), setup.run.device)
         with ExitStack() as held:
             try:
                 directory = make_directory(directory, name)
@@ -150,7 +150,7 @@ def resume(
         with display, models.progress_bars(not quiet):
             check_trackers(config.run.trackers)
             setup = set_up(config, Parts(rollouts, teacher, loss, evaluate, step))
-            digests = setup.identity()  # of the initial weights
+            digests = setup.digests()  # of the initial weights
             same_rows = "eval.max_problems" not in changed
             setup.warnings.extend(check_identity(digests, described, setup.run.device, same_evaluation=same_rows))
             loop = Loop(setup, RunDir(run_dir, described["id"]), display)
@@ -176,7 +176,7 @@ def _run(loop: Loop, *, resumed: bool = False) -> RunResult:
     loop.observers.append(trackers)
     try:
         with trackers:
-            summary = loop.to_the_end()
+            summary = loop.run_to_end()
     except ConfigError as error:  # of a scorer, say; the run could start
         raise RunError(f"{error}; {run_dir.what_is_safe()}") from error
     except KeyboardInterrupt:

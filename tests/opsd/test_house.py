@@ -1,17 +1,22 @@
 """The structure of the package: what keeps it a thin loop that one can read. Nothing here runs a model."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from opsd.recipes import make
 
 PACKAGE = Path(__file__).parents[2] / "opsd"
 FILES = sorted(path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".js", ".css", ".html", ".j2"))
 ROOMS = {".".join(("opsd", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in FILES
          if path.suffix == ".py"}  # fmt: skip
 
-LONGEST = 320
-CORE = {"opsd.step": 170, "opsd.loop": 240, "opsd.run": 130}
+LONGEST, ALL = 320, 6250
+REPORT = ("report.py", "report.js", "report.css", "report.html", "token_view.py")
+CORE = {"opsd.step": 170, "opsd.loop": 225, "opsd.run": 130}
 GROUND = ("opsd.errors", "opsd.presets", "opsd.section")
 
 OPTIONAL = {"datasets", "pyarrow", "peft", "math_verify", "wandb", "trackio", "torch.utils.tensorboard", "resource"}
@@ -73,9 +78,34 @@ def test_the_ground_floor_imports_nothing_above_it(room):
     assert not graph()[room]
 
 
+def test_no_file_is_longer_than_one_can_read_in_one_sitting():
+    assert len(FILES) > 30
+    assert {path.name: lines(path) for path in FILES if lines(path) > LONGEST and path.name not in REPORT} == {}
+
+
+def test_the_package_stays_thin():
+    assert sum(lines(path) for path in FILES if path.name not in REPORT) <= ALL
+
+
 @pytest.mark.parametrize(("room", "most"), CORE.items())
 def test_the_core_stays_short(room, most):
     assert lines(ROOMS[room]) <= most
+
+
+def test_recipes_need_torch_alone():
+    absent = ("transformers", "pydantic", "yaml", "rich", "numpy", "filelock")
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); import opsd.recipes as r; print(r.names())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "['full', 'sampled_token']\n", done.stderr
+
+
+@pytest.mark.parametrize(("name", "options", "said"), [
+    ("fulll", {}, "recipe is 'fulll'; accepted: full, sampled_token"),
+    ("sampled_token", {"beta": 1}, "recipe sampled_token has no option 'beta'; accepted: temperature, reduction"),
+])  # fmt: skip
+def test_unknown_recipes_and_options_are_named(name, options, said):
+    with pytest.raises(ValueError, match=said):
+        make(name, **options)
 
 
 def test_the_step_knows_no_option_of_a_recipe_a_teacher_or_an_engine():

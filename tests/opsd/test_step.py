@@ -10,7 +10,7 @@ from _models import examples, lora, model, run_of
 from opsd.plugins import UserEngine, UserLoss
 from opsd.rollouts import Rollout
 from opsd.scoring import rollout_hidden, rollout_index, supervised_loss
-from opsd.step import grouped, opsd_step
+from opsd.step import group_rollouts, opsd_step
 
 ROLLOUTS = [[5, 6, 7, 1], [8, 1], [9, 10, 11, 12, 13, 14, 1], [15], [16, 17, 18]]
 
@@ -455,7 +455,7 @@ def test_gradient_checkpointing_changes_nothing(fixed_rollouts):
 
 
 def test_groups_hold_every_rollout_once_longest_first():
-    assert grouped([3, 9, 1, 5, 7], 2) == [[1, 4], [3, 0], [2]]
+    assert group_rollouts([3, 9, 1, 5, 7], 2) == [[1, 4], [3, 0], [2]]
 
 
 @pytest.mark.parametrize(
@@ -468,4 +468,4 @@ def test_groups_hold_every_rollout_once_longest_first():
     ],
 )
 def test_groups_keep_the_rollouts_of_a_prompt_together(size, expected):
-    assert grouped([3, 4, 5, 9, 8, 1], size, together=2) == expected
+    assert group_rollouts([3, 4, 5, 9, 8, 1], size, together=2) == expected
