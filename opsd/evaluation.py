@@ -111,8 +111,9 @@ class Evaluator:
         sampling = Sampling.by_options(options, options.max_new_tokens or config.rollout.max_new_tokens)
         return cls(options.samples, sampling, options.batch_size, config.run.seed, tokenizer, engine, scorer)
 
-    def evaluate(self, model: nn.Module, examples: Sequence[Example], context: Context) -> Evaluation:
-        """How often `model`, reading the prompts of `context`, is right. Errors are those of `answers`."""
+    def __call__(self, run: object, model: nn.Module, examples: Sequence[Example], context: Context) -> Evaluation:
+        """How often `model`, reading the prompts of `context`, is right, whatever the run. Errors are those of
+        `answers`."""
         return summarise(self.answers(model, examples, context), self.samples)
 
     def answers(self, model: nn.Module, examples: Sequence[Example], context: Context) -> list[Answer]:

@@ -72,6 +72,17 @@ class Evaluate(Protocol):
 
 
 @dataclass(frozen=True)
+class Parts:
+    """What the user has put in place of parts of a run; None: the run's own."""
+
+    rollouts: Sampler | None = None
+    teacher: MakeTeacher | None = None
+    loss: Divergence | None = None
+    evaluate: Evaluate | None = None
+    step: Step | None = None
+
+
+@dataclass(frozen=True)
 class UserEngine:
     """Has the user's function write the rollouts, and `engine` all the rest."""
 

@@ -1,10 +1,11 @@
 """From a configuration to all that a run works with: data, model, teacher, and how they are scored."""
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,21 +17,11 @@ from opsd.data import name_rows
 from opsd.display import Display
 from opsd.engines import GenerateEngine
 from opsd.errors import ConfigError
-from opsd.evaluation import Context, Evaluation, Evaluator
+from opsd.evaluation import Evaluator
 from opsd.identity import digest_inputs
 from opsd.optim import learning_rate
 from opsd.options import ModelConfig
-from opsd.plugins import (
-    Divergence,
-    Evaluate,
-    MakeTeacher,
-    Sampler,
-    UserEngine,
-    UserEvaluation,
-    UserLoss,
-    UserStep,
-    UserTeacher,
-)
+from opsd.plugins import Evaluate, Parts, UserEngine, UserEvaluation, UserLoss, UserStep, UserTeacher
 from opsd.prompts import Encoded, Example, Prompter, read_examples
 from opsd.recipes.importance import ImportanceWeighted
 from opsd.run import Recipe, Run, Step, Stream, Teacher
@@ -42,23 +33,12 @@ from opsd_kernels.packing import dual_hidden_states, pack_dual_context, plan_pas
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What the user has put in place of parts of a run; None: the run's own."""
-
-    rollouts: Sampler | None = None
-    teacher: MakeTeacher | None = None
-    loss: Divergence | None = None
-    evaluate: Evaluate | None = None
-    step: Step | None = None
-
-
-@dataclass(frozen=True)
 class Setup:
     """A run that is ready for its first step. `notes` say how it will be done, `warnings` what may be a mistake."""
 
     run: Run
     step: Step
-    evaluate: Callable[[Run, nn.Module, Sequence[Example], Context], Evaluation]
+    evaluate: Evaluate
     prompter: Prompter
     examples: list[Example]
     eval_examples: list[Example]
@@ -109,10 +89,8 @@ def set_up(config: Config, parts: Parts) -> Setup:
         check_recipe(run)
     else:
         run = replace(run, recipe=cast(Recipe, UserLoss(parts.loss, run)))
-    if parts.evaluate is None:
-        evaluator = Evaluator.of(config, tokenizer, engine, scorer)
-        evaluate = lambda run, *what: evaluator.evaluate(*what)  # noqa: E731
-    else:
+    evaluate: Evaluate = Evaluator.of(config, tokenizer, engine, scorer)
+    if parts.evaluate is not None:
         evaluate = UserEvaluation(parts.evaluate)
     return Setup(
         run,
@@ -129,21 +107,22 @@ def set_up(config: Config, parts: Parts) -> Setup:
 
 def _read(config: Config, prompter: Prompter) -> dict[str, Encoded]:
     """The examples of data.train, and of data.eval where it is given."""
-    reason, most = config.teacher.reason_first, config.eval.max_problems
-    needed = ("problem", "solution")
-    data = {"train": read_examples(config.data, prompter, config.data.train or "", required=needed, reason=reason)}
+    read = partial(read_examples, config.data, prompter, reason=config.teacher.reason_first)
+    data = {"train": read(config.data.train or "", required=("problem", "solution"))}
     if config.data.eval:
-        needed = ("problem", "answer")
-        data["eval"] = read_examples(config.data, prompter, config.data.eval, required=needed, most=most, reason=reason)
+        data["eval"] = read(config.data.eval, required=("problem", "answer"), most=config.eval.max_problems)
     return data
 
 
 def _counts(data: Mapping[str, Encoded]) -> dict[str, int]:
-    counts = {}
+    counts: dict[str, int] = {}
     for name, part in data.items():
-        counts[f"{name}_rows"] = len(part.examples)
-        counts[f"{name}_rows_skipped"] = len(part.skipped)
-        counts[f"{name}_rows_too_long"] = len(part.too_long)
+        lists: dict[str, list[Any]] = {
+            "rows": part.examples,
+            "rows_skipped": part.skipped,
+            "rows_too_long": part.too_long,
+        }
+        counts |= {f"{name}_{kind}": len(rows) for kind, rows in lists.items()}
     return counts
 
 
@@ -151,10 +130,8 @@ def _warnings(config: Config, data: Mapping[str, Encoded]) -> list[str]:
     """What may be a mistake."""
     warnings = unused_options(config)
     for name, part in data.items():
-        for what, rows in (
-            ("cannot be used and are skipped", part.skipped),
-            ("are too long and dropped", part.too_long),
-        ):
+        left_out = {"cannot be used and are skipped": part.skipped, "are too long and dropped": part.too_long}
+        for what, rows in left_out.items():
             if rows:
                 warnings.append(name_rows(f"{len(rows)} rows of data.{name} {what}:", rows))
     if config.model.dtype == "bfloat16" and not config.lora.enabled:

@@ -27,7 +27,11 @@ from opsd.run import Run
 
 @dataclass(frozen=True)
 class GenerateEngine:
-    """Writes with `generate`, in the types of `options`."""
+    """Writes with `generate`, in the types of `options`.
+
+    `end_ids`: any of these ends a rollout, which keeps the first one and nothing after it. `pad_id` fills a batch; it
+    may equal an end id, or be any token: what tells padding is its position, not its id.
+    """
 
     end_ids: Sequence[int]
     pad_id: int
@@ -52,65 +56,60 @@ class GenerateEngine:
     def write(
         self, model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int], batch: int
     ) -> list[Rollout]:
-        with autocast(self.options, next(model.parameters()).device):
-            return generate(
-                model, prompts, sampling, end_ids=self.end_ids, pad_id=self.pad_id, batch_size=batch, seeds=seeds
-            )
+        """One rollout for each prompt, in the order of `prompts`.
 
+        Args:
+            model: used in evaluation mode and without gradients; its modes and its generation config are left as they
+                were.
+            prompts: token ids, padded on the left within a batch.
+            seeds: one for each prompt. A rollout depends on its prompt and its seed, not on `batch`, its neighbours or
+                torch's random state, which is neither used nor changed.
+            batch: prompts generated together, those of similar length with each other.
 
-def generate(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    *,
-    end_ids: Sequence[int],
-    pad_id: int,
-    batch_size: int,
-    seeds: Sequence[int],
-) -> list[Rollout]:
-    """One rollout for each prompt, in the order of `prompts`.
+        Returns:
+            Rollouts with the sampler's log-probabilities, or without (None) where `sampling.temperature` is 0.
 
-    Args:
-        model: used in evaluation mode and without gradients; its modes and its generation config are left as they were.
-        prompts: token ids, padded on the left within a batch.
-        end_ids: any of these ends a rollout, which keeps the first one and nothing after it.
-        pad_id: fills a batch; may equal an end id, or be any token: positions are told apart, not ids.
-        batch_size: prompts generated together, those of similar length with each other.
-        seeds: one for each prompt. A rollout depends on its prompt and its seed, not on `batch_size`, its neighbours or
-            torch's random state, which is neither used nor changed.
+        "Not on `batch`" holds for what is drawn; the logits themselves differ in their last bits from one batch shape
+        to another. Rarely, a random number lies so close to the border between two tokens that this decides.
 
-    Returns:
-        Rollouts with the sampler's log-probabilities, or without (None) where `temperature` is 0.
+        Raises:
+            ValueError: `seeds` and `prompts` are not equally long, or an option of `sampling` is out of range.
+        """
+        if len(seeds) != len(prompts):
+            raise ValueError(f"seeds must have one entry for each of {len(prompts)} prompts, got {len(seeds)}")
+        lm = causal_lm(model)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        rollouts: dict[int, Rollout] = {}
+        with autocast(self.options, lm.device), _no_generation_config(lm), evaluating(model), torch.no_grad():
+            for start in range(0, len(order), batch):
+                chosen = order[start : start + batch]
+                written = self._write(lm, [prompts[i] for i in chosen], sampling, [seeds[i] for i in chosen])
+                rollouts |= zip(chosen, written, strict=True)
+        return [rollouts[i] for i in range(len(prompts))]
 
-    "Not on `batch_size`" holds for what is drawn; the logits themselves differ in their last bits from one batch shape
-    to another. Rarely, a random number lies so close to the border between two tokens that this decides.
-
-    Raises:
-        ValueError: `seeds` and `prompts` are not equally long, or an option of `sampling` is out of range.
-    """
-    if len(seeds) != len(prompts):
-        raise ValueError(f"seeds must have one entry for each of {len(prompts)} prompts, got {len(seeds)}")
-    lm = causal_lm(model)
-    device = next(lm.parameters()).device
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    rollouts: dict[int, Rollout] = {}
-    with _no_generation_config(lm), evaluating(model), torch.no_grad():
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            width = max(len(prompts[i]) for i in chosen)
-            ids = [[pad_id] * (width - len(prompts[i])) + list(prompts[i]) for i in chosen]
-            mask = [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen]
-            sampler = _Sampler(sampling, [seeds[i] for i in chosen], device) if sampling.temperature > 0 else None
-            output = lm.generate(
-                input_ids=torch.tensor(ids, device=device),
-                attention_mask=torch.tensor(mask, device=device),
-                generation_config=_generation_config(sampling, end_ids, pad_id),
-                logits_processor=LogitsProcessorList([sampler] if sampler else []),
-            )
-            logprobs = sampler.logprobs() if sampler else [None] * len(chosen)
-            for i, row, row_logprobs in zip(chosen, output[:, width:].tolist(), logprobs, strict=True):
-                rollouts[i] = first_end(row, end_ids, row_logprobs)
-    return [rollouts[i] for i in range(len(prompts))]
+    def _write(
+        self, lm: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
+    ) -> list[Rollout]:
+        """A batch of rollouts."""
+        width = max(map(len, prompts))
+        ids = [[self.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        sampler = _Sampler(sampling, seeds, lm.device) if sampling.temperature > 0 else None
+        output = lm.generate(
+            input_ids=torch.tensor(ids, device=lm.device),
+            attention_mask=torch.tensor(mask, device=lm.device),
+            generation_config=GenerationConfig(
+                max_new_tokens=sampling.max_new_tokens,
+                do_sample=False,
+                eos_token_id=list(self.end_ids) or None,
+                pad_token_id=self.pad_id,
+                use_cache=True,  # even where training turned it off for gradient checkpointing
+            ),
+            logits_processor=LogitsProcessorList([sampler] if sampler else []),
+        )
+        logprobs = sampler.logprobs() if sampler else [None] * len(prompts)
+        rows = zip(output[:, width:].tolist(), logprobs, strict=True)
+        return [first_end(row, self.end_ids, row_logprobs) for row, row_logprobs in rows]
 
 
 class _Sampler:
@@ -160,16 +159,6 @@ def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     target = torch.minimum((uniforms * total.double()).long(), total - 1)  # as the product may be rounded up
     found = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
     return found.clamp(max=probabilities.shape[-1] - 1)  # out of range only for NaN, which the loss then reports
-
-
-def _generation_config(sampling: Sampling, end_ids: Sequence[int], pad_id: int) -> Any:
-    return GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        do_sample=False,
-        eos_token_id=list(end_ids) or None,
-        pad_token_id=pad_id,
-        use_cache=True,  # even where training turned it off for gradient checkpointing
-    )
 
 
 @contextmanager

@@ -476,8 +476,10 @@ def test_a_role_that_the_chat_template_refuses_names_the_row():
     rows = [ROW, Row(CHAT[:2], "it is 2", None, None, "f:3")]
     reason = r"f:3: the chat template refuses the student's messages \(system, user\): no system role"
     with pytest.raises(DataError, match=reason):
-        encode_rows(Prompter(words, PLAIN), rows, limit=100, too_long="drop")
-    encoded = encode_rows(Prompter(words, PLAIN), rows, limit=100, too_long="drop", skip_bad_rows=True)
+        encode_rows(Prompter(words, PLAIN), rows, DataConfig(max_prompt_tokens=100, too_long="drop"))
+    encoded = encode_rows(
+        Prompter(words, PLAIN), rows, DataConfig(max_prompt_tokens=100, too_long="drop", skip_bad_rows=True)
+    )
     assert [example.row.source for example in encoded.examples] == ["f.jsonl:1"]
     assert encoded.too_long == []
     assert len(encoded.skipped) == 1
@@ -518,17 +520,21 @@ def test_the_teachers_analysis_is_prepared_for_with_the_rows():
     prompter = Prompter(tokenizer(), config)
     row, bare = Row("1", "2", None, None, "f:1"), Row("1", None, None, "only this", "f:2")
     of_evaluation, long = Row("1", None, "2", None, "f:3"), Row("1", "2345", None, None, "f:4")
-    encoded = encode_rows(prompter, [row, of_evaluation], limit=8, too_long="error", reason=True)
+    encoded = encode_rows(
+        prompter, [row, of_evaluation], DataConfig(max_prompt_tokens=8, too_long="error"), reason=True
+    )
     assert [decoded(prompter, example.reason) for example in encoded.examples] == ["1:2 why?", ""]
     with pytest.raises(DataError, match=r"f:2: teacher.reason_first needs a solution"):
-        encode_rows(prompter, [row, bare], limit=20, too_long="error", reason=True)
-    encoded = encode_rows(prompter, [row, bare], limit=20, too_long="error", reason=True, skip_bad_rows=True)
+        encode_rows(prompter, [row, bare], DataConfig(max_prompt_tokens=20, too_long="error"), reason=True)
+    encoded = encode_rows(
+        prompter, [row, bare], DataConfig(max_prompt_tokens=20, too_long="error", skip_bad_rows=True), reason=True
+    )
     assert (len(encoded.examples), len(encoded.skipped)) == (1, 1)
-    encoded = encode_rows(prompter, [row, long], limit=10, too_long="drop", reason=True)
+    encoded = encode_rows(prompter, [row, long], DataConfig(max_prompt_tokens=10, too_long="drop"), reason=True)
     assert encoded.too_long == [
         "f:4: the prompt for the teacher's analysis has 11 tokens, data.max_prompt_tokens is 10"
     ]
-    assert not encode_rows(prompter, [bare], limit=20, too_long="error").examples[0].reason
+    assert not encode_rows(prompter, [bare], DataConfig(max_prompt_tokens=20, too_long="error")).examples[0].reason
 
 
 def test_rows_are_read_for_analyses_where_the_teacher_writes_them(tmp_path):
@@ -559,7 +565,7 @@ def test_too_long_prompts_are_named_and_dropped_or_an_error_but_never_cut():
     prompter = Prompter(tokenizer(), PromptsConfig(student="{problem}", teacher="{problem}{solution}"))
     rows = [Row("12345", "67890", None, None, f"f:{i}") for i in (1, 2)] + [Row("1", "2" * 20, None, None, "f:3")]
     rows.append(Row("1" * 11, "2", None, None, "f:4"))
-    examples, too_long, skipped = encode_rows(prompter, rows, limit=10, too_long="drop")
+    examples, too_long, skipped = encode_rows(prompter, rows, DataConfig(max_prompt_tokens=10, too_long="drop"))
     assert too_long == [
         "f:3: the teacher's prompt has 21 tokens, data.max_prompt_tokens is 10",
         "f:4: the student's prompt has 11 tokens and the teacher's prompt has 12 tokens, data.max_prompt_tokens is 10",
@@ -567,6 +573,6 @@ def test_too_long_prompts_are_named_and_dropped_or_an_error_but_never_cut():
     assert skipped == []
     assert [len(example.teacher) for example in examples] == [10, 10]
     with pytest.raises(DataError, match=r"f:3: the teacher's prompt has 21 tokens, data.max_prompt_tokens is 10\nf:4"):
-        encode_rows(prompter, rows, limit=10, too_long="error")
+        encode_rows(prompter, rows, DataConfig(max_prompt_tokens=10, too_long="error"))
     with pytest.raises(DataError, match=r"no row is left:\nf:1"):
-        encode_rows(prompter, rows, limit=4, too_long="drop")
+        encode_rows(prompter, rows, DataConfig(max_prompt_tokens=4, too_long="drop"))

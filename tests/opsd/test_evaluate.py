@@ -43,9 +43,7 @@ def spoken(monkeypatch):
 
     def says(*texts):
         ids = [tokenizer()(text)["input_ids"] + [1] for text in texts]
-        monkeypatch.setattr(
-            "opsd.engines.generate.generate", lambda *_, **__: [Rollout(i, truncated=False) for i in ids]
-        )
+        monkeypatch.setattr("opsd.engines.GenerateEngine.write", lambda *_: [Rollout(i, False) for i in ids])
 
     return says
 
@@ -144,7 +142,7 @@ def test_answers_stay_with_their_problem(spoken):
     assert found[0].length == len("\\boxed{2}") + 1
     spoken("\\boxed{2}", "it is 2")
     half = replace(evaluator(run), scorer=lambda text, row: 0.5 * (text == "it is 2"))
-    given = half.evaluate(run.model, [example()], "student")
+    given = half(run, run.model, [example()], "student")
     assert given.accuracy == 0.25
 
 
@@ -173,9 +171,9 @@ def test_the_scorer_of_the_options_is_used_and_the_undecided_are_counted(tmp_pat
 def test_an_example_without_the_prompt_or_the_answer_is_named():
     run = run_of(model())
     with pytest.raises(DataError, match=r"f:1: .*no solution or teacher_prompt"):
-        evaluator(run).evaluate(run.model, [example()], "teacher")
+        evaluator(run)(run, run.model, [example()], "teacher")
     with pytest.raises(DataError, match=r"f:3: 'answer' is missing"):
-        evaluator(run).evaluate(run.model, [example(), example(answer=None, number=3)], "student")
+        evaluator(run)(run, run.model, [example(), example(answer=None, number=3)], "student")
 
 
 @pytest.fixture
@@ -216,10 +214,10 @@ def test_command_never_overwrites_and_says_so_before_the_model_is_loaded(words, 
 
 
 def test_teacher_context_reads_the_other_prompt(words, tmp_path, monkeypatch):
-    import opsd.engines.generate as engine
+    from opsd.engines import GenerateEngine
 
-    seen, real = [], engine.generate
-    monkeypatch.setattr("opsd.engines.generate.generate", lambda m, p, *a, **k: seen.append(p) or real(m, p, *a, **k))
+    seen, real = [], GenerateEngine.write
+    monkeypatch.setattr(GenerateEngine, "write", lambda e, m, p, *a: seen.append(p) or real(e, m, p, *a))
     assert main([*words, "--context", "teacher", "--output", str(tmp_path / "e.json")]) == 0
     assert "A correct solution" in tokenizer().decode(seen[0][0])
     assert json.loads((tmp_path / "e.json").read_text())["context"] == "teacher"

@@ -146,13 +146,10 @@ def test_the_teacher_writes_an_analysis_that_joins_its_prompt_alone(tmp_path):
         assert len(after.teacher) > len(before.teacher)
     assert 1 <= first.mean_length <= 9
     with run.teacher.active() as teacher:
-        from opsd.engines.generate import generate
         from opsd.rollouts import Sampling, derive_seed
 
-        written = generate(
-            teacher, [prompter.reason(plain[0].row)], Sampling(9), end_ids=[1], pad_id=0, batch_size=1,
-            seeds=[derive_seed(0, "reason", 1, 0)],
-        )  # fmt: skip
+        seeds = [derive_seed(0, "reason", 1, 0)]
+        written = run.engine.write(teacher, [prompter.reason(plain[0].row)], Sampling(9), seeds, 1)
     assert run.tokenizer.decode(written[0].ids, skip_special_tokens=True).strip() in run.tokenizer.decode(
         first.examples[0].teacher
     )
