@@ -27,6 +27,8 @@ ABBREVIATED = {"learning-rate": "lr", "learnrate": "lr", "rank": "r"}
 
 
 class Config(BaseModel):
+    """Every section's options."""
+
     model_config = ConfigDict(frozen=True)
 
     model: sections.ModelConfig = sections.ModelConfig()

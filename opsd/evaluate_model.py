@@ -176,7 +176,8 @@ def evaluate_model(config: Config, context: Context = "student") -> Report:
     new = config.eval.max_new_tokens or config.rollout.max_new_tokens
     models.check_positions(model, [getattr(example, context) for example in examples], {name: new})
     engine = GenerateEngine.of(model, tokenizer, config.model)
-    answers = Evaluator.of(config, tokenizer, engine, scorer).answers(model, examples, context)
+    evaluator = Evaluator.of(config.eval, new, config.run.seed, tokenizer, engine, scorer)
+    answers = evaluator.answers(model, examples, context)
     evaluation = summarise(answers, config.eval.samples)
     seconds = time.perf_counter() - began
     return Report(evaluation, answers, config, context, len(data.skipped), len(data.too_long), seconds)

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from opsd.config import Config
 from opsd.errors import DataError, Undecided
+from opsd.options import EvalConfig
 from opsd.prompts import Example
 from opsd.rollouts import Sampling, derive_seed
 from opsd.run import Engine
@@ -105,11 +105,12 @@ class Evaluator:
     scorer: Scorer
 
     @classmethod
-    def of(cls, config: Config, tokenizer: Any, engine: Engine, scorer: Scorer) -> Evaluator:
-        """By the options of a run."""
-        options = config.eval
-        sampling = Sampling.by_options(options, options.max_new_tokens or config.rollout.max_new_tokens)
-        return cls(options.samples, sampling, options.batch_size, config.run.seed, tokenizer, engine, scorer)
+    def of(
+        cls, options: EvalConfig, max_new_tokens: int, seed: int, tokenizer: Any, engine: Engine, scorer: Scorer
+    ) -> Evaluator:
+        """By `options`; answers are as long as rollouts, `max_new_tokens`, where these say nothing of it."""
+        sampling = Sampling.by_options(options, options.max_new_tokens or max_new_tokens)
+        return cls(options.samples, sampling, options.batch_size, seed, tokenizer, engine, scorer)
 
     def __call__(self, run: object, model: nn.Module, examples: Sequence[Example], context: Context) -> Evaluation:
         """How often `model`, reading the prompts of `context`, is right, whatever the run. Errors are those of

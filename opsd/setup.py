@@ -89,7 +89,9 @@ def set_up(config: Config, parts: Parts) -> Setup:
         check_recipe(run)
     else:
         run = replace(run, recipe=cast(Recipe, UserLoss(parts.loss, run)))
-    evaluate: Evaluate = Evaluator.of(config, tokenizer, engine, scorer)
+    evaluate: Evaluate = Evaluator.of(
+        config.eval, config.rollout.max_new_tokens, config.run.seed, tokenizer, engine, scorer
+    )
     if parts.evaluate is not None:
         evaluate = UserEvaluation(parts.evaluate)
     return Setup(

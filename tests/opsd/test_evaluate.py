@@ -34,7 +34,8 @@ def example(problem="1+1?", answer="2", number=1):
 
 
 def evaluator(run):
-    return Evaluator.of(run.config, run.tokenizer, run.engine, scorer_of(run.config.eval))
+    options, length = run.config.eval, run.config.rollout.max_new_tokens
+    return Evaluator.of(options, length, run.config.run.seed, run.tokenizer, run.engine, scorer_of(options))
 
 
 @pytest.fixture
