@@ -63,7 +63,7 @@ class Loop:
         if self.random_state is not None:  # last of all, since loading and trackers may draw
             checkpoint.set_random_state(self.random_state)
         with StopRequest(quiet=self.display.quiet) as stop:
-            while not (finished := self.finished()):
+            while not self.finished():
                 progress.evaluations.pop("trained", None)  # of where an earlier process had ended
                 record = self._one_step([self.setup.examples[i] for i in next(order)], progress.step + 1)
                 progress.step += 1

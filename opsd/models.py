@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -32,12 +33,12 @@ def load_tokenizer(path: str | None, option: str = "model.path") -> Any:
         ConfigError: there is none, or `path` is a run or a checkpoint, of which transformers would say odd things, or
             the path of nothing.
     """
-    _check_no_run(path, option)
-    _check_there(path, option)
+    if path:
+        _check_path(path, option)
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConfigError(f"{_asked(option, path)}no tokenizer can be loaded: {error}") from error
+        raise _failed(option, path, "tokenizer", error) from error
 
 
 def hub_notes(model_path: str | None, teacher_path: str | None = None) -> list[str]:
@@ -49,41 +50,35 @@ def hub_notes(model_path: str | None, teacher_path: str | None = None) -> list[s
     ]
 
 
-def _asked(option: str, path: str | None) -> str:
-    """What an error about `path` begins with."""
+def _failed(option: str, path: str | None, what: str, error: Exception) -> ConfigError:
+    """The error that `what` of `path` cannot be loaded."""
+    where = f"{option} {path!r}: "
     if path and not Path(path).exists():
-        return f"{option}: there is no directory {path}, and from the hub "
-    return f"{option} {path!r}: "
+        where = f"{option}: there is no directory {path}, and from the hub "
+    return ConfigError(f"{where}no {what} can be loaded: {error}")
 
 
-def _check_there(path: str | None, option: str) -> None:
-    """Refuses what can be no name on the hub, which would be asked in vain."""
-    if not path or Path(path).is_dir():
-        return
-    if Path(path).exists():
-        raise ConfigError(f"{option} {path!r} is a file; accepted: a directory, or the id of a model on the hub")
-    run = Path(os.path.normpath(Path(path) / ".."))
-    if Path(path).name in ("model", "best") and (run / "run.json").is_file():
-        if (run / "summary.json").is_file():
-            advice = f"its run kept none; its directory is {run}"
-        else:
-            advice = f"the run is not finished; opsd train --resume {run} goes on to it"
-        raise ConfigError(f"{option}: there is no directory {path}: {advice}")
-    if not HUB_ID.fullmatch(path):
-        raise ConfigError(f"{option}: there is no directory {path}; accepted: a directory, or a hub id like org/name")
-
-
-def _check_no_run(path: str | None, option: str) -> None:
-    directory = Path(path or "")
-    if path and (directory / "manifest.json").is_file():
-        run = os.path.normpath(directory / ".." / "..")
-        raise ConfigError(
-            f"{option} {path!r} is a checkpoint, which is no model; opsd train --resume {run} finishes its run"
-        )
-    if path and (directory / "run.json").is_file():
+def _check_path(path: str, option: str) -> None:
+    """Refuses a run or a checkpoint, and what can be no name on the hub, which would be asked in vain."""
+    directory, above = Path(path), Path(os.path.normpath(Path(path) / ".."))
+    if (directory / "manifest.json").is_file():
+        advice = f"opsd train --resume {os.path.normpath(above / '..')} finishes its run"
+        raise ConfigError(f"{option} {path!r} is a checkpoint, which is no model; {advice}")
+    if (directory / "run.json").is_file():
         there = [str(directory / name) for name in ("model", "best") if (directory / name).is_dir()]
         advice = f"its model is {' or '.join(there)}" if there else f"opsd train --resume {path} goes on to its model"
         raise ConfigError(f"{option} {path!r} is a run directory; {advice}")
+    if directory.is_dir():
+        return
+    if directory.exists():
+        raise ConfigError(f"{option} {path!r} is a file; accepted: a directory, or the id of a model on the hub")
+    if directory.name in ("model", "best") and (above / "run.json").is_file():
+        advice = f"the run is not finished; opsd train --resume {above} goes on to it"
+        if (above / "summary.json").is_file():
+            advice = f"its run kept none; its directory is {above}"
+        raise ConfigError(f"{option}: there is no directory {path}: {advice}")
+    if not HUB_ID.fullmatch(path):
+        raise ConfigError(f"{option}: there is no directory {path}; accepted: a directory, or a hub id like org/name")
 
 
 def load_weights(options: ModelConfig, path: str | None, option: str = "model.path") -> Any:
@@ -99,7 +94,7 @@ def load_weights(options: ModelConfig, path: str | None, option: str = "model.pa
             attn_implementation=options.attn_implementation,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConfigError(f"{_asked(option, path)}no model can be loaded: {error}") from error
+        raise _failed(option, path, "model", error) from error
 
 
 def load_model(options: ModelConfig, lora: LoraConfig, device: torch.device) -> nn.Module:
@@ -170,10 +165,6 @@ def load_trained(options: ModelConfig, device: torch.device) -> nn.Module:
     if not adapter.is_file():
         return load_weights(options, path).to(device)
     try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ConfigError(f"model.path {path!r} is an adapter, which needs the package peft") from error
-    try:
         base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{adapter}: cannot be read: {error}") from error
@@ -185,13 +176,12 @@ def load_trained(options: ModelConfig, device: torch.device) -> nn.Module:
         raise ConfigError(f"{adapter} names a base model that cannot be loaded: {error}") from error
     try:
         with _renamed():
-            adapted = PeftModel.from_pretrained(model, path).to(device)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ConfigError(f"model.path {path!r}: the adapter cannot be loaded onto {base!r}: {error}") from error
-    try:
+            adapted = peft.PeftModel.from_pretrained(model, path).to(device)
         causal_lm(adapted)
     except ConfigError as error:
         raise ConfigError(f"model.path {path!r}: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ConfigError(f"model.path {path!r}: the adapter cannot be loaded onto {base!r}: {error}") from error
     return adapted
 
 
@@ -208,23 +198,17 @@ def pick_device(device: str) -> torch.device:
 
 
 def _add_adapters(model: nn.Module, options: LoraConfig) -> nn.Module:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ConfigError("lora.enabled needs the package peft") from error
     targets = options.target_modules
+    adapters = peft.LoraConfig(
+        r=options.r,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules="all-linear" if targets == ("all-linear",) else list(targets),
+        task_type="CAUSAL_LM",
+    )
     try:
         with _renamed():
-            return get_peft_model(
-                model,
-                LoraConfig(
-                    r=options.r,
-                    lora_alpha=options.alpha,
-                    lora_dropout=options.dropout,
-                    target_modules="all-linear" if targets == ("all-linear",) else list(targets),
-                    task_type="CAUSAL_LM",
-                ),
-            )
+            return peft.get_peft_model(model, adapters)
     except ValueError as error:
         raise ConfigError(f"lora.target_modules {','.join(targets)}: {error}") from error
 

@@ -19,7 +19,7 @@ REPORT = ("report.py", "report.js", "report.css", "report.html", "token_view.py"
 CORE = {"opsd.step": 170, "opsd.loop": 225, "opsd.run": 130}
 GROUND = ("opsd.errors", "opsd.presets", "opsd.section")
 
-OPTIONAL = {"datasets", "pyarrow", "peft", "math_verify", "wandb", "trackio", "torch.utils.tensorboard", "resource"}
+OPTIONAL = {"datasets", "pyarrow", "math_verify", "wandb", "trackio", "torch.utils.tensorboard", "resource"}
 """What need not be installed, or is not there on every system."""
 
 
