@@ -94,13 +94,14 @@ def load_config(
     user: dict[str, dict[str, Any]] = {}
     for name, value in [*below, *given, *overrides]:
         section, option, _ = _find(name)
+        _build(section, {option: value}, together=False)  # also of what a later one hides
         user.setdefault(section, {})[option] = value
     model, data = _build("model", user.get("model", {})), _build("data", user.get("data", {}))
     if training:
-        for section, values in _preset_settings(preset, model.path, data, complete).items():  # type: ignore[attr-defined]
+        for section, values in _preset_settings(preset, model.path, data, complete).items():
             user[section] = {**values, **user.get(section, {})}
     else:
-        for needed, value in (("model.path", model.path), ("data.eval", data.eval)):  # type: ignore[attr-defined]
+        for needed, value in (("model.path", model.path), ("data.eval", data.eval)):
             if not value:
                 raise ConfigError(f"{needed} is not given: an evaluation needs a model and data with answers")
     made: dict[str, Any] = {name: _build(name, user.get(name, {})) for name in SECTIONS}
@@ -111,13 +112,16 @@ def load_config(
     return config if config.optim.lr else config.changed({"optim.lr": 5e-6 if config.lora.enabled else 1e-6})
 
 
-def _build(section: str, values: Mapping[str, Any]) -> Section:
-    """The section with these options, its other ones at their defaults."""
+def _build(section: str, values: Mapping[str, Any], *, together: bool = True) -> Any:
+    """The section with these options, its other ones at their defaults; None where options do not go `together`, and
+    need not."""
     try:
         return SECTIONS[section](**values)
     except ValidationError as error:
         first = error.errors()[0]
-        if not first["loc"]:  # options that do not go together
+        if not first["loc"] and not together:
+            return None
+        if not first["loc"]:
             raise ConfigError(str(first["ctx"]["error"])) from None
         name = str(first["loc"][0])
         field = SECTIONS[section].model_fields[name]

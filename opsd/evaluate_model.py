@@ -104,10 +104,7 @@ def _within(name: str, names: set[str]) -> bool:
 
 
 def evaluation_config(
-    model: str | None,
-    data: str | None,
-    path: str | Path | None = None,
-    overrides: Sequence[tuple[str, Any]] = (),
+    model: str | None, data: str | None, path: str | Path | None = None, overrides: Sequence[tuple[str, Any]] = ()
 ) -> tuple[Config, str | None]:
     """The configuration that evaluates `model` on `data`, and a line that says where its defaults are from.
 

@@ -38,7 +38,7 @@ def load_tokenizer(path: str | None, option: str = "model.path") -> Any:
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _failed(option, path, "tokenizer", error) from error
+        raise _load_error(option, path, "tokenizer", error) from error
 
 
 def hub_notes(model_path: str | None, teacher_path: str | None = None) -> list[str]:
@@ -50,7 +50,7 @@ def hub_notes(model_path: str | None, teacher_path: str | None = None) -> list[s
     ]
 
 
-def _failed(option: str, path: str | None, what: str, error: Exception) -> ConfigError:
+def _load_error(option: str, path: str | None, what: str, error: Exception) -> ConfigError:
     """The error that `what` of `path` cannot be loaded."""
     where = f"{option} {path!r}: "
     if path and not Path(path).exists():
@@ -94,7 +94,7 @@ def load_weights(options: ModelConfig, path: str | None, option: str = "model.pa
             attn_implementation=options.attn_implementation,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _failed(option, path, "model", error) from error
+        raise _load_error(option, path, "model", error) from error
 
 
 def load_model(options: ModelConfig, lora: LoraConfig, device: torch.device) -> nn.Module:

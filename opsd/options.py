@@ -134,10 +134,7 @@ class RolloutConfig(Section):
     per_prompt: int = option(1, "rollouts of each prompt in a step", ge=1)
     temperature: float = option(1.0, "sampling temperature", gt=0)
     top_p: float = option(
-        1.0,
-        "nucleus sampling; 1: off, so that rollouts come from the student's own distribution",
-        gt=0,
-        le=1,
+        1.0, "nucleus sampling; 1: off, so that rollouts come from the student's own distribution", gt=0, le=1
     )
     top_k: int = _TOP_K
     min_p: float = _MIN_P
@@ -178,10 +175,7 @@ class ObjectiveConfig(Section):
         "full", "divergence over the vocabulary, or on the sampled token only"
     )
     beta: float = option(
-        0.5,
-        "0: forward KL; 1: reverse KL; between: JSD, bounded and so safe without a clip",
-        ge=0,
-        le=1,
+        0.5, "0: forward KL; 1: reverse KL; between: JSD, bounded and so safe without a clip", ge=0, le=1
     )
     temperature: float = option(1.0, "of both distributions in the loss", gt=0)
     entry_clip: float | None = option(
@@ -217,9 +211,7 @@ _Beta = Annotated[float, Field(ge=0, le=0.999999)]
 
 class OptimConfig(Section):
     lr: float | None = option(
-        None,
-        "peak learning rate; none: 5e-6 for LoRA; 1e-6 for full training, where every weight moves",
-        gt=0,
+        None, "peak learning rate; none: 5e-6 for LoRA; 1e-6 for full training, where every weight moves", gt=0
     )
     betas: tuple[_Beta, _Beta] = option((0.9, 0.999), "of AdamW")
     weight_decay: float = option(0.0, "of AdamW; never on norms and biases", ge=0)

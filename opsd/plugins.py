@@ -40,13 +40,7 @@ class Divergence(Protocol):
     denominator)."""
 
     def __call__(
-        self,
-        run: Run,
-        student_hidden: Tensor,
-        teacher_hidden: Tensor,
-        rollouts: Sequence[Rollout],
-        denominator: int,
-        /,
+        self, run: Run, student_hidden: Tensor, teacher_hidden: Tensor, rollouts: Sequence[Rollout], denominator: int, /
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """What these rollouts contribute to the loss of the batch, 0-d with a gradient, and statistics, each (R,), the
         same names in every call; the step reports their means over the batch.

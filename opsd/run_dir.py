@@ -15,14 +15,7 @@ from safetensors import SafetensorError
 
 from opsd import checkpoint
 from opsd.errors import CheckpointError, ConfigError, WriteError
-from opsd.files import (
-    UNFINISHED,
-    append_json,
-    remove_unfinished,
-    replace_directory,
-    replace_file,
-    rewind_json,
-)
+from opsd.files import UNFINISHED, append_json, remove_unfinished, replace_directory, replace_file, rewind_json
 from opsd.models import progress_bars, save_model
 from opsd.run import Run
 

@@ -10,14 +10,7 @@ from opsd.clock import Clock
 from opsd.models import autocast, body
 from opsd.recipes.batch import Stream
 from opsd.run import MicroBatch, Run
-from opsd_kernels import (
-    Head,
-    dual_hidden_states,
-    lm_head_of,
-    pack_dual_context,
-    token_logprobs,
-    top_k_logprobs,
-)
+from opsd_kernels import Head, dual_hidden_states, lm_head_of, pack_dual_context, token_logprobs, top_k_logprobs
 from opsd_kernels.packing import plan_passes
 
 

@@ -252,8 +252,4 @@ class _Trackio:
         self.trackio.finish()
 
 
-_KINDS: dict[str, Callable[..., Tracker]] = {
-    "tensorboard": _TensorBoard,
-    "wandb": _Wandb,
-    "trackio": _Trackio,
-}
+_KINDS: dict[str, Callable[..., Tracker]] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}

@@ -17,16 +17,7 @@ from opsd.loop import Loop
 from opsd.options import EvalConfig
 from opsd.plugins import Divergence, Evaluate, MakeTeacher, Sampler
 from opsd.run import Step
-from opsd.run_dir import (
-    LOCK,
-    RunDir,
-    check_new,
-    check_resumable,
-    locked,
-    make_directory,
-    read_description,
-    write_json,
-)
+from opsd.run_dir import LOCK, RunDir, check_new, check_resumable, locked, make_directory, read_description, write_json
 from opsd.setup import Parts, absolute_paths, embedded, introduce, set_up
 from opsd.trackers import check_trackers, make_trackers
 

@@ -50,21 +50,12 @@ class FullDivergence:
             student.head.weight,
             **student.head.options(),
             **other,
-            beta=self.beta,
-            temperature=self.temperature,
-            entry_clip=self.entry_clip,
-            token_clip=self.token_clip,
-            top_k=self.top_k,
-            top_k_from=self.top_k_from,
-            tail_bucket=self.tail_bucket,
+            **vars(self),  # all options, by the names that they have there
             token_weight=batch.token_weight,
             sequence_ids=batch.sequence_ids,
             target_ids=batch.target_ids,
-            reduction=self.reduction,
             denominator=denominator,
             return_stats=True,
-            backend=self.backend,
-            workspace_bytes=self.workspace_bytes,
         )
         assert stats.student_logprob is not None  # target_ids were given
         found = {name: getattr(stats, name) for name in STATISTICS}
