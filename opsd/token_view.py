@@ -12,8 +12,8 @@ from torch import Tensor
 from opsd.models import autocast, evaluating
 from opsd.prompts import Example
 from opsd.rollouts import Rollout
+from opsd.run import Run
 from opsd.scoring import rollout_hidden
-from opsd.step import Run
 from opsd_kernels import Head
 from opsd_kernels.gemm import Products, accumulation_dtype
 from opsd_kernels.objective import LogitTransform
