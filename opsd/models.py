@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -174,6 +173,7 @@ def load_trained(options: ModelConfig, device: torch.device) -> nn.Module:
         model = load_weights(options, base, "base_model_name_or_path").to(device)
     except ConfigError as error:
         raise ConfigError(f"{adapter} names a base model that cannot be loaded: {error}") from error
+    peft = _peft(f"model.path {path!r} is an adapter, which")
     try:
         with _renamed():
             adapted = peft.PeftModel.from_pretrained(model, path).to(device)
@@ -197,8 +197,17 @@ def pick_device(device: str) -> torch.device:
     return torch.device("cuda" if use_cuda else "cpu")
 
 
+def _peft(who: str) -> Any:
+    """The package peft, which `who` needs: imported here alone, since it takes seconds and few runs have adapters."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError(f"{who} needs the package peft") from error
+    return peft
+
+
 def _add_adapters(model: nn.Module, options: LoraConfig) -> nn.Module:
-    targets = options.target_modules
+    peft, targets = _peft("lora.enabled"), options.target_modules
     adapters = peft.LoraConfig(
         r=options.r,
         lora_alpha=options.alpha,

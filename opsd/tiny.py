@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config
 
 from opsd.presets import TINY as SETTINGS
 from opsd.scoring import supervised_loss
@@ -187,7 +187,7 @@ def _base_model(
     seed: int,
     build: _Build,
     on_step: Callable[[int, int, float], None] | None,
-) -> Qwen3ForCausalLM:
+) -> Any:
     """Supervised training on own-notation work: clean with the reference in the prompt, unreliable without it."""
     tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     config = Qwen3Config(
@@ -205,7 +205,7 @@ def _base_model(
     )
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.default_generator.manual_seed(seed)
-        model: Any = Qwen3ForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
         model.to(build.device)
         model.generation_config = GenerationConfig(**tokens)
         optimizer = torch.optim.AdamW(model.parameters(), lr=build.lr, betas=(0.9, 0.95), weight_decay=0.01)

@@ -20,8 +20,8 @@ REPORT = {path for path in FILES if path.relative_to(PACKAGE).parts[0].startswit
 CORE = {"opsd.step": 170, "opsd.loop": 225, "opsd.run": 130}
 GROUND = ("opsd.errors", "opsd.presets", "opsd.section")
 
-OPTIONAL = {"datasets", "pyarrow", "math_verify", "wandb", "trackio", "torch.utils.tensorboard", "resource"}
-"""What need not be installed, or is not there on every system."""
+OPTIONAL = {"datasets", "pyarrow", "peft", "math_verify", "wandb", "trackio", "torch.utils.tensorboard", "resource"}
+"""What need not be installed, is not there on every system, or takes seconds and is seldom needed."""
 
 
 def lines(path):
