@@ -26,7 +26,7 @@ def remove_unfinished(directory: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def replace_directory(directory: Path, write: Callable[[Path], None]) -> Path:
+def replace_directory(directory: Path, write: Callable[[Path], None]) -> None:
     """Has `write` fill a new directory and puts it in the place of `directory`, which is never half-written.
 
     Raises:
@@ -49,7 +49,6 @@ def replace_directory(directory: Path, write: Callable[[Path], None]) -> Path:
         directory.rename(old)
     fresh.rename(directory)
     shutil.rmtree(old, ignore_errors=True)
-    return directory
 
 
 def replace_file(path: Path, content: str | bytes) -> None:

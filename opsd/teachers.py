@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from opsd.config import Config
 from opsd.errors import ConfigError
 from opsd.models import body, evaluating, is_adapted, load_tokenizer, load_weights
+from opsd.options import ModelConfig
 from opsd.run import Teacher
 from opsd.scoring import rollout_hidden
 from opsd_kernels import lm_head_of
@@ -104,7 +105,7 @@ def make_teacher(config: Config, model: nn.Module, tokenizer: Any) -> Teacher:
     if options.kind == "ema":
         return _AverageTeacher(model, options.ema_decay, options.ema_every)
     if options.kind == "model":
-        return _other_model(config, model, tokenizer)
+        return _other_model(config.model, options.path, model, tokenizer)
     if is_adapted(model):
         return _ModelTeacher(model, "base")
     frozen = _frozen_copy(model)
@@ -117,8 +118,8 @@ def _frozen_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, shared).eval().requires_grad_(False)
 
 
-def _other_model(config: Config, model: nn.Module, tokenizer: Any) -> Teacher:
-    path = config.teacher.path
+def _other_model(options: ModelConfig, path: str | None, model: nn.Module, tokenizer: Any) -> Teacher:
+    """The model of `path`, in the types of `options`, as the teacher of `model`."""
     theirs = load_tokenizer(path, "teacher.path").get_vocab()
     ours = tokenizer.get_vocab()
     if theirs != ours:
@@ -126,7 +127,7 @@ def _other_model(config: Config, model: nn.Module, tokenizer: Any) -> Teacher:
             f"teacher.path {path!r} has another vocabulary than model.path: {len(theirs)} and {len(ours)} tokens, "
             f"{_first_difference(theirs, ours)}"
         )
-    other = load_weights(config.model, path, "teacher.path").to(next(model.parameters()).device)
+    other = load_weights(options, path, "teacher.path").to(next(model.parameters()).device)
     teacher = _ModelTeacher(other.eval().requires_grad_(False), other)
     # Published sizes of one family pad the vocabulary differently.
     rows, wanted = teacher.head.weight.shape[0], lm_head_of(model).weight.shape[0]
