@@ -190,7 +190,7 @@ class UserTeacher:
         missing = [name for name in ("head", "source") if not hasattr(teacher, name)]
         methods = ("active", "hidden", "update", "state_dict", "load_state_dict")
         missing += [name for name in methods if not callable(getattr(teacher, name, None))]
-        _expect(not missing, f"{what}, which lacks {', '.join(missing)}; accepted: an opsd.teachers.Teacher")
+        _expect(not missing, f"{what}, which lacks {', '.join(missing)}; accepted: an opsd.run.Teacher")
         kind, accepted = type(teacher.head).__name__, "an opsd_kernels.Head, as lm_head_of(model) gives"
         _expect(isinstance(teacher.head, Head), f"{what}, its head of type {kind}; accepted: {accepted}")
         source = teacher.source
