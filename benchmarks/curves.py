@@ -20,7 +20,8 @@ from benchmarks.runner import Item
 from opsd import tiny
 from opsd.config import load_config
 from opsd.prompts import Example
-from opsd.step import Run, StepResult, opsd_step
+from opsd.run import Run, StepResult
+from opsd.step import opsd_step
 from opsd.trainer import train
 
 

@@ -26,7 +26,8 @@ from benchmarks.report import replace_section
 from opsd import tiny
 from opsd.config import load_config
 from opsd.prompts import Example
-from opsd.step import Run, StepResult, supervised_loss
+from opsd.run import Run, StepResult
+from opsd.scoring import supervised_loss
 from opsd.trainer import train
 
 RESULTS = Path(__file__).parent / "results"
@@ -65,7 +66,7 @@ class Task:
 
 def sft_step(run: Run, examples: Sequence[Example], number: int) -> StepResult:
     """Supervised fine-tuning on the rows' solutions after the student's prompt, in place of the OPSD step."""
-    completions = [[*run.tokenizer.encode(e.row.solution), run.end_ids[0]] for e in examples]
+    completions = [[*run.tokenizer.encode(e.row.solution), run.engine.end_ids[0]] for e in examples]
     tokens = sum(map(len, completions))
     loss = supervised_loss(run.model, [e.student for e in examples], completions, tokens)
     loss.backward()

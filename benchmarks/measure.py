@@ -34,7 +34,7 @@ from benchmarks.cells import (
 )
 from benchmarks.machine import gpu_state
 from benchmarks.runner import Report, release, synchronize
-from opsd.metrics import Clock
+from opsd.clock import Clock
 from opsd_kernels import backends, reference, workspace
 from opsd_kernels.gemm import Products
 from opsd_kernels.objective import Objective

@@ -32,10 +32,9 @@ from benchmarks.machine import machine
 from benchmarks.measure import peak_bytes
 from benchmarks.report import replace_section
 from benchmarks.runner import Report
-from opsd.metrics import Clock
+from opsd.clock import Clock
 from opsd.models import evaluating, is_adapted
-from opsd.scoring import rollout_hidden
-from opsd.step import teacher_then_student
+from opsd.scoring import rollout_hidden, teacher_then_student
 from opsd_kernels import jsd_loss, lm_head_of
 from opsd_kernels.packing import dual_hidden_states, pack_dual_context
 

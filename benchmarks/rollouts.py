@@ -6,7 +6,7 @@ reported apart.
 
 `generate` of transformers runs with a cache that grows ("dynamic") or with one of fixed size ("static", and "static,
 compiled", which transformers does by itself on a GPU), "continuous" is its `generate_batch`; "opsd" is
-`opsd.rollouts.generate`, which is on a dynamic cache and keeps the sampler's log-probabilities.
+`opsd.engines.GenerateEngine`, which is on a dynamic cache and keeps the sampler's log-probabilities.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from benchmarks.measure import peak_bytes
 from benchmarks.packing import Shape
 from benchmarks.runner import Item, Report, synchronize
 from benchmarks.step import SHAPES
-from opsd.rollouts import Sampling, generate
+from opsd.engines import GenerateEngine
+from opsd.options import ModelConfig
+from opsd.rollouts import Sampling
 
 Write = Callable[[Any, list[list[int]], int], list[int]]
 """(model, prompts, new tokens) → how many tokens each rollout has."""
@@ -72,7 +74,7 @@ def continuous(model: Any, prompts: list[list[int]], new: int) -> list[int]:
 def ours(model: Any, prompts: list[list[int]], new: int) -> list[int]:
     sampling = Sampling(max_new_tokens=new)
     seeds = list(range(len(prompts)))
-    found = generate(model, prompts, sampling, end_ids=[], pad_id=0, batch_size=len(prompts), seeds=seeds)
+    found = GenerateEngine([], 0, ModelConfig()).write(model, prompts, sampling, seeds, len(prompts))
     return [len(one.ids) for one in found]
 
 

@@ -41,7 +41,7 @@ from benchmarks.packing import (
     rows_of,
 )
 from benchmarks.runner import Item, Report, release, synchronize
-from opsd.metrics import Clock
+from opsd.clock import Clock
 from opsd.models import is_adapted
 from opsd_kernels import lm_head_of
 

@@ -1,14 +1,14 @@
-"""On-policy self-distillation: a language model learns from itself, told more."""
+"""On-policy self-distillation: a language model learns from itself, reading the solution."""
 
 missing: str | None = None
 """The package that everything here but the losses needs and that is not installed."""
 
 try:
-    from opsd.checkpoint import CheckpointError
-    from opsd.config import Config, ConfigError, load_config
-    from opsd.evaluate import Evaluation
+    from opsd.config import Config, load_config
+    from opsd.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError, RunError, WriteError
+    from opsd.evaluation import Evaluation
     from opsd.rollouts import Rollout
-    from opsd.trainer import Interrupted, NonFiniteError, RunError, RunResult, WriteError, resume, train
+    from opsd.trainer import RunResult, resume, train
 except ModuleNotFoundError as error:
     missing = (error.name or "opsd").partition(".")[0]
     if missing == "opsd":

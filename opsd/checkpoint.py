@@ -5,15 +5,12 @@ state's size and SHA-256 and the id of the run. It is made under another name, f
 that under its own name it is whole; what the disk or a copy did to it later, the manifest tells.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
-import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +18,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from opsd.errors import CheckpointError
+from opsd.files import UNFINISHED, flush, flush_directory, remove_unfinished
+
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8})")
-UNFINISHED = ".unfinished-"
-
-
-class CheckpointError(Exception):
-    """A checkpoint cannot be used or written; the message names it and says why."""
 
 
 def save_checkpoint(directory: Path, step: int, state: dict[str, Any], *, run_id: str, keep: int) -> Path:
@@ -48,16 +43,16 @@ def save_checkpoint(directory: Path, step: int, state: dict[str, Any], *, run_id
         unfinished.mkdir()
         with (unfinished / "state.pt").open("wb") as file:
             torch.save(state, file)
-            _flush(file)
+            flush(file)
         manifest = {"format": FORMAT, "run": run_id, "step": step, **_digest(unfinished / "state.pt")}
         with (unfinished / "manifest.json").open("w", encoding="utf-8") as file:
             json.dump(manifest, file)
-            _flush(file)
-        _flush_directory(unfinished)
+            flush(file)
+        flush_directory(unfinished)
         if final.exists():  # a step repeated after a resume from an older checkpoint
             shutil.rmtree(final)
         unfinished.rename(final)
-        _flush_directory(directory)
+        flush_directory(directory)
     except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
         shutil.rmtree(unfinished, ignore_errors=True)
         left = list_checkpoints(directory)
@@ -128,59 +123,6 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return sorted((path for path in directory.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
 
 
-def remove_unfinished(directory: Path) -> None:
-    """Removes what an earlier process left behind in the middle of writing, and puts back what it had set aside."""
-    for path in directory.glob(f"{UNFINISHED}old-*"):
-        former = directory / path.name.removeprefix(f"{UNFINISHED}old-")
-        if not former.exists():
-            path.rename(former)
-    for path in directory.glob(f"{UNFINISHED}*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def replace_directory(directory: Path, write: Callable[[Path], None]) -> Path:
-    """Has `write` fill a new directory and puts it in the place of `directory`, which is never half-written.
-
-    Raises:
-        OSError: it cannot be written; `directory` is as it was. So it is after any error of `write`.
-    """
-    fresh, old = (directory.with_name(f"{UNFINISHED}{kind}-{directory.name}") for kind in ("new", "old"))
-    for path in (fresh, old):
-        shutil.rmtree(path, ignore_errors=True)
-    try:
-        write(fresh)
-        for path in fresh.rglob("*"):
-            if path.is_file():
-                with path.open("rb+") as file:
-                    _flush(file)
-        _flush_directory(fresh)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
-    if directory.exists():
-        directory.rename(old)
-    fresh.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
-    return directory
-
-
-def replace_file(path: Path, content: str | bytes) -> None:
-    """Writes `content` to `path`, which holds either all of it or what it held before.
-
-    Raises:
-        OSError: it cannot be written; `path` is as it was.
-    """
-    fresh = path.with_name(f"{UNFINISHED}{path.name}")
-    try:
-        with fresh.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            _flush(file)
-        fresh.replace(path)
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise
-
-
 def random_state() -> dict[str, Any]:
     """The states of the generators of torch (all devices), Python and numpy."""
     numpy: Any = np.random.get_state()
@@ -228,33 +170,9 @@ def load_trained_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None
             value.copy_(state[name])
 
 
-def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """A digest of names, types, shapes and a sample of the values: tells whether a model is still the same one."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        flat = tensor.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 1024)].cpu().contiguous().view(torch.uint8)
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _digest(path: Path) -> dict[str, Any]:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _flush(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _flush_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,7 +1,5 @@
 """The command line: `opsd train`, `opsd eval` and `opsd report`."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable, Sequence
@@ -9,10 +7,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
-from opsd.config import ConfigError, describe, is_flag, load_config, to_yaml
+from opsd import trainer
+from opsd.config import describe, is_flag, load_config, to_yaml
+from opsd.errors import CheckpointError, ConfigError, Interrupted, RunError
+from opsd.evaluate_model import check_output, evaluate_model, evaluation_config, is_used
+from opsd.models import hub_notes
+from opsd.report import write_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,28 +100,22 @@ def _train(known: argparse.Namespace, rest: Sequence[str]) -> int:
         for option in ("config", "preset", "print_config"):
             if getattr(known, option):
                 raise ConfigError(f"--{option.replace('_', '-')} has no meaning with --resume")
-        return _run(lambda trainer: trainer.resume(known.resume, overrides))
+        return _run(lambda: trainer.resume(known.resume, overrides))
     config = load_config(known.config, overrides, known.preset, complete=not known.print_config)
     if known.print_config:
         print(to_yaml(config), end="")
         return 0
-    return _run(lambda trainer: trainer.train(config))
+    return _run(lambda: trainer.train(config))
 
 
-def _run(train: Callable[[Any], Any]) -> int:
-    import torch
-    from transformers.utils.logging import disable_progress_bar
-
-    from opsd import trainer
-    from opsd.checkpoint import CheckpointError
-
+def _run(train: Callable[[], trainer.RunResult]) -> int:
     if not sys.stderr.isatty():
         disable_progress_bar()
     try:
-        result = train(trainer)
-    except trainer.Interrupted as error:
+        result = train()
+    except Interrupted as error:
         return _fail(str(error), 128 + error.signal)
-    except (trainer.RunError, CheckpointError) as error:
+    except (RunError, CheckpointError) as error:
         return _fail(str(error), 1)
     except torch.cuda.OutOfMemoryError as error:
         advice = "lower optim.micro_batch_size or rollout.batch_size, or set model.gradient_checkpointing"
@@ -142,8 +141,6 @@ def _run(train: Callable[[Any], Any]) -> int:
 
 
 def _add_eval(commands: Any) -> None:
-    from opsd.evaluate_model import is_used
-
     parser = commands.add_parser(
         "eval",
         help="evaluate a model: avg@k and pass@k with intervals",
@@ -169,23 +166,11 @@ def _add_eval(commands: Any) -> None:
 
 
 def _eval(known: argparse.Namespace, rest: Sequence[str]) -> int:
-    import torch
-    from transformers.utils.logging import disable_progress_bar
-
-    from opsd.evaluate_model import answers_path, evaluate_model, evaluation_config
-    from opsd.models import hub_notes
-
-    config, said = evaluation_config(known.model, known.data, known.config, parse_overrides(rest))
+    config, origin = evaluation_config(known.model, known.data, known.config, parse_overrides(rest))
     output = Path(known.output) if known.output else None
-    if output is not None:  # before the hours that the answers may take
-        for path in (output, answers_path(output)):
-            if path.exists():
-                raise ConfigError(f"--output {path} exists; name a new file, an evaluation never overwrites another")
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--output {output}: the directory cannot be made: {error.strerror}") from error
-    for line in [*([said] if said else []), *hub_notes(config)]:
+    if output is not None:
+        check_output(output)  # before the hours that the answers may take
+    for line in [*([origin] if origin else []), *hub_notes(config.model.path)]:
         print(line, flush=True)
     if not sys.stderr.isatty():
         disable_progress_bar()
@@ -229,8 +214,6 @@ def _add_report(commands: Any) -> None:
 
 
 def _report(known: argparse.Namespace, rest: Sequence[str]) -> int:
-    from opsd.report import write_report
-
     if rest:
         raise ConfigError(f"unexpected {rest[0]!r}; accepted: RUN ..., --output FILE, --samples N")
     if known.samples < 0:

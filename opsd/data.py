@@ -1,7 +1,6 @@
 """Problems and their reference solutions, read from JSON lines, Parquet or a directory of `datasets`."""
 
-from __future__ import annotations
-
+import itertools
 import json
 import math
 import random
@@ -12,7 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from opsd.config import ConfigError
+from opsd.errors import ConfigError, DataError
 
 FIELDS = ("problem", "solution", "answer", "teacher_prompt")
 SYNONYMS = {"prompt": "problem", "privileged_context": "solution"}
@@ -20,10 +19,6 @@ SPLITS = {"train": ("train",), "eval": ("eval", "validation", "test")}
 
 Messages = list[dict[str, Any]]
 """A chat: dicts of `role` and `content`, both text. What else a message holds is left for the chat template."""
-
-
-class DataError(ConfigError):
-    """A row that cannot be used, named by file, line and reason."""
 
 
 @dataclass(frozen=True)
@@ -117,12 +112,12 @@ def name_rows(title: str, messages: Sequence[str], most: int = 5) -> str:
 def _parse_columns(columns: Iterable[str]) -> dict[str, str]:
     mapped: dict[str, str] = {}
     for pair in columns:
-        name, equals, column = (part.strip() for part in pair.partition("="))
-        if not (name and equals and column):
+        given, _, column = (part.strip() for part in pair.partition("="))
+        if not (given and column):
             raise ConfigError(f"data.columns has {pair!r}; accepted: field=column, such as problem=question")
-        if name not in FIELDS and name not in SYNONYMS:
+        if given not in FIELDS and given not in SYNONYMS:
             raise ConfigError(f"data.columns has {pair!r}; the fields are {', '.join([*FIELDS, *SYNONYMS])}")
-        name = SYNONYMS.get(name, name)
+        name = SYNONYMS.get(given, given)
         if name in mapped:
             raise ConfigError(f"data.columns gives {name} twice: {mapped[name]!r} and {column!r}")
         mapped[name] = column
@@ -165,13 +160,10 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
         import pyarrow.parquet
     except ImportError as error:
         raise ConfigError(f"{path}: Parquet needs the package pyarrow: pip install 'opsd[data]'") from error
-    number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"{path}:row {number}", record
+            records = (record for batch in file.iter_batches() for record in batch.to_pylist())
+            yield from ((f"{path}:row {number}", record) for number, record in enumerate(records, start=1))
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
 
@@ -195,36 +187,28 @@ def _dataset_records(path: Path, use: str) -> Iterator[tuple[str, Any]]:
         split = next(iter(loaded)) if len(loaded) == 1 else fitting[0]
         path, loaded = path / split, loaded[split]
     # A saved set remembers its format; its rows may be tensors and lack columns.
-    rows = iter(loaded.with_format(None))
     number = 0
-    while True:
-        try:
-            record = next(rows)
-        except StopIteration:
-            return
-        except Exception as error:  # decoding: images need another package, say
-            raise DataError(f"{path}:row {number + 1}: cannot be read by datasets: {error}") from error
-        number += 1
-        yield f"{path}:row {number}", record
+    try:
+        for number, record in enumerate(loaded.with_format(None), start=1):
+            yield f"{path}:row {number}", record
+    except Exception as error:  # decoding: images need another package, say
+        raise DataError(f"{path}:row {number + 1}: cannot be read by datasets: {error}") from error
 
 
 def _parse(line: bytes) -> dict[str, Any]:
+    array = line.lstrip().startswith(b"[")  # the first line of one large array
+    hint = "; accepted: one object per line (JSONL), no array around them" if array else ""
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except json.JSONDecodeError as error:  # which would name the line, of the one that it was given
-        raise ValueError(f"not JSON: {error.msg}, column {error.colno}{_hint(line)}") from None
+        raise ValueError(f"not JSON: {error.msg}, column {error.colno}{hint}") from None
     except ValueError as error:
         raise ValueError(f"not JSON: {error}") from None
     except RecursionError:
         raise ValueError("not JSON: nested too deeply") from None
     if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object, got {type(record).__name__}{_hint(line)}")
+        raise ValueError(f"expected a JSON object, got {type(record).__name__}{hint}")
     return record
-
-
-def _hint(line: bytes) -> str:
-    """What to do about the first line of one large array."""
-    return "; accepted: one object per line (JSONL), no array around them" if line.lstrip().startswith(b"[") else ""
 
 
 def _row(record: Mapping[str, Any], source: str, required: Sequence[str], mapped: Mapping[str, str]) -> Row:
@@ -320,17 +304,14 @@ def batches(count: int, batch_size: int, seed: int, start: int = 0) -> Iterator[
     """
     if count < 1 or batch_size < 1 or start < 0:
         raise ValueError(f"no batches of {batch_size} of {count} rows from batch {start} on")
-    return _batches(count, batch_size, seed, start)
+    first, offset = divmod(start * batch_size, count)
+    rows = itertools.islice(
+        itertools.chain.from_iterable(_shuffled(count, seed, e) for e in itertools.count(first)), offset, None
+    )
+    return ([next(rows) for _ in range(batch_size)] for _ in itertools.count())
 
 
-def _batches(count: int, batch_size: int, seed: int, start: int) -> Iterator[list[int]]:
-    pending: list[int] = []
-    epoch, offset = divmod(start * batch_size, count)
-    while True:
-        while len(pending) < batch_size:
-            order = list(range(count))
-            random.Random(f"{seed}/{epoch}").shuffle(order)
-            pending += order[offset:]
-            epoch, offset = epoch + 1, 0
-        yield pending[:batch_size]
-        pending = pending[batch_size:]
+def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(count))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order

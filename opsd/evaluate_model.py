@@ -1,7 +1,5 @@
 """`opsd eval`: a model's directory and a file of problems in, an evaluation and all its answers out."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -12,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from opsd import models
-from opsd.config import Config, ConfigError, load_config, sections, yaml_options
-from opsd.data import DataError
-from opsd.evaluate import Answer, Context, Evaluation, answer, check_examples, summarise
-from opsd.prompts import Example, Prompter, read_examples
-from opsd.scorers import Undecided, scorer_of
+from opsd.config import Config, load_config, yaml_options
+from opsd.engines import GenerateEngine
+from opsd.errors import ConfigError, Undecided
+from opsd.evaluation import Answer, Context, Evaluation, Evaluator, check_examples, summarise
+from opsd.prompts import Prompter, read_examples
+from opsd.scorers import scorer_of
 
 # The options that change an evaluation, a whole section or one option, and those of the sections that do not.
 USED = {"model", "data", "prompts", "rollout.max_new_tokens", "eval", "run.seed", "run.device", "run.threads"}
@@ -51,10 +49,11 @@ class Report:
 
     def summary(self) -> dict[str, Any]:
         """Everything but the answers, for JSON."""
-        options = {
-            section: {name: value for name, value in values.items() if is_used(f"{section}.{name}")}
-            for section, values in sections(self.config).items()
-        }
+        options: dict[str, dict[str, Any]] = {}
+        for name, value in self.config.options().items():
+            if is_used(name):
+                section, _, option = name.partition(".")
+                options.setdefault(section, {})[option] = value
         return {
             "model": self.config.model.path,
             "data": self.config.data.eval,
@@ -63,7 +62,7 @@ class Report:
             "rows_skipped": self.rows_skipped,
             "rows_too_long": self.rows_too_long,
             "seconds": self.seconds,
-            "options": {section: values for section, values in options.items() if values},
+            "options": options,
         }
 
     def write(self, output: Path) -> Path:
@@ -80,6 +79,21 @@ def answers_path(output: Path) -> Path:
     return output.with_suffix(".answers.jsonl")
 
 
+def check_output(output: Path) -> None:
+    """Makes the directory of the summary `output`.
+
+    Raises:
+        ConfigError: it cannot be made, or the summary or its answers are there already.
+    """
+    for path in (output, answers_path(output)):
+        if path.exists():
+            raise ConfigError(f"--output {path} exists; name a new file, an evaluation never overwrites another")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {output}: the directory cannot be made: {error.strerror}") from error
+
+
 def is_used(name: str) -> bool:
     """Whether the option `name` (dotted) can change an evaluation."""
     return _within(name, USED) and not _within(name, UNUSED)
@@ -90,10 +104,7 @@ def _within(name: str, names: set[str]) -> bool:
 
 
 def evaluation_config(
-    model: str | None,
-    data: str | None,
-    path: str | Path | None = None,
-    overrides: Sequence[tuple[str, Any]] = (),
+    model: str | None, data: str | None, path: str | Path | None = None, overrides: Sequence[tuple[str, Any]] = ()
 ) -> tuple[Config, str | None]:
     """The configuration that evaluates `model` on `data`, and a line that says where its defaults are from.
 
@@ -127,14 +138,10 @@ def evaluation_config(
     config = load_config(None, given, training=False, below=below)
     if not below:
         return config, None
-    # Those that are the defaults anyway, or that the user gave, need not be told.
-    plain = dict(_pairs(Config()))
-    told = [f"{name} {_shown(value)}" for name, value in below if name not in named and value != plain.get(name)]
-    return config, f"defaults from {of_run}: {', '.join(told) or 'as opsd has them'}"
-
-
-def _pairs(config: Config) -> list[tuple[str, Any]]:
-    return [(f"{section}.{name}", value) for section, of in sections(config).items() for name, value in of.items()]
+    # Those that are the defaults anyway, or that the user gave, need not be named.
+    plain = Config().options()
+    taken = [f"{name} {_shown(value)}" for name, value in below if name not in named and value != plain.get(name)]
+    return config, f"defaults from {of_run}: {', '.join(taken) or 'as opsd has them'}"
 
 
 def _shown(value: Any) -> str:
@@ -149,50 +156,25 @@ def evaluate_model(config: Config, context: Context = "student") -> Report:
         ConfigError: the scorer, the model or the device cannot be had (`DataError` for a row that cannot be used).
     """
     began = time.perf_counter()
-    device = models.pick_device(config)
+    device = models.pick_device(config.run.device)
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
-    scorer = scorer_of(config)
+    scorer = scorer_of(config.eval)
     tokenizer = models.load_tokenizer(config.model.path)
-    data = read_examples(
-        config,
-        Prompter(tokenizer, config.prompts),
-        config.data.eval or "",
-        required=("problem", "answer"),
-        most=config.eval.max_problems,
-        reason=False,
-    )
+    prompter = Prompter(tokenizer, config.prompts)
+    most = config.eval.max_problems
+    data = read_examples(config.data, prompter, config.data.eval or "", required=("problem", "answer"), most=most)
     examples = data.examples
     with contextlib.suppress(Undecided):
         scorer("", examples[0].row)  # a fault of the scorer should show now, not after all the answers
     check_examples(examples, context)
-    model = models.load_trained(config, device)
-    _check_positions(config, model, examples, context)
-    ends = models.end_ids(model, tokenizer)
-    setting = _Setting(config, tokenizer, device, ends, models.pad_id(tokenizer, ends))
-    answers = answer(setting, model, examples, context, scorer)
-    evaluation = summarise(answers, config.eval.samples)
-    return Report(
-        evaluation, answers, config, context, len(data.skipped), len(data.too_long), time.perf_counter() - began
-    )
-
-
-@dataclass(frozen=True)
-class _Setting:
-    config: Config
-    tokenizer: Any
-    device: torch.device
-    end_ids: list[int]
-    pad_id: int
-
-
-def _check_positions(config: Config, model: nn.Module, examples: Sequence[Example], context: Context) -> None:
-    limit = models.decoder_limit(model)
+    model = models.load_trained(config.model, device)
     name = "eval.max_new_tokens" if config.eval.max_new_tokens else "rollout.max_new_tokens"
     new = config.eval.max_new_tokens or config.rollout.max_new_tokens
-    longest = max(len(getattr(example, context)) for example in examples)
-    if limit is not None and longest + new > limit:
-        raise DataError(
-            f"the longest prompt has {longest} tokens and {name} adds {new}, but the model has {limit} positions; "
-            f"lower data.max_prompt_tokens (with data.too_long drop) or {name}"
-        )
+    models.check_positions(model, [getattr(example, context) for example in examples], {name: new})
+    engine = GenerateEngine.of(model, tokenizer, config.model)
+    evaluator = Evaluator.of(config.eval, new, config.run.seed, tokenizer, engine, scorer)
+    answers = evaluator.answers(model, examples, context)
+    evaluation = summarise(answers, config.eval.samples)
+    seconds = time.perf_counter() - began
+    return Report(evaluation, answers, config, context, len(data.skipped), len(data.too_long), seconds)

@@ -1,20 +1,21 @@
 """A causal language model of transformers, with or without peft: loading, its body, its modes."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging
 
-from opsd.config import Config, ConfigError
+from opsd.errors import ConfigError, DataError
+from opsd.options import LoraConfig, ModelConfig
 from opsd_kernels.packing.hooks import outside_adapter
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -31,94 +32,84 @@ def load_tokenizer(path: str | None, option: str = "model.path") -> Any:
         ConfigError: there is none, or `path` is a run or a checkpoint, of which transformers would say odd things, or
             the path of nothing.
     """
-    from transformers import AutoTokenizer
-
-    _check_no_run(path, option)
-    _check_there(path, option)
+    if path:
+        _check_path(path, option)
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConfigError(f"{_asked(option, path)}no tokenizer can be loaded: {error}") from error
+        raise _load_error(option, path, "tokenizer", error) from error
 
 
-def hub_notes(config: Config) -> list[str]:
+def hub_notes(model_path: str | None, teacher_path: str | None = None) -> list[str]:
     """A line for each model that is no directory here, so that the hub will be asked for it, which may take long."""
     return [
         f"there is no directory {path}: the hub is asked for it ({option})"
-        for option, path in (("model.path", config.model.path), ("teacher.path", config.teacher.path))
+        for option, path in (("model.path", model_path), ("teacher.path", teacher_path))
         if path and not Path(path).exists() and HUB_ID.fullmatch(path)
     ]
 
 
-def _asked(option: str, path: str | None) -> str:
-    """What an error about `path` begins with."""
+def _load_error(option: str, path: str | None, what: str, error: Exception) -> ConfigError:
+    """The error that `what` of `path` cannot be loaded."""
+    where = f"{option} {path!r}: "
     if path and not Path(path).exists():
-        return f"{option}: there is no directory {path}, and from the hub "
-    return f"{option} {path!r}: "
+        where = f"{option}: there is no directory {path}, and from the hub "
+    return ConfigError(f"{where}no {what} can be loaded: {error}")
 
 
-def _check_there(path: str | None, option: str) -> None:
-    """Refuses what can be no name on the hub, which would be asked in vain."""
-    if not path or Path(path).is_dir():
+def _check_path(path: str, option: str) -> None:
+    """Refuses a run or a checkpoint, and what can be no name on the hub, which would be asked in vain."""
+    directory, above = Path(path), Path(os.path.normpath(Path(path) / ".."))
+    if (directory / "manifest.json").is_file():
+        advice = f"opsd train --resume {os.path.normpath(above / '..')} finishes its run"
+        raise ConfigError(f"{option} {path!r} is a checkpoint, which is no model; {advice}")
+    if (directory / "run.json").is_file():
+        there = [str(directory / name) for name in ("model", "best") if (directory / name).is_dir()]
+        advice = f"its model is {' or '.join(there)}" if there else f"opsd train --resume {path} goes on to its model"
+        raise ConfigError(f"{option} {path!r} is a run directory; {advice}")
+    if directory.is_dir():
         return
-    if Path(path).exists():
+    if directory.exists():
         raise ConfigError(f"{option} {path!r} is a file; accepted: a directory, or the id of a model on the hub")
-    run = Path(os.path.normpath(Path(path) / ".."))
-    if Path(path).name in ("model", "best") and (run / "run.json").is_file():
-        if (run / "summary.json").is_file():
-            advice = f"its run kept none; its directory is {run}"
-        else:
-            advice = f"the run is not finished; opsd train --resume {run} goes on to it"
+    if directory.name in ("model", "best") and (above / "run.json").is_file():
+        advice = f"the run is not finished; opsd train --resume {above} goes on to it"
+        if (above / "summary.json").is_file():
+            advice = f"its run kept none; its directory is {above}"
         raise ConfigError(f"{option}: there is no directory {path}: {advice}")
     if not HUB_ID.fullmatch(path):
         raise ConfigError(f"{option}: there is no directory {path}; accepted: a directory, or a hub id like org/name")
 
 
-def _check_no_run(path: str | None, option: str) -> None:
-    directory = Path(path or "")
-    if path and (directory / "manifest.json").is_file():
-        run = os.path.normpath(directory / ".." / "..")
-        raise ConfigError(
-            f"{option} {path!r} is a checkpoint, which is no model; opsd train --resume {run} finishes its run"
-        )
-    if path and (directory / "run.json").is_file():
-        there = [str(directory / name) for name in ("model", "best") if (directory / name).is_dir()]
-        advice = f"its model is {' or '.join(there)}" if there else f"opsd train --resume {path} goes on to its model"
-        raise ConfigError(f"{option} {path!r} is a run directory; {advice}")
-
-
-def load_weights(config: Config, path: str | None, option: str = "model.path") -> Any:
-    """The causal language model of `path`, in the types of `config.model`; errors call the path `option`.
+def load_weights(options: ModelConfig, path: str | None, option: str = "model.path") -> Any:
+    """The causal language model of `path`, in the types of `options`; errors call the path `option`.
 
     Raises:
         ConfigError: no model can be loaded.
     """
-    from transformers import AutoModelForCausalLM
-
     try:
         return AutoModelForCausalLM.from_pretrained(
             path,  # type: ignore[arg-type]
-            dtype=getattr(torch, config.model.dtype),
-            attn_implementation=config.model.attn_implementation,
+            dtype=getattr(torch, options.dtype),
+            attn_implementation=options.attn_implementation,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConfigError(f"{_asked(option, path)}no model can be loaded: {error}") from error
+        raise _load_error(option, path, "model", error) from error
 
 
-def load_model(config: Config, device: torch.device) -> nn.Module:
+def load_model(options: ModelConfig, lora: LoraConfig, device: torch.device) -> nn.Module:
     """The model to train, on `device` and with adapters where asked for.
 
     Raises:
         ConfigError: no model can be loaded from `model.path`, it is an adapter, or the adapters do not fit it.
     """
-    path = config.model.path
+    path = options.path
     _refuse_adapter(path, (Path(path or "") / ADAPTER).is_file())
-    model: Any = load_weights(config, path)
+    model: Any = load_weights(options, path)
     _refuse_adapter(path, bool(getattr(model, "peft_config", None)))  # of a hub id it only shows now
     model.to(device)
-    if config.lora.enabled:
-        model = _add_adapters(model, config)
-    if config.model.gradient_checkpointing:
+    if lora.enabled:
+        model = _add_adapters(model, lora)
+    if options.gradient_checkpointing:
         with _renamed():
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -136,8 +127,6 @@ def _renamed() -> Iterator[None]:
 @contextmanager
 def progress_bars(shown: bool) -> Iterator[None]:
     """Unless `shown`, transformers and the hub show no bars of theirs; afterwards they do as before."""
-    from transformers.utils import logging
-
     if shown or not logging.is_progress_bar_enabled():
         yield
         return
@@ -163,21 +152,17 @@ def _refuse_adapter(path: str | None, adapter: bool) -> None:
         )
 
 
-def load_trained(config: Config, device: torch.device) -> nn.Module:
+def load_trained(options: ModelConfig, device: torch.device) -> nn.Module:
     """The model in `model.path` as it is, on `device`: one of transformers, or an adapter on the base that it names.
 
     Raises:
         ConfigError: no model can be loaded from there, or not the base of the adapter, or the adapter acts outside the
             model's layers.
     """
-    path = config.model.path or ""
+    path = options.path or ""
     adapter = Path(path) / ADAPTER
     if not adapter.is_file():
-        return load_weights(config, path).to(device)
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ConfigError(f"model.path {path!r} is an adapter, which needs the package peft") from error
+        return load_weights(options, path).to(device)
     try:
         base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
@@ -185,51 +170,54 @@ def load_trained(config: Config, device: torch.device) -> nn.Module:
     if not base:
         raise ConfigError(f"{adapter} does not name its base model (base_model_name_or_path)")
     try:
-        model = load_weights(config, base, "base_model_name_or_path").to(device)
+        model = load_weights(options, base, "base_model_name_or_path").to(device)
     except ConfigError as error:
         raise ConfigError(f"{adapter} names a base model that cannot be loaded: {error}") from error
+    peft = _peft(f"model.path {path!r} is an adapter, which")
     try:
         with _renamed():
-            adapted = PeftModel.from_pretrained(model, path).to(device)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ConfigError(f"model.path {path!r}: the adapter cannot be loaded onto {base!r}: {error}") from error
-    try:
+            adapted = peft.PeftModel.from_pretrained(model, path).to(device)
         causal_lm(adapted)
     except ConfigError as error:
         raise ConfigError(f"model.path {path!r}: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ConfigError(f"model.path {path!r}: the adapter cannot be loaded onto {base!r}: {error}") from error
     return adapted
 
 
-def pick_device(config: Config) -> torch.device:
-    """The device of `run.device`.
+def pick_device(device: str) -> torch.device:
+    """The device that `run.device` names.
 
     Raises:
         ConfigError: it is cuda and there is none.
     """
-    if config.run.device == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("run.device is cuda, but torch finds no CUDA device; accepted here: auto, cpu")
-    use_cuda = config.run.device == "cuda" or (config.run.device == "auto" and torch.cuda.is_available())
+    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     return torch.device("cuda" if use_cuda else "cpu")
 
 
-def _add_adapters(model: nn.Module, config: Config) -> nn.Module:
+def _peft(who: str) -> Any:
+    """The package peft, which `who` needs: imported here alone, since it takes seconds and few runs have adapters."""
     try:
-        from peft import LoraConfig, get_peft_model
+        import peft
     except ImportError as error:
-        raise ConfigError("lora.enabled needs the package peft") from error
-    targets = config.lora.target_modules
+        raise ConfigError(f"{who} needs the package peft") from error
+    return peft
+
+
+def _add_adapters(model: nn.Module, options: LoraConfig) -> nn.Module:
+    peft, targets = _peft("lora.enabled"), options.target_modules
+    adapters = peft.LoraConfig(
+        r=options.r,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules="all-linear" if targets == ("all-linear",) else list(targets),
+        task_type="CAUSAL_LM",
+    )
     try:
         with _renamed():
-            return get_peft_model(
-                model,
-                LoraConfig(
-                    r=config.lora.r,
-                    lora_alpha=config.lora.alpha,
-                    lora_dropout=config.lora.dropout,
-                    target_modules="all-linear" if targets == ("all-linear",) else list(targets),
-                    task_type="CAUSAL_LM",
-                ),
-            )
+            return peft.get_peft_model(model, adapters)
     except ValueError as error:
         raise ConfigError(f"lora.target_modules {','.join(targets)}: {error}") from error
 
@@ -273,9 +261,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def autocast(config: Config, device: torch.device) -> AbstractContextManager:
+def autocast(options: ModelConfig, device: torch.device) -> AbstractContextManager:
     """The context of `model.autocast`. Enter it anew for each phase: weights it has cast without a gradient stay so."""
-    if config.model.autocast == "none":
+    if options.autocast == "none":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
@@ -292,7 +280,32 @@ def pad_id(tokenizer: Any, ends: Sequence[int]) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
 
 
-def decoder_limit(model: nn.Module) -> int | None:
-    """The longest context `model` has positions for, or None if it does not say."""
-    text = causal_lm(model).config.get_text_config()
-    return getattr(text, "max_position_embeddings", None)
+def save_model(model: nn.Module, tokenizer: Any, ends: Sequence[int], directory: Path) -> None:
+    """Writes the model, or its adapter, and the tokenizer to `directory`, for `from_pretrained`."""
+    lm = causal_lm(model)
+    try:
+        lm.generation_config.validate(strict=True)
+    except ValueError:
+        # Some published models carry generation settings that load and then refuse to be saved.
+        lm.generation_config = GenerationConfig(eos_token_id=list(ends) or None, pad_token_id=pad_id(tokenizer, ends))
+    model.save_pretrained(directory)  # type: ignore[operator]
+    tokenizer.save_pretrained(directory)
+
+
+def check_positions(model: nn.Module, prompts: Iterable[Sequence[int]], added: Mapping[str, int]) -> None:
+    """A model run beyond its positions degrades without a word, or fails in the middle of a run.
+
+    Args:
+        added: the most tokens that may follow a prompt, by the options that say so.
+
+    Raises:
+        DataError: the longest of `prompts` and what is added exceed the positions that `model` says it has.
+    """
+    limit = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, prompts))
+    if limit is not None and longest + sum(added.values()) > limit:
+        more = ", ".join(f"{name} adds {count}" for name, count in added.items())
+        raise DataError(
+            f"the longest prompt has {longest} tokens and {more}, but the model has {limit} positions; lower "
+            f"data.max_prompt_tokens (with data.too_long drop) or {' or '.join(added)}"
+        )

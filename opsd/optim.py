@@ -1,18 +1,15 @@
 """The optimiser and its learning rate."""
 
-from __future__ import annotations
-
 import math
 
 import torch
 from torch import nn
 
-from opsd.config import Config, OptimConfig
+from opsd.options import OptimConfig
 
 
-def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, options: OptimConfig) -> torch.optim.AdamW:
     """AdamW over what requires a gradient; norms and biases, all vectors, do not decay."""
-    options = config.optim
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": options.weight_decay},

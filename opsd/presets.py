@@ -7,18 +7,19 @@ and not on the papers' own code. As everywhere here, the privileged information 
 student's successful attempts and the environment's feedback, has to be put there first.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
-_AVERAGED: dict[str, dict[str, Any]] = {
+Settings = dict[str, dict[str, Any]]
+"""Options by section and name."""
+
+_AVERAGED: Settings = {
     "teacher": {"kind": "ema", "ema_decay": 0.95},
     "objective": {"beta": 0.5, "top_k": 100, "top_k_from": "student", "tail_bucket": True},
     "rollout": {"importance_cap": 2.0},
 }
 
 # Without a learning rate: that of the paper, 5e-6, is what optim.lr is for LoRA, and too high without.
-PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+PRESETS: dict[str, Settings] = {
     "paper": {
         "lora": {
             "enabled": True,
@@ -34,4 +35,21 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "sdft": _AVERAGED,
     "sdpo": {**_AVERAGED, "rollout": {"importance_cap": 2.0, "per_prompt": 8}},
 }
-"""Beside these there is "tiny", the embedded set-up, which is what runs without a model."""
+
+TINY: Settings = {
+    "prompts": {"student": "Q:{problem}\nA:", "teacher": "Q:{problem}\nR:{solution}\nA:"},
+    "rollout": {"max_new_tokens": 40, "temperature": 1.0, "batch_size": 64},
+    "teacher": {"kind": "base"},
+    "objective": {"beta": 0.5},
+    "optim": {
+        "lr": 5e-4,
+        "steps": 120,
+        "batch_size": 64,
+        "micro_batch_size": 64,
+        "betas": (0.9, 0.95),
+        "warmup_steps": 5,
+        "schedule": "linear",
+    },
+    "eval": {"answer_pattern": r"#(\d+)$", "temperature": 0.0, "batch_size": 250, "every": 20},
+}
+"""The embedded set-up, the preset "tiny": of the model and the data that `opsd.tiny` makes, and of no others."""

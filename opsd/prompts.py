@@ -1,7 +1,5 @@
 """What the student and the teacher read, as token ids."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import re
@@ -9,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
-from opsd.config import Config, ConfigError, PromptsConfig
-from opsd.data import DataError, Messages, Row, name_rows, read_rows
+from opsd.data import Messages, Row, name_rows, read_rows
+from opsd.errors import ConfigError, DataError
+from opsd.options import DataConfig, PromptsConfig
 
 Who = Literal["student", "teacher"]
 
@@ -178,57 +177,37 @@ class Prompter:
 
 
 def read_examples(
-    config: Config,
+    options: DataConfig,
     prompter: Prompter,
     path: str,
     *,
     required: tuple[str, ...],
     most: int | None = None,
-    reason: bool | None = None,
+    reason: bool = False,
 ) -> Encoded:
-    """The examples of the first `most` usable rows of `path` by the options of `data`, and what was left out.
-
-    Args:
-        reason: as in `encode_rows`; None: `teacher.reason_first`.
+    """The examples of the first `most` usable rows of `path`, and what was left out; `reason` as in `encode_rows`.
 
     Raises:
         DataError: as `read_rows` and `encode_rows`.
     """
-    options = config.data
     rows = read_rows(path, required=required, columns=options.columns, skip_bad_rows=options.skip_bad_rows)
-    encoded = encode_rows(
-        prompter,
-        rows.rows[:most],
-        limit=options.max_prompt_tokens,
-        too_long=options.too_long,
-        skip_bad_rows=options.skip_bad_rows,
-        reason=config.teacher.reason_first if reason is None else reason,
-    )
+    encoded = encode_rows(prompter, rows.rows[:most], options, reason=reason)
     return encoded._replace(skipped=[*rows.skipped, *encoded.skipped])
 
 
-def encode_rows(
-    prompter: Prompter,
-    rows: Iterable[Row],
-    *,
-    limit: int,
-    too_long: str,
-    skip_bad_rows: bool = False,
-    reason: bool = False,
-) -> Encoded:
-    """The examples whose prompts have at most `limit` tokens, and which rows were left out. Prompts are never cut.
+def encode_rows(prompter: Prompter, rows: Iterable[Row], options: DataConfig, *, reason: bool = False) -> Encoded:
+    """The examples whose prompts have at most `data.max_prompt_tokens` tokens, and which rows were left out. Prompts
+    are never cut.
 
     Args:
-        limit: `data.max_prompt_tokens`.
-        too_long: `data.too_long`: "drop" leaves longer rows out, "error" raises.
-        skip_bad_rows: leave a row out that cannot be encoded instead of raising.
         reason: the teacher will analyse solutions: every row with a prompt of the teacher has to have one, and its
             example gets the prompt for the analysis.
 
     Raises:
-        DataError: naming the rows that are longer or cannot be encoded, where they are not to be left out; or no row
-            is left.
+        DataError: naming the rows that are longer (with data.too_long "error") or cannot be encoded (unless
+            data.skip_bad_rows); or no row is left.
     """
+    limit = options.max_prompt_tokens
     encoded = Encoded([], [], [])
     for row in rows:
         try:
@@ -249,9 +228,9 @@ def encode_rows(
             encoded.too_long.append(f"{row.source}: {lengths}, data.max_prompt_tokens is {limit}")
         else:
             encoded.examples.append(example)
-    if encoded.skipped and not skip_bad_rows:
+    if encoded.skipped and not options.skip_bad_rows:
         raise DataError(name_rows("rows that cannot be used (data.skip_bad_rows skips them):", encoded.skipped))
-    if encoded.too_long and too_long == "error":
+    if encoded.too_long and options.too_long == "error":
         title = "prompts that are too long (raise data.max_prompt_tokens, or set data.too_long to drop such rows):"
         raise DataError(name_rows(title, encoded.too_long))
     if not encoded.examples:

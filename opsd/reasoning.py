@@ -1,18 +1,15 @@
-"""`reason_first`: the teacher writes an analysis of each solution before it is asked to score with it.
+"""`teacher.reason_first`: the teacher writes an analysis of each solution before it is asked to score with it.
 
 The analyses are made anew for each step, by the teacher as it then is, from seeds of the step alone: a run that is
 resumed writes the same ones.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from opsd.models import autocast
 from opsd.prompts import Example, Prompter
-from opsd.rollouts import Sampling, derive_seed, generate
-from opsd.step import Run
+from opsd.rollouts import Sampling, derive_seed
+from opsd.run import Run
 
 
 @dataclass(frozen=True)
@@ -29,18 +26,11 @@ def analyse(run: Run, prompter: Prompter, examples: Sequence[Example], step: int
 
     A row with a `teacher_prompt` of its own gets the analysis all the same.
     """
-    teacher, rollout = run.config.teacher, run.config.rollout
-    sampling = Sampling(teacher.reason_max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k, rollout.min_p)
-    with run.teacher.active() as model, autocast(run.config, run.device):
-        written = generate(
-            model,
-            [example.reason for example in examples],
-            sampling,
-            end_ids=run.end_ids,
-            pad_id=run.pad_id,
-            batch_size=rollout.batch_size,
-            seeds=[derive_seed(run.config.run.seed, "reason", step, place) for place in range(len(examples))],
-        )
+    options = run.config.rollout
+    sampling = Sampling.by_options(options, run.config.teacher.reason_max_new_tokens)
+    seeds = [derive_seed(run.config.run.seed, "reason", step, place) for place in range(len(examples))]
+    with run.teacher.active() as model:
+        written = run.engine.write(model, [e.reason for e in examples], sampling, seeds, options.batch_size)
     texts = run.tokenizer.batch_decode([w.ids for w in written], skip_special_tokens=True)
     return Analysed(
         [prompter.encode(e.row, analysis=text.strip()) for e, text in zip(examples, texts, strict=True)],

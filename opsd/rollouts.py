@@ -1,4 +1,4 @@
-"""Sampling from a model: prompts in, verbatim token ids out, each with the probability it was chosen with."""
+"""Rollouts as plain data: what a model wrote, how its tokens were chosen, and the seeds that they depend on."""
 
 from __future__ import annotations
 
@@ -6,11 +6,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import torch
-from torch import Tensor, nn
-
-from opsd.models import causal_lm, evaluating
 
 
 @dataclass(frozen=True)
@@ -40,62 +35,10 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
 
-
-def generate(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    *,
-    end_ids: Sequence[int],
-    pad_id: int,
-    batch_size: int,
-    seeds: Sequence[int],
-) -> list[Rollout]:
-    """One rollout for each prompt, in the order of `prompts`.
-
-    Args:
-        model: used in evaluation mode and without gradients; its modes and its generation config are left as they were.
-        prompts: token ids, padded on the left within a batch.
-        end_ids: any of these ends a rollout, which keeps the first one and nothing after it.
-        pad_id: fills a batch; may equal an end id, or be any token: positions are told apart, not ids.
-        batch_size: prompts generated together, those of similar length with each other.
-        seeds: one for each prompt. A rollout depends on its prompt and its seed, not on `batch_size`, its neighbours or
-            torch's random state, which is neither used nor changed.
-
-    Returns:
-        Rollouts with the sampler's log-probabilities, or without (None) where `temperature` is 0.
-
-    "Not on `batch_size`" holds for what is drawn; the logits themselves differ in their last bits from one batch shape
-    to another. Rarely, a random number lies so close to the border between two tokens that this decides.
-
-    Raises:
-        ValueError: `seeds` and `prompts` are not equally long, or an option of `sampling` is out of range.
-    """
-    if len(seeds) != len(prompts):
-        raise ValueError(f"seeds must have one entry for each of {len(prompts)} prompts, got {len(seeds)}")
-    from transformers import LogitsProcessorList
-
-    lm = causal_lm(model)
-    device = next(lm.parameters()).device
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    rollouts: dict[int, Rollout] = {}
-    with _own_generation_config(lm), evaluating(model), torch.no_grad():
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            width = max(len(prompts[i]) for i in chosen)
-            ids = [[pad_id] * (width - len(prompts[i])) + list(prompts[i]) for i in chosen]
-            mask = [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen]
-            sampler = _Sampler(sampling, [seeds[i] for i in chosen], device) if sampling.temperature > 0 else None
-            output = lm.generate(
-                input_ids=torch.tensor(ids, device=device),
-                attention_mask=torch.tensor(mask, device=device),
-                generation_config=_generation_config(sampling, end_ids, pad_id),
-                logits_processor=LogitsProcessorList([sampler] if sampler else []),
-            )
-            logprobs = sampler.logprobs() if sampler else [None] * len(chosen)
-            for i, row, row_logprobs in zip(chosen, output[:, width:].tolist(), logprobs, strict=True):
-                rollouts[i] = first_end(row, end_ids, row_logprobs)
-    return [rollouts[i] for i in range(len(prompts))]
+    @classmethod
+    def by_options(cls, options: Any, max_new_tokens: int) -> Sampling:
+        """Of the section rollout or eval, which have the same cut-offs."""
+        return cls(max_new_tokens, options.temperature, options.top_p, options.top_k, options.min_p)
 
 
 def first_end(ids: Sequence[int], end_ids: Sequence[int], logprobs: Sequence[float] | None = None) -> Rollout:
@@ -103,86 +46,6 @@ def first_end(ids: Sequence[int], end_ids: Sequence[int], logprobs: Sequence[flo
     ends = set(end_ids)
     stop = next((position + 1 for position, token in enumerate(ids) if token in ends), None)
     return Rollout(list(ids[:stop]), stop is None, None if logprobs is None else list(logprobs[: stop or len(ids)]))
-
-
-class _Sampler:
-    """A logits processor that samples. It leaves one token possible, which greedy decoding then has to take.
-
-    transformers puts a caller's processors before its own temperature and cut-offs and draws after them, from torch's
-    one random state, which a batch shares. So it is told to be greedy, and all that happens here.
-    """
-
-    def __init__(self, sampling: Sampling, seeds: Sequence[int], device: torch.device):
-        from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-        self.warpers: list[Any] = [TemperatureLogitsWarper(float(sampling.temperature))]
-        if sampling.top_k:
-            self.warpers.append(TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p < 1:
-            self.warpers.append(TopPLogitsWarper(sampling.top_p))
-        if sampling.min_p > 0:
-            self.warpers.append(MinPLogitsWarper(sampling.min_p))
-        # One uniform number for each (seed, position), drawn on the CPU: the same on every device.
-        self.uniforms = torch.stack([_uniforms(seed, sampling.max_new_tokens) for seed in seeds]).to(device)
-        self.chosen_logprobs: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        for warper in self.warpers:
-            scores = warper(input_ids, scores)
-        logprobs = scores.log_softmax(-1)
-        token = inverse_cdf(logprobs.exp(), self.uniforms[:, len(self.chosen_logprobs)])[:, None]
-        self.chosen_logprobs.append(logprobs.gather(1, token)[:, 0])
-        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
-
-    def logprobs(self) -> list[list[float]]:
-        """For each row of the batch those of its tokens, whatever was padded over later included."""
-        return torch.stack(self.chosen_logprobs, dim=1).tolist()
-
-
-def _uniforms(seed: int, count: int) -> Tensor:
-    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """(B,) int64: in each row of `probabilities` (B, V) the entry where the cumulative sum passes `uniforms` (B,).
-
-    The sum is taken over integers, in steps of 2^-60: it is then the same in whatever order a device adds, never
-    falls, and an entry of probability 0 cannot be chosen. `uniforms` is float64 in [0, 1).
-    """
-    cumulative = (probabilities.double() * 2.0**60).long().cumsum(-1)
-    total = cumulative[:, -1]
-    target = torch.minimum((uniforms * total.double()).long(), total - 1)  # as the product may be rounded up
-    found = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
-    return found.clamp(max=probabilities.shape[-1] - 1)  # out of range only for NaN, which the loss then reports
-
-
-def _generation_config(sampling: Sampling, end_ids: Sequence[int], pad_id: int) -> Any:
-    from transformers import GenerationConfig
-
-    return GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        do_sample=False,
-        eos_token_id=list(end_ids) or None,
-        pad_token_id=pad_id,
-        use_cache=True,  # even where training turned it off for gradient checkpointing
-    )
-
-
-class _own_generation_config:
-    """While open, `lm` has no generation config of its own: `generate` fills what a call leaves unset from it, and a
-    repetition penalty, say, would make the rollouts something else than samples of the model."""
-
-    def __init__(self, lm: Any):
-        self.lm = lm
-
-    def __enter__(self) -> None:
-        from transformers import GenerationConfig
-
-        self.saved = self.lm.generation_config
-        self.lm.generation_config = GenerationConfig()
-
-    def __exit__(self, *_: object) -> None:
-        self.lm.generation_config = self.saved
 
 
 def derive_seed(*parts: object) -> int:

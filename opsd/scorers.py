@@ -1,7 +1,5 @@
 """Is an answer right? The scorers of `eval.scorer`: exact, math_verify, or a function of the user's."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import inspect
@@ -13,8 +11,9 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
 
-from opsd.config import Config, ConfigError
 from opsd.data import Row
+from opsd.errors import ConfigError, ScorerError, Undecided
+from opsd.options import EvalConfig
 
 
 class Scorer(Protocol):
@@ -30,15 +29,7 @@ class Scorer(Protocol):
 SECONDS = 5  # for math_verify to read or to compare one expression
 
 
-class Undecided(Exception):
-    """A scorer cannot judge this answer: it counts as wrong, and is counted among the undecided."""
-
-
-class ScorerError(ConfigError):
-    """The user's scorer failed, or what it gave back is no score."""
-
-
-def scorer_of(config: Config) -> Scorer:
+def scorer_of(options: EvalConfig) -> Scorer:
     """The scorer that `eval.scorer` names. Needs no model, so call it before one is loaded.
 
     - "exact": the text of `eval.answer_pattern` equals `row.answer`, blanks around either aside.
@@ -51,7 +42,7 @@ def scorer_of(config: Config) -> Scorer:
         ConfigError: the name is none of these, math-verify is not installed, or there is no such function, or it cannot
             be called with (text, row). The scorer itself raises `ScorerError` for a fault in the user's function.
     """
-    name, pattern = config.eval.scorer, config.eval.answer_pattern
+    name, pattern = options.scorer, options.answer_pattern
     if name == "exact":
         return lambda text, row: extract(text, pattern) == (row.answer or "").strip()
     if name == "math_verify":
@@ -100,7 +91,7 @@ def math_verify_scorer(pattern: str) -> Scorer:
         try:
             pairs = [(gold, given) for gold in read(answer, seconds) for given in read(found, seconds)]
         except (Exception, TimeoutException) as error:  # its timeout is no Exception
-            raise Undecided(_told(error)) from error
+            raise Undecided(_failure(error)) from error
         for gold, given in pairs:
             try:
                 if verify(gold, given, timeout_seconds=seconds, raise_on_error=True):
@@ -108,7 +99,7 @@ def math_verify_scorer(pattern: str) -> Scorer:
             except (Exception, TimeoutException) as error:
                 failure = error
         if failure is not None:
-            raise Undecided(_told(failure)) from failure
+            raise Undecided(_failure(failure)) from failure
         return False
 
     return score
@@ -118,7 +109,7 @@ def _without_dollars(text: str) -> str:
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] == "$" else text
 
 
-def _told(error: BaseException) -> str:
+def _failure(error: BaseException) -> str:
     return f"math-verify: {type(error).__name__}: {error}"
 
 

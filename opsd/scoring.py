@@ -1,13 +1,63 @@
-"""From [prompt | rollout] to the rows of hidden states that predict the rollout."""
+"""From prompts and rollouts to the rows of hidden states that predict the rollouts, in both contexts."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from opsd.models import body
+from opsd.clock import Clock
+from opsd.models import autocast, body
+from opsd.recipes.batch import Stream
+from opsd.run import MicroBatch, Run
+from opsd_kernels import Head, dual_hidden_states, lm_head_of, pack_dual_context, token_logprobs, top_k_logprobs
+from opsd_kernels.packing import plan_passes
+
+
+def score(run: Run, batch: MicroBatch, clock: Clock | None = None) -> tuple[Stream, dict[str, Stream]]:
+    """The student's rows, with a gradient, and the constant rows of the other contexts, by name.
+
+    Packed, both contexts run without padding, a prompt is computed once for all its rollouts, and a gradient-
+    checkpointed model takes both contexts in one pass. `clock` gets the phases "teacher" and "student", or "score"
+    where both run in one pass.
+    """
+    clock = clock or Clock(run.device)
+    options, teacher = run.config.model, run.teacher
+    prompts = [example.student for example in batch.examples]
+    teacher_prompts = [example.teacher for example in batch.examples]
+    ids = [rollout.ids for rollout in batch.rollouts]
+    if run.packed:
+        packed = pack_dual_context(prompts, teacher_prompts, ids)  # equal prompts are shared
+        with autocast(options, run.device):
+            joint = plan_passes(run.model, teacher=teacher.source).passes == "joint"
+            taught = run.model if isinstance(teacher.source, str) else teacher.source
+            with clock("score") if joint else teacher_then_student(clock, taught):
+                hidden = dual_hidden_states(run.model, packed, teacher=teacher.source)
+        return Stream(hidden.student, run.head), {"teacher": Stream(hidden.teacher, teacher.head)}
+    # Each in an autocast of its own: what the teacher's casts without a gradient must not reach the student.
+    with clock("teacher"), autocast(options, run.device):
+        teacher_hidden = teacher.hidden(teacher_prompts, ids)
+    with clock("student"), autocast(options, run.device):
+        student_hidden = rollout_hidden(run.model, prompts, ids)
+    return Stream(student_hidden, run.head), {"teacher": Stream(teacher_hidden, teacher.head)}
+
+
+@contextmanager
+def teacher_then_student(clock: Clock, teacher: nn.Module) -> Iterator[None]:
+    """The phase "teacher" until the body of `teacher` has run once, and the phase "student" from there on."""
+    with ExitStack() as phase:
+        phase.enter_context(clock("teacher"))
+
+        def taught(*_: object) -> None:
+            handle.remove()
+            phase.close()
+            phase.enter_context(clock("student"))
+
+        handle = body(teacher).register_forward_hook(taught)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 def rollout_hidden(model: nn.Module, prompts: Sequence[Sequence[int]], rollouts: Sequence[Sequence[int]]) -> Tensor:
@@ -41,3 +91,35 @@ def rollout_index(rollouts: Sequence[Sequence[int]], device: torch.device) -> tu
     lengths = torch.tensor([len(rollout) for rollout in rollouts], device=device)
     total = sum(map(len, rollouts))  # known on the host, so that nothing waits for the device
     return targets, torch.repeat_interleave(torch.arange(len(rollouts), device=device), lengths, output_size=total)
+
+
+def vocabulary_size(head: Head) -> int:
+    """How many columns of the logits are tokens."""
+    return head.weight.shape[0] if head.valid_vocab is None else head.valid_vocab
+
+
+@torch.no_grad()
+def top_k_overlap(student: Stream, teacher: Stream, k: int = 8, rows: int = 256) -> Tensor:
+    """0-d: the share of the teacher's k likeliest tokens that are among the student's k likeliest, an estimate.
+
+    Both tops cost a product with the head, so they are taken on at most `rows` tokens, spread evenly.
+    """
+    every = -(-len(student.hidden) // rows)
+    k = min(k, vocabulary_size(student.head), vocabulary_size(teacher.head))
+    (_, ours, _), (_, theirs, _) = (
+        top_k_logprobs(stream.hidden[::every], stream.head.weight, k, **stream.head.options())
+        for stream in (student, teacher)
+    )
+    return (theirs[:, :, None] == ours[:, None, :]).any(-1).double().mean()
+
+
+def supervised_loss(
+    model: nn.Module, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], denominator: float
+) -> Tensor:
+    """Cross-entropy of `completions` after `prompts`, summed over their tokens and divided by `denominator`: the loss
+    of supervised fine-tuning, for steps that are compared with `opsd_step`."""
+    hidden = rollout_hidden(model, prompts, completions)
+    targets, _ = rollout_index(completions, hidden.device)
+    head = lm_head_of(model)
+    logprobs = token_logprobs(hidden, head.weight, targets, **head.options())
+    return -logprobs.sum() / denominator  # type: ignore[union-attr]

@@ -1,81 +1,21 @@
-"""The teacher: the same model, told more. It scores rollouts, never writes them, and never gets a gradient."""
-
-from __future__ import annotations
+"""The teachers: the same model with the solution to read, or another one. They score rollouts without a gradient."""
 
 import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from opsd.config import Config, ConfigError
+from opsd.config import Config
+from opsd.errors import ConfigError
 from opsd.models import body, evaluating, is_adapted, load_tokenizer, load_weights
+from opsd.options import ModelConfig
+from opsd.run import Teacher
 from opsd.scoring import rollout_hidden
-from opsd_kernels import Head, lm_head_of
-
-
-class Teacher(Protocol):
-    """What a step, an evaluation and a checkpoint need of a teacher."""
-
-    head: Head
-    """Holds the student's own weight tensor where the two share it."""
-
-    source: str | nn.Module
-    """What `opsd_kernels.dual_hidden_states` calls this teacher: "live", "base", or the model it is."""
-
-    def active(self) -> AbstractContextManager[nn.Module]:
-        """A context in which the value it yields is the teacher as a model: its weights, dropout off."""
-
-    def hidden(self, prompts: Sequence[Sequence[int]], rollouts: Sequence[Sequence[int]]) -> Tensor:
-        """(R, H) inputs of its head that predict the R rollout tokens after its own prompts, without a gradient."""
-
-    def update(self, step: int) -> None:
-        """Called once after each step of the optimiser, numbered from 1."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """What changes in the course of a run and is no part of the student; empty where nothing does."""
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Takes back what `state_dict` gave."""
-
-
-def check_teacher(teacher: Any) -> None:
-    """Raises TypeError or ValueError, which says what is missing or wrong, if `teacher` is no `Teacher`."""
-    told = f"the teacher (teacher) is of type {type(teacher).__name__}"
-    missing = [
-        name
-        for name in ("head", "source", "active", "hidden", "update", "state_dict", "load_state_dict")
-        if not hasattr(teacher, name) or not (name in ("head", "source") or callable(getattr(teacher, name)))
-    ]
-    if missing:
-        raise TypeError(f"{told}, which lacks {', '.join(missing)}; accepted: an opsd.teachers.Teacher")
-    if not isinstance(teacher.head, Head):
-        kind = type(teacher.head).__name__
-        raise TypeError(f"{told}, its head of type {kind}; accepted: an opsd_kernels.Head, as lm_head_of(model) gives")
-    source = teacher.source
-    if not isinstance(source, nn.Module) and not (isinstance(source, str) and source in ("live", "base")):
-        raise ValueError(f"{told}, its source {source!r}; accepted: 'live', 'base' or the model that it is")
-    active = teacher.active()
-    if not isinstance(active, AbstractContextManager):
-        raise TypeError(f"{told}, whose active() is no context manager; accepted: one that yields a torch.nn.Module")
-    with active as model:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"{told}, whose active() yields {type(model).__name__}; accepted: a torch.nn.Module")
-
-
-def check_hidden(teacher: Teacher, hidden: Any, rows: int) -> None:
-    """Raises TypeError or ValueError if `hidden` is not what `teacher.hidden` has to return for so many tokens."""
-    wanted = (rows, teacher.head.weight.shape[1])
-    accepted = f"(R, H) rows of hidden states that its head takes, without a gradient, here {wanted}"
-    if not isinstance(hidden, Tensor):
-        raise TypeError(f"the teacher's hidden() returned {type(hidden).__name__}; accepted: {accepted}")
-    if tuple(hidden.shape) != wanted:
-        raise ValueError(f"the teacher's hidden() returned shape {tuple(hidden.shape)}; accepted: {accepted}")
-    if hidden.requires_grad:
-        raise ValueError(f"the teacher's hidden() returned states with a gradient; accepted: {accepted}")
+from opsd_kernels import lm_head_of
 
 
 class _ModelTeacher:
@@ -165,7 +105,7 @@ def make_teacher(config: Config, model: nn.Module, tokenizer: Any) -> Teacher:
     if options.kind == "ema":
         return _AverageTeacher(model, options.ema_decay, options.ema_every)
     if options.kind == "model":
-        return _other_model(config, model, tokenizer)
+        return _other_model(config.model, options.path, model, tokenizer)
     if is_adapted(model):
         return _ModelTeacher(model, "base")
     frozen = _frozen_copy(model)
@@ -178,8 +118,8 @@ def _frozen_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, shared).eval().requires_grad_(False)
 
 
-def _other_model(config: Config, model: nn.Module, tokenizer: Any) -> Teacher:
-    path = config.teacher.path
+def _other_model(options: ModelConfig, path: str | None, model: nn.Module, tokenizer: Any) -> Teacher:
+    """The model of `path`, in the types of `options`, as the teacher of `model`."""
     theirs = load_tokenizer(path, "teacher.path").get_vocab()
     ours = tokenizer.get_vocab()
     if theirs != ours:
@@ -187,7 +127,7 @@ def _other_model(config: Config, model: nn.Module, tokenizer: Any) -> Teacher:
             f"teacher.path {path!r} has another vocabulary than model.path: {len(theirs)} and {len(ours)} tokens, "
             f"{_first_difference(theirs, ours)}"
         )
-    other = load_weights(config, path, "teacher.path").to(next(model.parameters()).device)
+    other = load_weights(options, path, "teacher.path").to(next(model.parameters()).device)
     teacher = _ModelTeacher(other.eval().requires_grad_(False), other)
     # Published sizes of one family pad the vocabulary differently.
     rows, wanted = teacher.head.weight.shape[0], lm_head_of(model).weight.shape[0]

@@ -28,32 +28,16 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config
 
-from opsd.step import supervised_loss
+from opsd.presets import TINY as SETTINGS
+from opsd.scoring import supervised_loss
 
 __all__ = ["SETTINGS", "own_solution", "prepare", "reference_solution"]
 
 DIGITS = 3
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 ALPHABET = "0123456789+=;#:AQR\n"
-
-SETTINGS: dict = {
-    "prompts": {"student": "Q:{problem}\nA:", "teacher": "Q:{problem}\nR:{solution}\nA:"},
-    "rollout": {"max_new_tokens": 40, "temperature": 1.0, "batch_size": 64},
-    "teacher": {"kind": "base"},
-    "objective": {"beta": 0.5},
-    "optim": {
-        "lr": 5e-4,
-        "steps": 120,
-        "batch_size": 64,
-        "micro_batch_size": 64,
-        "betas": (0.9, 0.95),
-        "warmup_steps": 5,
-        "schedule": "linear",
-    },
-    "eval": {"answer_pattern": r"#(\d+)$", "temperature": 0.0, "batch_size": 250, "every": 20},
-}
 
 
 @dataclass(frozen=True)
@@ -115,7 +99,7 @@ def prepare(
     """
     identity = [
         Path(__file__).read_text(encoding="utf-8"),
-        repr(_build),
+        repr((_build, SETTINGS["prompts"])),
         seed,
         torch.__version__,
         transformers.__version__,
@@ -203,7 +187,7 @@ def _base_model(
     seed: int,
     build: _Build,
     on_step: Callable[[int, int, float], None] | None,
-) -> Qwen3ForCausalLM:
+) -> Any:
     """Supervised training on own-notation work: clean with the reference in the prompt, unreliable without it."""
     tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     config = Qwen3Config(
@@ -221,7 +205,7 @@ def _base_model(
     )
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.default_generator.manual_seed(seed)
-        model: Any = Qwen3ForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
         model.to(build.device)
         model.generation_config = GenerationConfig(**tokens)
         optimizer = torch.optim.AdamW(model.parameters(), lr=build.lr, betas=(0.9, 0.95), weight_decay=0.01)

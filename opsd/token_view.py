@@ -12,8 +12,8 @@ from torch import Tensor
 from opsd.models import autocast, evaluating
 from opsd.prompts import Example
 from opsd.rollouts import Rollout
+from opsd.run import Run
 from opsd.scoring import rollout_hidden
-from opsd.step import Run
 from opsd_kernels import Head
 from opsd_kernels.gemm import Products, accumulation_dtype
 from opsd_kernels.objective import LogitTransform
@@ -50,7 +50,7 @@ def token_view(run: Run, example: Example, rollout: Rollout) -> list[dict[str, A
     """
     if not rollout.ids:
         return []
-    with autocast(run.config, run.device):
+    with autocast(run.config.model, run.device):
         teacher_hidden = run.teacher.hidden([example.teacher], [rollout.ids])
         with evaluating(run.model):
             student_hidden = rollout_hidden(run.model, [example.student], [rollout.ids])

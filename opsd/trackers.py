@@ -16,11 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from opsd.checkpoint import replace_file
-from opsd.config import TRACKERS, ConfigError
+from opsd.errors import ConfigError
+from opsd.files import replace_file
+from opsd.options import TRACKERS
 
-# What is imported, which is what fails without the package.
-_MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
+PROJECT = "opsd"
+"""What W&B and trackio file runs under."""
 
 
 class Tracker(Protocol):
@@ -46,7 +47,7 @@ def check_trackers(names: Sequence[str] | None) -> None:
         if name not in TRACKERS:
             raise ConfigError(f"run.trackers has {name!r}; accepted: {', '.join(TRACKERS)}")
         try:
-            importlib.import_module(_MODULES[name])
+            importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
         except Exception as error:  # a package too old or too new for another fails in any way
             raise ConfigError(
                 f"run.trackers has {name!r}, but the package {name} cannot be imported: pip install 'opsd[{name}]' "
@@ -58,7 +59,6 @@ def make_trackers(
     names: Sequence[str] | None,
     *,
     run_dir: Path,
-    project: str = "opsd",
     config: Mapping[str, Any],
     resume_step: int | None = None,
     warn: Callable[[str], None] = warnings.warn,
@@ -69,38 +69,35 @@ def make_trackers(
     it. TensorBoard forgets what was logged after `resume_step`; the others keep it beside what the resumed run logs.
 
     Args:
-        names: of `opsd.config.TRACKERS`; None or none of them: everything logged is ignored.
+        names: of `opsd.options.TRACKERS`; None or none of them: everything logged is ignored.
         run_dir: exists; TensorBoard and W&B write below it, trackio where it always does (`TRACKIO_DIR`).
-        project: what W&B and trackio file the run under.
         config: nested options of the run, for display.
         resume_step: the last step that counts, or None for a new run.
-        warn: told once of each tracker that fails later on.
+        warn: called once for each tracker that fails later on.
 
     Raises:
         ConfigError: a tracker cannot start.
     """
     check_trackers(names)
-    made: dict[str, Tracker] = {}
-    trackers = Trackers(made, warn)
-    if not names:
-        return trackers
-    identity = _identity(run_dir)
-    for name in dict.fromkeys(names):
+    trackers = Trackers({}, warn)
+    for name in dict.fromkeys(names or ()):
         try:
-            made[name] = _KINDS[name](run_dir, project, identity, config, resume_step)
+            trackers.made[name] = _KINDS[name](run_dir, _identity(run_dir), config, resume_step)
         except Exception as error:
             trackers.close(failed=True)
+            if isinstance(error, ConfigError):
+                raise
             hint = "; without a network or an account WANDB_MODE=offline helps" if name == "wandb" else ""
             raise ConfigError(f"run.trackers: {name} cannot start: {type(error).__name__}: {error}{hint}") from error
     return trackers
 
 
 class Trackers:
-    """Several trackers as one, also as a context. An error of one is told to `warn`, after which it is left alone; none
-    is ever raised."""
+    """Several trackers as one, also as a context. An error of one is given to `warn`, after which it is left alone;
+    none is ever raised."""
 
-    def __init__(self, trackers: dict[str, Tracker], warn: Callable[[str], None]):
-        self._trackers, self._warn = trackers, warn
+    def __init__(self, made: dict[str, Tracker], warn: Callable[[str], None]):
+        self.made, self._warn = made, warn
 
     def __enter__(self) -> Trackers:
         return self
@@ -118,36 +115,39 @@ class Trackers:
         """Send a text, such as a rollout."""
         self._each(f"at step {step}", lambda tracker: tracker.text(step, name, text))
 
+    def on_step(self, record: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
+        self.log(record["step"], train_values(record))
+        for sample in samples:
+            self.text(sample["step"], "samples/rollout", sample["rollout"])
+
+    def on_evaluation(self, record: Mapping[str, Any]) -> None:
+        passes = {str(passed["k"]): passed["value"] for passed in record["pass_at"]}
+        of = record["name"] if record["name"] in ("base", "teacher") else "eval"
+        self.log(record["step"], eval_values({**record, "pass_at": passes}, of=of))
+
     def close(self, *, failed: bool = False) -> None:
         """End the run in every tracker; closing again does nothing."""
         self._each("at the end", lambda tracker: tracker.close(failed=failed))
-        self._trackers.clear()
+        self.made.clear()
 
     def _each(self, when: str, call: Callable[[Tracker], None]) -> None:
-        for name, tracker in list(self._trackers.items()):
+        for name, tracker in list(self.made.items()):
             try:
                 call(tracker)
             except Exception as error:
-                del self._trackers[name]
-                self._warn(
-                    f"the tracker {name} failed {when} and gets nothing more ({type(error).__name__}: {error}); the "
-                    "run goes on and metrics.jsonl has everything"
-                )
+                del self.made[name]
+                why = f"({type(error).__name__}: {error}); the run goes on and metrics.jsonl has everything"
+                self._warn(f"the tracker {name} failed {when} and gets nothing more {why}")
 
 
 def train_values(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record of `metrics.jsonl` under the names of trackers: train/loss, time/rollout, time/tokens_per_second."""
-    values = {}
-    for name, value in record.items():
-        if name == "seconds":
-            values["time/step"] = value
-        elif name.startswith("seconds_"):
-            values[f"time/{name.removeprefix('seconds_')}"] = value
-        elif name == "tokens_per_second":
-            values["time/tokens_per_second"] = value
-        elif name != "step":
-            values[f"train/{name}"] = value
-    return values
+    renamed = {"seconds": "time/step", "tokens_per_second": "time/tokens_per_second"}
+    return {
+        renamed.get(name) or (f"time/{name[8:]}" if name.startswith("seconds_") else f"train/{name}"): value
+        for name, value in record.items()
+        if name != "step"
+    }
 
 
 def eval_values(evaluation: Mapping[str, Any], *, of: str = "eval") -> dict[str, Any]:
@@ -177,7 +177,7 @@ def _identity(run_dir: Path) -> dict[str, str]:
 
 
 class _TensorBoard:
-    def __init__(self, run_dir, project, identity, config, resume_step):
+    def __init__(self, run_dir, identity, config, resume_step):
         from torch.utils.tensorboard import SummaryWriter
 
         # Readers drop the events from purge_step on that earlier files hold.
@@ -201,12 +201,12 @@ class _TensorBoard:
 
 
 class _Wandb:
-    def __init__(self, run_dir, project, identity, config, resume_step):
+    def __init__(self, run_dir, identity, config, resume_step):
         import wandb
 
         self.wandb = wandb
         self.run = wandb.init(
-            project=project,
+            project=PROJECT,
             id=identity["id"],
             name=identity["name"],
             dir=str(run_dir),
@@ -229,13 +229,13 @@ class _Wandb:
 
 
 class _Trackio:
-    def __init__(self, run_dir, project, identity, config, resume_step):
+    def __init__(self, run_dir, identity, config, resume_step):
         import trackio
 
         self.trackio = trackio
         # Its names are those of all runs of a project, wherever their directories are.
         self.run = trackio.init(
-            project=project,
+            project=PROJECT,
             name=f"{identity['name']}-{identity['id']}",
             config=json.loads(json.dumps(config, default=str)),
             resume="never" if resume_step is None else "allow",
@@ -252,8 +252,4 @@ class _Trackio:
         self.trackio.finish()
 
 
-_KINDS: dict[str, Callable[[Path, str, Mapping[str, str], Mapping[str, Any], int | None], Tracker]] = {
-    "tensorboard": _TensorBoard,
-    "wandb": _Wandb,
-    "trackio": _Trackio,
-}
+_KINDS: dict[str, Callable[..., Tracker]] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}

@@ -4,17 +4,16 @@
 run warns exactly where an uninterrupted one would have.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 from opsd.config import Config
+from opsd.options import RunConfig
 
 
 class Limit(NamedTuple):
@@ -46,25 +45,21 @@ LIMITS: dict[str, Limit] = {
     ),
 }
 
-EARLY = 5
-"""Steps whose mean is the baseline; what needs one is judged from the step after them."""
-RECENT = 20
-"""Steps whose median a gradient norm is compared with."""
-RECOVERED = 5
-"""Steps within the band after which leaving it again is news: fewer, and a value that hovers at its limit nags."""
-AGAIN = 50
-"""Steps after which what has not recovered is said again."""
-
-PACE = 10
-"""Steps whose median a step's time is compared with."""
-SLOW, AMONG = 3, 20
-"""Slow steps, and among how many: fewer are a machine's own affairs, or the first use of something."""
+BASELINE_STEPS = 5  #: whose mean is the baseline; what needs one is judged from the step after them
+RECENT = 20  #: steps whose median a gradient norm is compared with
+RECOVERED = 5  #: steps within the band after which leaving it again is news; fewer, and a hovering value would nag
+AGAIN = 50  #: steps after which what has not recovered is said again
+PACE = 10  #: steps whose median a step's time is compared with
+SLOW, AMONG = 3, 20  #: slow steps, and among how many: fewer are a machine's own affairs, or the first use of something
 
 _PASSES = ("score", "teacher", "student", "loss", "backward", "optimizer")
 """Phases that this process alone computes. Not the rollouts: their sampler may be elsewhere."""
 _WORK = ("tokens", "rollout_length_max", "teacher_context_length")
 """What may make the passes longer: packed ones grow with tokens and prompts, padded ones with the longest rollout."""
 _BASELINES = ("student_entropy", "teacher_entropy", "rollout_length")
+
+Found = Iterator[tuple[str, str]]
+"""What is outside its band: its kind and a text for people."""
 
 
 class Watch:
@@ -76,7 +71,7 @@ class Watch:
 
     def __init__(self, config: Config):
         self._config = config
-        self._shares = _on_cpu(config) and (config.run.threads or torch.get_num_threads()) > 1
+        self._shares_cpu = _on_cpu(config.run) and (config.run.threads or torch.get_num_threads()) > 1
         self._state: dict[str, Any] = {
             "steps": 0,
             "early": {},  # name: [count, sum]
@@ -111,7 +106,16 @@ class Watch:
         state = self._state
         values = {name: float(value) for name, value in record.items() if _is_finite(value)}
         state["steps"] += 1
-        found = self._outside(values)
+        rules = (
+            self._entropy,
+            self._length,
+            self._clips,
+            self._no_divergence,
+            self._sampler,
+            self._gradient,
+            self._slow,
+        )
+        found = dict(each for rule in rules for each in rule(values))
         self._remember(values)
         news = []
         for kind in found:
@@ -124,172 +128,136 @@ class Watch:
             state["inside"][kind] = min(RECOVERED, state["inside"][kind] + 1)
         return [found[kind] for kind in news]
 
-    def _early(self, name: str) -> float | None:
-        """The baseline of `name`, once it is known."""
+    def _baseline(self, name: str) -> float | None:
+        """The early mean of `name`, once it is known."""
         count, total = self._state["early"].get(name, (0, 0.0))
-        return total / count if count == EARLY else None
+        return total / count if count == BASELINE_STEPS else None
 
     def _remember(self, values: Mapping[str, float]) -> None:
         for name in _BASELINES:
             count, total = self._state["early"].get(name, (0, 0.0))
-            if name in values and count < EARLY:
+            if name in values and count < BASELINE_STEPS:
                 self._state["early"][name] = [count + 1, total + values[name]]
         if "grad_norm" in values:
             self._state["norms"] = [*self._state["norms"], values["grad_norm"]][-RECENT:]
         if (times := _times(values)) is not None:
             self._state["times"] = [*self._state["times"], times][-PACE:]
 
-    def _outside(self, values: Mapping[str, float]) -> dict[str, str]:
-        """What is outside its band now: a text for each kind."""
-        return {
-            **self._entropy(values),
-            **self._length(values),
-            **self._clips(values),
-            **self._no_divergence(values),
-            **self._sampler(values),
-            **self._gradient(values),
-            **self._shared_cpu(values),
-        }
-
-    def _entropy(self, values: Mapping[str, float]) -> dict[str, str]:
-        entropy, early = values.get("student_entropy"), self._early("student_entropy")
-        if entropy is None:
-            return {}
+    def _entropy(self, values: Mapping[str, float]) -> Found:
+        entropy, early = values.get("student_entropy"), self._baseline("student_entropy")
         floor = LIMITS["entropy_floor"].value
         advice = "lower optim.lr, move objective.beta towards 0, or stop at an earlier checkpoint"
-        if entropy < floor:
-            return {
-                "entropy_low": f"student entropy is {entropy:.2g} nats, below {floor:g}: its rollouts no longer vary; "
-                f"{advice}"
-            }
-        if early is None:
-            return {}
+        if entropy is not None and entropy < floor:
+            why = f"student entropy is {entropy:.2g} nats, below {floor:g}: its rollouts no longer vary"
+            yield "entropy_low", f"{why}; {advice}"
+            return
+        if entropy is None or early is None:
+            return
         # A teacher that shares the student's weights collapses with it, so it only counts as it was at first.
         shared = self._config.teacher.kind in ("live", "ema")
-        teacher = self._early("teacher_entropy") if shared else values.get("teacher_entropy")
+        teacher = self._baseline("teacher_entropy") if shared else values.get("teacher_entropy")
         surer = teacher is None or entropy < LIMITS["entropy_of_teacher"].value * teacher
         if entropy < LIMITS["entropy_share"].value * early and surer:
-            than = "" if teacher is None else f" and the teacher's {teacher:.3g}"
-            return {
-                "entropy_low": f"student entropy has collapsed to {entropy:.3g} nats, from {early:.3g} at first{than}: "
-                f"rollouts lose their variety; {advice}"
-            }
-        if entropy > max(LIMITS["entropy_growth"].value * early, LIMITS["entropy_of_note"].value):
-            return {
-                "entropy_high": f"student entropy has grown to {entropy:.3g} nats, from {early:.3g} at first: its text "
-                "may be falling apart; read samples.jsonl, lower optim.lr or use a frozen teacher"
-            }
-        return {}
+            than = f"from {early:.3g} at first" + ("" if teacher is None else f" and the teacher's {teacher:.3g}")
+            why = f"student entropy has collapsed to {entropy:.3g} nats, {than}: rollouts lose their variety"
+            yield "entropy_low", f"{why}; {advice}"
+        elif entropy > max(LIMITS["entropy_growth"].value * early, LIMITS["entropy_of_note"].value):
+            why = f"student entropy has grown to {entropy:.3g} nats, from {early:.3g} at first: its text"
+            yield (
+                "entropy_high",
+                f"{why} may be falling apart; read samples.jsonl, lower optim.lr or use a frozen teacher",
+            )
 
-    def _length(self, values: Mapping[str, float]) -> dict[str, str]:
-        found = {}
-        limit, early = self._config.rollout.max_new_tokens, self._early("rollout_length")
+    def _length(self, values: Mapping[str, float]) -> Found:
+        limit, early = self._config.rollout.max_new_tokens, self._baseline("rollout_length")
         length, truncated = values.get("rollout_length"), values.get("truncated")
         if truncated is not None and truncated > LIMITS["truncated"].value:
-            found["truncated"] = (
-                f"{truncated:.0%} of the rollouts are cut at {limit} tokens: the teacher judges unfinished text and "
-                "endings are not learnt; raise rollout.max_new_tokens"
-            )
+            why = f"{truncated:.0%} of the rollouts are cut at {limit} tokens: the teacher judges unfinished text"
+            yield "truncated", f"{why} and endings are not learnt; raise rollout.max_new_tokens"
         elif length is not None and length > LIMITS["length_of_limit"].value * limit:
-            found["length_limit"] = (
-                f"rollouts are {length:.4g} tokens long on average, at the limit of {limit}: any longer and they are "
-                "cut; raise rollout.max_new_tokens"
-            )
+            why = f"rollouts are {length:.4g} tokens long on average, at the limit of {limit}: any longer"
+            yield "length_limit", f"{why} and they are cut; raise rollout.max_new_tokens"
         if length is not None and early is not None and length < LIMITS["length_share"].value * early:
-            found["length_low"] = (
-                f"rollouts have shrunk to {length:.4g} tokens on average, from {early:.4g} at first: the student may "
-                "answer without its work; read samples.jsonl, lower optim.lr, or have prompts.teacher ask for the work"
-            )
-        return found
+            why = f"rollouts have shrunk to {length:.4g} tokens on average, from {early:.4g} at first: the student"
+            advice = "read samples.jsonl, lower optim.lr, or have prompts.teacher ask for the work"
+            yield "length_low", f"{why} may answer without its work; {advice}"
 
-    def _clips(self, values: Mapping[str, float]) -> dict[str, str]:
-        found = {}
+    def _clips(self, values: Mapping[str, float]) -> Found:
         options = self._config.objective
         for kind in ("entry", "token"):
             share, clip = values.get(f"{kind}_clipped"), getattr(options, f"{kind}_clip")
             if share is not None and share > LIMITS["touched"].value:
-                found[f"{kind}_clip"] = (
-                    f"the {kind} clip touches {share:.0%} of the tokens: it shapes the loss instead of bounding its "
-                    f"outliers; raise objective.{kind}_clip (now {clip})"
-                )
+                why = f"the {kind} clip touches {share:.0%} of the tokens: it shapes the loss instead of bounding its"
+                yield f"{kind}_clip", f"{why} outliers; raise objective.{kind}_clip (now {clip})"
         divergence, amount = values.get("divergence", 0.0), values.get("clipped_amount", 0.0)
         if divergence > LIMITS["divergence"].value and amount > LIMITS["clipped_away"].value * divergence:
             clips = [f"objective.{name}" for name in ("entry_clip", "token_clip") if getattr(options, name) is not None]
-            found["clipped_away"] = (
-                f"clipping removes {amount / divergence:.0%} of the divergence: most of what the teacher says is lost; "
-                f"raise {' or '.join(clips) or 'the clip'}"
-            )
-        return found
+            why = f"clipping removes {amount / divergence:.0%} of the divergence: most of what the teacher says is lost"
+            yield "clipped_away", f"{why}; raise {' or '.join(clips) or 'the clip'}"
 
-    def _no_divergence(self, values: Mapping[str, float]) -> dict[str, str]:
+    def _no_divergence(self, values: Mapping[str, float]) -> Found:
         """Only from the start: a divergence that vanishes later is what training is for."""
         divergence, state = values.get("divergence"), self._state
-        if divergence is not None and state["no_divergence"] >= 0:
+        if divergence is None:
+            return
+        if state["no_divergence"] >= 0:
             none = abs(divergence) < LIMITS["divergence"].value
             state["no_divergence"] = state["no_divergence"] + 1 if none else -1
-        if state["no_divergence"] < EARLY or divergence is None:
-            return {}
-        return {
-            "no_divergence": f"divergence has been about 0 from the start ({divergence:.2g} nats): the teacher equals "
-            "the student, its privileged context has no effect; compare the two prompts printed at the start"
-        }
+        if state["no_divergence"] >= BASELINE_STEPS:
+            why = f"divergence has been about 0 from the start ({divergence:.2g} nats): the teacher equals the student"
+            advice = "compare the two prompts printed at the start"
+            yield "no_divergence", f"{why}, its privileged context has no effect; {advice}"
 
-    def _sampler(self, values: Mapping[str, float]) -> dict[str, str]:
-        found = {}
+    def _sampler(self, values: Mapping[str, float]) -> Found:
         mismatch, capped = values.get("sampler_mismatch"), values.get("importance_capped")
-        cap = self._config.rollout.importance_cap
-        why = "they were not drawn from the student as it is scored"
         rollout = self._config.rollout
+        cap = rollout.importance_cap
+        check = "check weights, types and sampling options of the sampler"
+        why = f"they were not drawn from the student as it is scored; {check}"
         # Cut-offs alone make tokens likelier for the sampler than for the student, by more than the limit.
         cut = rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0
         if mismatch is not None and not cut and abs(mismatch) > LIMITS["mismatch"].value:
             advice = "" if cap is not None else ", or weight them with rollout.importance_cap"
-            found["mismatch"] = (
-                f"sampler and student differ by {mismatch:.3g} nats a token on the rollouts: {why}; check weights, "
-                f"types and sampling options of the sampler{advice}"
-            )
+            apart = f"sampler and student differ by {mismatch:.3g} nats a token on the rollouts"
+            yield "mismatch", f"{apart}: {why}{advice}"
         # A cap of 1 or less also holds back tokens of a sampler that agrees perfectly.
         if capped is not None and (cap is None or cap > 1) and capped > LIMITS["capped"].value:
-            found["capped"] = (
-                f"{capped:.0%} of the importance weights are at the cap: {why}; check weights, types and sampling "
-                "options of the sampler"
-            )
-        return found
+            yield "capped", f"{capped:.0%} of the importance weights are at the cap: {why}"
 
-    def _gradient(self, values: Mapping[str, float]) -> dict[str, str]:
+    def _gradient(self, values: Mapping[str, float]) -> Found:
         norm, norms = values.get("grad_norm"), self._state["norms"]
-        if norm is None or len(norms) < EARLY:
-            return {}
-        usual = statistics.median(norms)
-        if usual <= 0 or norm <= LIMITS["gradient"].value * usual:
-            return {}
-        clip = self._config.optim.max_grad_norm
-        used = "" if clip is None or norm <= clip else f" (clipped to {clip:g})"
-        advice = "set optim.max_grad_norm" if clip is None else "lower optim.lr"
-        return {
-            "gradient": f"gradient norm {norm:.3g}{used} is {norm / usual:.0f} times its recent median {usual:.3g}: an "
-            f"unusual batch or the onset of instability; if it recurs, {advice}"
-        }
+        if norm is None or len(norms) < BASELINE_STEPS:
+            return
+        usual, clip = statistics.median(norms), self._config.optim.max_grad_norm
+        if 0 < usual < norm / LIMITS["gradient"].value:
+            used = "" if clip is None or norm <= clip else f" (clipped to {clip:g})"
+            times = f"{norm / usual:.0f} times its recent median {usual:.3g}"
+            advice = "set optim.max_grad_norm" if clip is None else "lower optim.lr"
+            why = f"gradient norm {norm:.3g}{used} is {times}: an unusual batch or the onset of instability"
+            yield "gradient", f"{why}; if it recurs, {advice}"
 
-    def _shared_cpu(self, values: Mapping[str, float]) -> dict[str, str]:
+    def _slow(self, values: Mapping[str, float]) -> Found:
         """Threads that wait for each other, as they do once one has lost its core; said once, as it is no matter of the
         training."""
         state, times = self._state, _times(values)
-        if not self._shares or times is None or len(state["times"]) < EARLY or "shared_cpu" in state["said"]:
-            return {}
+        if (
+            not self._shares_cpu
+            or times is None
+            or len(state["times"]) < BASELINE_STEPS
+            or "shared_cpu" in state["said"]
+        ):
+            return
         # relative to the recent steps; 0 for what these had none of
         usual = [statistics.median(column) for column in zip(*state["times"], strict=True)]
         seconds, *work = (now / before if before else 0.0 for now, before in zip(times, usual, strict=True))
         if seconds <= LIMITS["slow"].value * max(1.0, *work):
-            return {}
+            return
         state["slow"] = [n for n in state["slow"] if n > state["steps"] - AMONG] + [state["steps"]]
-        if len(state["slow"]) < SLOW:
-            return {}
-        return {
-            "shared_cpu": f"{SLOW} of the last {AMONG} steps took more than {LIMITS['slow'].value:g} times as long as "
-            "those before: other work seems to share this CPU, and threads wait for the one that has lost its core; "
-            "--run.threads 1 is often faster then"
-        }
+        if len(state["slow"]) >= SLOW:
+            limit = f"{LIMITS['slow'].value:g} times as long as those before"
+            why = "other work seems to share this CPU, and threads wait for the one that has lost its core"
+            advice = "--run.threads 1 is often faster then"
+            yield "shared_cpu", f"{SLOW} of the last {AMONG} steps took more than {limit}: {why}; {advice}"
 
 
 def _times(values: Mapping[str, float]) -> list[float] | None:
@@ -298,8 +266,8 @@ def _times(values: Mapping[str, float]) -> list[float] | None:
     return [sum(passes), *(values.get(name, 0.0) for name in _WORK)] if passes else None
 
 
-def _on_cpu(config: Config) -> bool:
-    return config.run.device == "cpu" or (config.run.device == "auto" and not torch.cuda.is_available())
+def _on_cpu(options: RunConfig) -> bool:
+    return options.device == "cpu" or (options.device == "auto" and not torch.cuda.is_available())
 
 
 def _is_finite(value: Any) -> bool:

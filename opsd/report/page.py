@@ -15,7 +15,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from opsd.config import ConfigError
+from opsd.errors import ConfigError
 from opsd.report import tables
 from opsd.report.charts import MAX_POINTS, accuracy_figure, training_figures
 from opsd.report.read import RunData, read_run, short_names

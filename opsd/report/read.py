@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from opsd.config import ConfigError
+from opsd.errors import ConfigError
 
 Record = dict[str, Any]
 

@@ -22,8 +22,10 @@ from transformers import (
 
 from opsd.config import load_config
 from opsd.data import Row
+from opsd.engines import GenerateEngine
 from opsd.prompts import Example
-from opsd.step import Run
+from opsd.run import Run
+from opsd.setup import make_recipe
 from opsd.teachers import make_teacher
 from opsd_kernels import lm_head_of
 
@@ -109,7 +111,8 @@ def run_of(student, **options) -> Run:
     config = load_config(None, overrides)
     words = tokenizer()
     teacher = make_teacher(config, student, words)
-    return Run(config, student, words, lm_head_of(student), teacher, torch.device("cpu"), [1], 0)
+    engine = GenerateEngine([1], 0, config.model)
+    return Run(config, student, words, lm_head_of(student), teacher, engine, make_recipe(config), torch.device("cpu"))
 
 
 def examples(lengths=((3, 9), (7, 12), (2, 5), (5, 20), (4, 6)), seed: int = 0) -> list[Example]:

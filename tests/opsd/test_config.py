@@ -1,7 +1,8 @@
 import pytest
 
 from opsd.cli import main, parse_overrides
-from opsd.config import ConfigError, load_config, to_yaml, unused_options
+from opsd.config import load_config, to_yaml, unused_options
+from opsd.errors import ConfigError
 
 OWN = [("model.path", "m"), ("data.train", "t.jsonl")]
 
@@ -21,6 +22,15 @@ def test_yaml_below_overrides_and_round_trip(tmp_path):
     assert config.objective.entry_clip is None
     path.write_text(to_yaml(config))
     assert load_config(path) == config
+
+
+def test_a_bad_value_is_named_even_where_another_hides_it(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("optim: {steps: 0}\n")
+    with pytest.raises(ConfigError, match=r"optim.steps is 0; accepted: int >= 1"):
+        load(("optim.steps", "9"), yaml=path)
+    path.write_text("objective: {tail_bucket: true}\n")  # what does not go together is another matter
+    assert load(("objective.top_k", "9"), yaml=path).objective.tail_bucket
 
 
 def test_learning_rate_follows_the_kind_of_training():

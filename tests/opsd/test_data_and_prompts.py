@@ -5,8 +5,9 @@ from itertools import islice
 import pytest
 from _models import tokenizer, write_rows
 
-from opsd.config import ConfigError, PromptsConfig, load_config
-from opsd.data import DataError, Row, batches, read_rows
+from opsd.data import Row, batches, read_rows
+from opsd.errors import ConfigError, DataError
+from opsd.options import DataConfig, PromptsConfig
 from opsd.prompts import Prompter, encode_rows, fill, read_examples
 
 ROW = Row("1+1?", "it is 2", "2", None, "f.jsonl:1")
@@ -475,8 +476,10 @@ def test_a_role_that_the_chat_template_refuses_names_the_row():
     rows = [ROW, Row(CHAT[:2], "it is 2", None, None, "f:3")]
     reason = r"f:3: the chat template refuses the student's messages \(system, user\): no system role"
     with pytest.raises(DataError, match=reason):
-        encode_rows(Prompter(words, PLAIN), rows, limit=100, too_long="drop")
-    encoded = encode_rows(Prompter(words, PLAIN), rows, limit=100, too_long="drop", skip_bad_rows=True)
+        encode_rows(Prompter(words, PLAIN), rows, DataConfig(max_prompt_tokens=100, too_long="drop"))
+    encoded = encode_rows(
+        Prompter(words, PLAIN), rows, DataConfig(max_prompt_tokens=100, too_long="drop", skip_bad_rows=True)
+    )
     assert [example.row.source for example in encoded.examples] == ["f.jsonl:1"]
     assert encoded.too_long == []
     assert len(encoded.skipped) == 1
@@ -517,29 +520,31 @@ def test_the_teachers_analysis_is_prepared_for_with_the_rows():
     prompter = Prompter(tokenizer(), config)
     row, bare = Row("1", "2", None, None, "f:1"), Row("1", None, None, "only this", "f:2")
     of_evaluation, long = Row("1", None, "2", None, "f:3"), Row("1", "2345", None, None, "f:4")
-    encoded = encode_rows(prompter, [row, of_evaluation], limit=8, too_long="error", reason=True)
+    encoded = encode_rows(
+        prompter, [row, of_evaluation], DataConfig(max_prompt_tokens=8, too_long="error"), reason=True
+    )
     assert [decoded(prompter, example.reason) for example in encoded.examples] == ["1:2 why?", ""]
     with pytest.raises(DataError, match=r"f:2: teacher.reason_first needs a solution"):
-        encode_rows(prompter, [row, bare], limit=20, too_long="error", reason=True)
-    encoded = encode_rows(prompter, [row, bare], limit=20, too_long="error", reason=True, skip_bad_rows=True)
+        encode_rows(prompter, [row, bare], DataConfig(max_prompt_tokens=20, too_long="error"), reason=True)
+    encoded = encode_rows(
+        prompter, [row, bare], DataConfig(max_prompt_tokens=20, too_long="error", skip_bad_rows=True), reason=True
+    )
     assert (len(encoded.examples), len(encoded.skipped)) == (1, 1)
-    encoded = encode_rows(prompter, [row, long], limit=10, too_long="drop", reason=True)
+    encoded = encode_rows(prompter, [row, long], DataConfig(max_prompt_tokens=10, too_long="drop"), reason=True)
     assert encoded.too_long == [
         "f:4: the prompt for the teacher's analysis has 11 tokens, data.max_prompt_tokens is 10"
     ]
-    assert not encode_rows(prompter, [bare], limit=20, too_long="error").examples[0].reason
+    assert not encode_rows(prompter, [bare], DataConfig(max_prompt_tokens=20, too_long="error")).examples[0].reason
 
 
 def test_rows_are_read_for_analyses_where_the_teacher_writes_them(tmp_path):
     path = jsonl(tmp_path / "rows.jsonl", {"problem": "1", "teacher_prompt": "only this", "answer": "2"})
-    given = {"model": {"path": "m"}, "data": {"train": path}}
-    prompter = Prompter(tokenizer(), PLAIN)
-    assert read_examples(load_config(given), prompter, str(path), required=("problem", "solution")).examples
-    config = load_config(given | {"teacher": {"reason_first": True}})
+    options, prompter = DataConfig(train=path), Prompter(tokenizer(), PLAIN)
+    assert read_examples(options, prompter, str(path), required=("problem", "solution")).examples
     for required in (("problem", "solution"), ("problem", "answer")):
         with pytest.raises(DataError, match=r"rows.jsonl:1: teacher.reason_first needs a solution"):
-            read_examples(config, prompter, str(path), required=required)
-    assert read_examples(config, prompter, str(path), required=("problem", "answer"), reason=False).examples
+            read_examples(options, prompter, str(path), required=required, reason=True)
+    assert read_examples(options, prompter, str(path), required=("problem", "answer")).examples
 
 
 def test_special_tokens_are_meant_in_templates_and_in_text_that_is_rendered_already():
@@ -560,7 +565,7 @@ def test_too_long_prompts_are_named_and_dropped_or_an_error_but_never_cut():
     prompter = Prompter(tokenizer(), PromptsConfig(student="{problem}", teacher="{problem}{solution}"))
     rows = [Row("12345", "67890", None, None, f"f:{i}") for i in (1, 2)] + [Row("1", "2" * 20, None, None, "f:3")]
     rows.append(Row("1" * 11, "2", None, None, "f:4"))
-    examples, too_long, skipped = encode_rows(prompter, rows, limit=10, too_long="drop")
+    examples, too_long, skipped = encode_rows(prompter, rows, DataConfig(max_prompt_tokens=10, too_long="drop"))
     assert too_long == [
         "f:3: the teacher's prompt has 21 tokens, data.max_prompt_tokens is 10",
         "f:4: the student's prompt has 11 tokens and the teacher's prompt has 12 tokens, data.max_prompt_tokens is 10",
@@ -568,6 +573,6 @@ def test_too_long_prompts_are_named_and_dropped_or_an_error_but_never_cut():
     assert skipped == []
     assert [len(example.teacher) for example in examples] == [10, 10]
     with pytest.raises(DataError, match=r"f:3: the teacher's prompt has 21 tokens, data.max_prompt_tokens is 10\nf:4"):
-        encode_rows(prompter, rows, limit=10, too_long="error")
+        encode_rows(prompter, rows, DataConfig(max_prompt_tokens=10, too_long="error"))
     with pytest.raises(DataError, match=r"no row is left:\nf:1"):
-        encode_rows(prompter, rows, limit=4, too_long="drop")
+        encode_rows(prompter, rows, DataConfig(max_prompt_tokens=4, too_long="drop"))

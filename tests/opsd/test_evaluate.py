@@ -2,7 +2,7 @@ import json
 import math
 import os
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import combinations
 
 import pytest
@@ -10,11 +10,13 @@ import torch
 from _models import lora, model, run_of, tokenizer, write_model, write_rows
 
 from opsd.cli import main
-from opsd.data import DataError, Row
-from opsd.evaluate import Answer, answer, evaluate, interval, pass_at, summarise, wilson
+from opsd.data import Row
+from opsd.errors import DataError
 from opsd.evaluate_model import evaluation_config
+from opsd.evaluation import Answer, Evaluator, interval, pass_at, summarise, wilson
 from opsd.prompts import Example
 from opsd.rollouts import Rollout
+from opsd.scorers import scorer_of
 
 
 def lines(path):
@@ -31,13 +33,18 @@ def example(problem="1+1?", answer="2", number=1):
     return Example(Row(problem, None, answer, None, f"f:{number}"), ids, [])
 
 
+def evaluator(run):
+    options, length = run.config.eval, run.config.rollout.max_new_tokens
+    return Evaluator.of(options, length, run.config.run.seed, run.tokenizer, run.engine, scorer_of(options))
+
+
 @pytest.fixture
 def spoken(monkeypatch):
     """Models say what the test wants: the texts are given out in turn."""
 
     def says(*texts):
         ids = [tokenizer()(text)["input_ids"] + [1] for text in texts]
-        monkeypatch.setattr("opsd.evaluate.generate", lambda *_, **__: [Rollout(i, truncated=False) for i in ids])
+        monkeypatch.setattr("opsd.engines.GenerateEngine.write", lambda *_: [Rollout(i, False) for i in ids])
 
     return says
 
@@ -126,7 +133,7 @@ def test_an_incomplete_set_of_answers_is_refused():
 def test_answers_stay_with_their_problem(spoken):
     run = run_of(model(), eval__samples=2, eval__temperature=1.0)
     spoken("\\boxed{2}", "it is 2", "\\boxed{2}", "\\boxed{4}")
-    found = answer(run, run.model, [example(), example("2+2?", "4", 2)], "student")
+    found = evaluator(run).answers(run.model, [example(), example("2+2?", "4", 2)], "student")
     assert [(a.source, a.problem, a.answer, a.score, a.text) for a in found] == [
         ("f:1", "1+1?", "2", 1.0, "\\boxed{2}"),
         ("f:1", "1+1?", "2", 0.0, "it is 2"),
@@ -135,7 +142,8 @@ def test_answers_stay_with_their_problem(spoken):
     ]
     assert found[0].length == len("\\boxed{2}") + 1
     spoken("\\boxed{2}", "it is 2")
-    given = evaluate(run, run.model, [example()], "student", lambda text, row: 0.5 * (text == "it is 2"))
+    half = replace(evaluator(run), scorer=lambda text, row: 0.5 * (text == "it is 2"))
+    given = half(run, run.model, [example()], "student")
     assert given.accuracy == 0.25
 
 
@@ -143,12 +151,12 @@ def test_answers_are_sampled_with_the_cut_offs_of_the_options():
     options = {"eval__temperature": 50.0, "eval__samples": 2, "eval__max_new_tokens": 8}
     student = model()
     greedy = run_of(student, eval__max_new_tokens=8)
-    (expected,) = answer(greedy, student, [example()], "student")
-    free = answer(run_of(student, **options), student, [example()], "student")
+    (expected,) = evaluator(greedy).answers(student, [example()], "student")
+    free = evaluator(run_of(student, **options)).answers(student, [example()], "student")
     assert all(a.text != expected.text for a in free)
     for cut in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
         run = run_of(student, **options, **{f"eval__{name}": value for name, value in cut.items()})
-        assert {a.text for a in answer(run, student, [example()], "student")} == {expected.text}, cut
+        assert {a.text for a in evaluator(run).answers(student, [example()], "student")} == {expected.text}, cut
 
 
 def test_the_scorer_of_the_options_is_used_and_the_undecided_are_counted(tmp_path, spoken):
@@ -157,16 +165,16 @@ def test_the_scorer_of_the_options_is_used_and_the_undecided_are_counted(tmp_pat
     (tmp_path / "mine.py").write_text(body)
     run = run_of(model(), eval__scorer=f"{tmp_path / 'mine.py'}:score")
     spoken("2", "what")
-    found = answer(run, run.model, [example(), example()], "student")
+    found = evaluator(run).answers(run.model, [example(), example()], "student")
     assert [(a.score, a.undecided) for a in found] == [(1.0, None), (0.0, "not a number")]
 
 
 def test_an_example_without_the_prompt_or_the_answer_is_named():
     run = run_of(model())
     with pytest.raises(DataError, match=r"f:1: .*no solution or teacher_prompt"):
-        evaluate(run, run.model, [example()], "teacher")
+        evaluator(run)(run, run.model, [example()], "teacher")
     with pytest.raises(DataError, match=r"f:3: 'answer' is missing"):
-        evaluate(run, run.model, [example(), example(answer=None, number=3)], "student")
+        evaluator(run)(run, run.model, [example(), example(answer=None, number=3)], "student")
 
 
 @pytest.fixture
@@ -207,10 +215,10 @@ def test_command_never_overwrites_and_says_so_before_the_model_is_loaded(words, 
 
 
 def test_teacher_context_reads_the_other_prompt(words, tmp_path, monkeypatch):
-    import opsd.evaluate
+    from opsd.engines import GenerateEngine
 
-    seen, real = [], opsd.evaluate.generate
-    monkeypatch.setattr("opsd.evaluate.generate", lambda m, p, *a, **k: seen.append(p) or real(m, p, *a, **k))
+    seen, real = [], GenerateEngine.write
+    monkeypatch.setattr(GenerateEngine, "write", lambda e, m, p, *a: seen.append(p) or real(e, m, p, *a))
     assert main([*words, "--context", "teacher", "--output", str(tmp_path / "e.json")]) == 0
     assert "A correct solution" in tokenizer().decode(seen[0][0])
     assert json.loads((tmp_path / "e.json").read_text())["context"] == "teacher"
@@ -234,7 +242,7 @@ def test_an_adapter_is_loaded_onto_its_base(words, tmp_path, capsys):
     config, _ = evaluation_config(words[2], words[4], overrides=[("rollout.max_new_tokens", 12)])
     rendered = [config.prompts.student.replace("{problem}", e.row.problem) for e in rows]
     rows = [Example(e.row, tokenizer()(text)["input_ids"], []) for e, text in zip(rows, rendered, strict=True)]
-    expected = answer(run_of(adapted), adapted, rows, "student")
+    expected = evaluator(run_of(adapted)).answers(adapted, rows, "student")
     assert [a["text"] for a in of_adapter] == [a.text for a in expected]
 
     described = json.loads((directory / "adapter_config.json").read_text())

@@ -8,7 +8,8 @@ from transformers import AutoTokenizer
 
 from opsd import models
 from opsd.cli import main
-from opsd.config import ConfigError, load_config
+from opsd.config import load_config
+from opsd.errors import ConfigError
 from opsd.scoring import rollout_hidden
 
 CPU = torch.device("cpu")
@@ -43,16 +44,16 @@ def test_an_adapter_is_not_trained_from(adapter, tmp_path, monkeypatch, capsys, 
     monkeypatch.setattr(models, "ADAPTER", "absent.json")
     config = load_config(None, [("model.path", adapter), ("data.train", "t"), ("lora.enabled", enabled)])
     with pytest.raises(ConfigError, match=r"model.path '.*adapter' is an adapter"):
-        models.load_model(config, CPU)
+        models.load_model(config.model, config.lora, CPU)
 
 
 def test_adapters_are_loaded_to_be_evaluated_and_to_teach(adapter, monkeypatch):
     config = load_config(None, [("model.path", adapter), ("data.eval", "e")], training=False)
-    expected = logits(models.load_trained(config, CPU))
+    expected = logits(models.load_trained(config.model, CPU))
     assert not torch.equal(expected, logits(model()))
-    assert torch.equal(logits(models.load_weights(config, str(adapter), "teacher.path")), expected)
+    assert torch.equal(logits(models.load_weights(config.model, str(adapter), "teacher.path")), expected)
     monkeypatch.setattr(models, "ADAPTER", "absent.json")  # as of a hub id
-    assert torch.equal(logits(models.load_trained(config, CPU)), expected)
+    assert torch.equal(logits(models.load_trained(config.model, CPU)), expected)
 
 
 def test_an_adapter_whose_base_is_gone_cannot_be_evaluated(adapter):
@@ -60,7 +61,7 @@ def test_an_adapter_whose_base_is_gone_cannot_be_evaluated(adapter):
     (adapter / "adapter_config.json").write_text(json.dumps(described))
     config = load_config(None, [("model.path", adapter), ("data.eval", "e")], training=False)
     with pytest.raises(ConfigError, match=r"does not name its base model"):
-        models.load_trained(config, CPU)
+        models.load_trained(config.model, CPU)
 
 
 def test_prompt_learning_is_refused_wherever_the_wrapper_is_left(tmp_path):
@@ -82,7 +83,7 @@ def test_prompt_learning_is_refused_wherever_the_wrapper_is_left(tmp_path):
     tuned.save_pretrained(tmp_path / "tuned")
     config = load_config(None, [("model.path", tmp_path / "tuned"), ("data.eval", "e")], training=False)
     with pytest.raises(ConfigError, match=f"model.path '.*tuned': {reason}"):
-        models.load_trained(config, CPU)
+        models.load_trained(config.model, CPU)
 
 
 @pytest.mark.parametrize("path", ["absent/of/all", "./absent", "../absent", "/absent", "~/absent", "absent/", "a b"])

@@ -16,7 +16,7 @@ from _models import write_model, write_rows
 
 import opsd.report.token_view
 from opsd.cli import main
-from opsd.config import ConfigError
+from opsd.errors import ConfigError
 from opsd.report import CHARTS, MAX_POINTS, read_run, render, thinned, write_report
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>&amp;\u2028{{script}}"

@@ -36,6 +36,7 @@ def work(
 ) -> None:
     """One process of a run; what it prints goes to `log`."""
     import opsd.checkpoint
+    import opsd.files
     from opsd.cli import main
 
     torch.set_num_threads(1)
@@ -43,8 +44,8 @@ def work(
     with open(log, "w", buffering=1) as file:
         sys.stdout = sys.stderr = file
         if slow_write:
-            flush = opsd.checkpoint._flush
-            opsd.checkpoint._flush = lambda handle: (flush(handle), time.sleep(slow_write))
+            flush = opsd.files.flush
+            opsd.checkpoint.flush = opsd.files.flush = lambda handle: (flush(handle), time.sleep(slow_write))
         if file_limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
         sys.exit(main(argv))

@@ -3,7 +3,9 @@ import torch
 from _models import VOCAB, lora, model
 from transformers import GenerationConfig
 
-from opsd.rollouts import Sampling, first_end, generate, inverse_cdf
+from opsd.engines.generate import GenerateEngine, inverse_cdf
+from opsd.options import ModelConfig
+from opsd.rollouts import Sampling, first_end
 
 PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 12, 13]]
 
@@ -11,7 +13,7 @@ PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 12, 13]]
 def sample(student, prompts=PROMPTS, *, seeds=None, end_ids=(1,), batch_size=8, pad_id=0, **sampling):
     options = Sampling(**{"max_new_tokens": 16, **sampling})
     seeds = range(len(prompts)) if seeds is None else seeds
-    return generate(student, prompts, options, end_ids=end_ids, pad_id=pad_id, batch_size=batch_size, seeds=seeds)
+    return GenerateEngine(end_ids, pad_id, ModelConfig()).write(student, prompts, options, seeds, batch_size)
 
 
 def exact(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):

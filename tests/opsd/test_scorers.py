@@ -3,14 +3,15 @@ import threading
 
 import pytest
 
-from opsd.config import ConfigError, load_config
+from opsd.config import load_config
 from opsd.data import Row
-from opsd.scorers import ScorerError, Undecided, scorer_of
+from opsd.errors import ConfigError, ScorerError, Undecided
+from opsd.scorers import scorer_of
 
 
 def scorer(name, **options):
     pairs = [("model.path", "m"), ("data.train", "t"), ("eval.scorer", name)]
-    return scorer_of(load_config(None, [*pairs, *((f"eval.{k}", v) for k, v in options.items())]))
+    return scorer_of(load_config(None, [*pairs, *((f"eval.{k}", v) for k, v in options.items())]).eval)
 
 
 def row(answer):

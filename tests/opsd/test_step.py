@@ -7,9 +7,10 @@ import pytest
 import torch
 from _models import examples, lora, model, run_of
 
+from opsd.plugins import UserEngine, UserLoss
 from opsd.rollouts import Rollout
-from opsd.scoring import rollout_hidden, rollout_index
-from opsd.step import micro_batches, opsd_step, sample_rollouts, supervised_loss
+from opsd.scoring import rollout_hidden, rollout_index, supervised_loss
+from opsd.step import group_rollouts, opsd_step
 
 ROLLOUTS = [[5, 6, 7, 1], [8, 1], [9, 10, 11, 12, 13, 14, 1], [15], [16, 17, 18]]
 
@@ -32,7 +33,8 @@ def same_gradients(actual, expected):
 @pytest.fixture
 def fixed_rollouts(monkeypatch):
     """Sampling gives those of `fixed`."""
-    monkeypatch.setattr("opsd.step.sample_rollouts", lambda run, *_: fixed(run.config.rollout.per_prompt))
+    given = lambda engine, run, *_: fixed(run.config.rollout.per_prompt)  # noqa: E731
+    monkeypatch.setattr("opsd.engines.GenerateEngine.rollouts", given)
 
 
 def gradients(student, packed=False, **options):
@@ -190,7 +192,8 @@ def test_the_samplers_probabilities_are_the_students_unless_cut(monkeypatch):
 
 def test_weights_of_one_change_nothing(monkeypatch):
     student = model().double()
-    monkeypatch.setattr("opsd.step.importance_weights", lambda run, h, *_: (h.new_ones(len(h)), {}))
+    ones = lambda recipe, student, *_: (student.hidden.new_ones(len(student.hidden)), {})  # noqa: E731
+    monkeypatch.setattr("opsd.recipes.importance.importance_weights", ones)
     for form in ("full", "sampled_token"):
         plain, expected = gradients(student, objective__form=form)
         weighted, actual = gradients(student, objective__form=form, rollout__importance_cap=1.0)
@@ -200,9 +203,13 @@ def test_weights_of_one_change_nothing(monkeypatch):
             torch.testing.assert_close(actual[name], expected[name], rtol=1e-9, atol=1e-12)
 
 
+def sampled(run, batch, number):
+    return run.engine.rollouts(run, batch, number)
+
+
 def test_rollouts_of_a_prompt_come_together_and_differ():
     run = run_of(model(), rollout__per_prompt=3, rollout__batch_size=4)
-    rollouts = sample_rollouts(run, examples(), 7)
+    rollouts = sampled(run, examples(), 7)
     assert len(rollouts) == 15
     assert len({tuple(r.ids) for r in rollouts}) == 15
     seen = model().eval()
@@ -210,20 +217,20 @@ def test_rollouts_of_a_prompt_come_together_and_differ():
         prompt = examples()[i // 3].student
         logp = seen(torch.tensor([prompt + r.ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         assert r.logprobs == pytest.approx(logp.gather(1, torch.tensor(r.ids)[:, None])[:, 0].tolist(), abs=1e-4)
-    again = sample_rollouts(run_of(model(), rollout__per_prompt=3, rollout__batch_size=1), examples(), 7)
+    again = sampled(run_of(model(), rollout__per_prompt=3, rollout__batch_size=1), examples(), 7)
     assert [r.ids for r in again] == [r.ids for r in rollouts]
-    fewer = sample_rollouts(run_of(model()), examples(), 7)
+    fewer = sampled(run_of(model()), examples(), 7)
     assert [r.ids for r in fewer] == [r.ids for r in rollouts[::3]]
-    twice = sample_rollouts(run, [examples()[0]] * 2, 7)  # one example at two places of a batch
+    twice = sampled(run, [examples()[0]] * 2, 7)  # one example at two places of a batch
     assert {tuple(r.ids) for r in twice[:3]}.isdisjoint(tuple(r.ids) for r in twice[3:])
-    assert all(a.ids != b.ids for a, b in zip(sample_rollouts(run, examples(), 8), rollouts, strict=True))
+    assert all(a.ids != b.ids for a, b in zip(sampled(run, examples(), 8), rollouts, strict=True))
 
 
 def test_packed_rows_hold_a_prompt_once_for_all_its_rollouts(monkeypatch, fixed_rollouts):
-    import opsd.step
+    import opsd.scoring
 
-    batches, real = [], opsd.step.dual_hidden_states
-    monkeypatch.setattr(opsd.step, "dual_hidden_states", lambda m, b, **k: batches.append(b) or real(m, b, **k))
+    batches, real = [], opsd.scoring.dual_hidden_states
+    monkeypatch.setattr(opsd.scoring, "dual_hidden_states", lambda m, b, **k: batches.append(b) or real(m, b, **k))
     gradients(model(), packed=True, rollout__per_prompt=4, optim__micro_batch_size=11)
     assert [b.student.layout.rows > 0 for b in batches] == [True] * 3  # two prompts with four rollouts each, then one
     fed = sum(len(r.ids) - 1 for r in fixed(4))
@@ -249,7 +256,8 @@ def test_packed_rows_hold_a_prompt_once_for_all_its_rollouts(monkeypatch, fixed_
     ([Rollout([5], True)] * 5, ValueError, "rollout.importance_cap needs"),
 ])  # fmt: skip
 def test_a_samplers_mistakes_are_named(given, error, part):
-    run = dataclasses.replace(run_of(model(), rollout__importance_cap=1.0), sample=lambda *_: given)
+    run = run_of(model(), rollout__importance_cap=1.0)
+    run = dataclasses.replace(run, engine=UserEngine(lambda *_: given, run.engine))
     with pytest.raises(error) as raised:
         opsd_step(run, examples(), 1)
     assert part in str(raised.value)
@@ -277,7 +285,8 @@ def test_a_losss_mistakes_are_named(fixed_rollouts, make, error, part):
         distance = (student_hidden - teacher_hidden).square().sum(-1)
         return make(distance.sum() / denominator, distance)
 
-    run = dataclasses.replace(run_of(model(), optim__micro_batch_size=2), divergence=divergence)
+    run = run_of(model(), optim__micro_batch_size=2)
+    run = dataclasses.replace(run, recipe=UserLoss(divergence, run))
     with pytest.raises(error) as raised:
         opsd_step(run, examples(), 1)
     assert part in str(raised.value)
@@ -297,7 +306,8 @@ def test_sampler_and_divergence_can_be_replaced():
         return distance.sum() / denominator, {"distance": distance}
 
     options = {"rollout__per_prompt": 2, "optim__micro_batch_size": 3}
-    run = dataclasses.replace(run_of(student, **options), sample=sampler, divergence=divergence)
+    run = run_of(student, **options)
+    run = dataclasses.replace(run, engine=UserEngine(sampler, run.engine), recipe=UserLoss(divergence, run))
     result = opsd_step(run, examples(), 4)
     tokens = sum(len(r.ids) for r in fixed(2))
     assert calls == [(5, 4), *[tokens] * 4]
@@ -421,11 +431,11 @@ def test_teacher_has_no_dropout_and_no_gradient(kind):
 
 
 def test_head_is_shared_only_where_it_is_the_same(monkeypatch, fixed_rollouts):
-    import opsd.step
+    import opsd.recipes.divergence as room
 
     seen = []
-    real = opsd.step.jsd_loss
-    monkeypatch.setattr(opsd.step, "jsd_loss", lambda *a, **k: seen.append("teacher_weight" in k) or real(*a, **k))
+    real = room.jsd_loss
+    monkeypatch.setattr(room, "jsd_loss", lambda *a, **k: seen.append("teacher_weight" in k) or real(*a, **k))
     for student, kind, separate in ((model(), "live", False), (model(), "base", True), (lora(model()), "base", False)):
         opsd_step(run_of(student, teacher__kind=kind), examples(), 1)
         assert set(seen) == {separate}
@@ -444,8 +454,8 @@ def test_gradient_checkpointing_changes_nothing(fixed_rollouts):
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-9, atol=1e-12)
 
 
-def test_micro_batches_hold_every_rollout_once_longest_first():
-    assert micro_batches([3, 9, 1, 5, 7], 2) == [[1, 4], [3, 0], [2]]
+def test_groups_hold_every_rollout_once_longest_first():
+    assert group_rollouts([3, 9, 1, 5, 7], 2) == [[1, 4], [3, 0], [2]]
 
 
 @pytest.mark.parametrize(
@@ -457,5 +467,5 @@ def test_micro_batches_hold_every_rollout_once_longest_first():
         (100, [[3, 2, 4, 5, 1, 0]]),
     ],
 )
-def test_micro_batches_keep_the_rollouts_of_a_prompt_together(size, expected):
-    assert micro_batches([3, 4, 5, 9, 8, 1], size, together=2) == expected
+def test_groups_keep_the_rollouts_of_a_prompt_together(size, expected):
+    assert group_rollouts([3, 4, 5, 9, 8, 1], size, together=2) == expected

@@ -7,7 +7,8 @@ import torch
 from _models import VOCAB, examples, lora, model, run_of, tokenizer, write_model, write_rows
 
 import opsd
-from opsd.config import ConfigError, load_config
+from opsd.config import load_config
+from opsd.errors import ConfigError
 from opsd.prompts import Prompter
 from opsd.reasoning import analyse
 from opsd.step import opsd_step
@@ -131,7 +132,7 @@ def test_the_teacher_writes_an_analysis_that_joins_its_prompt_alone(tmp_path):
     from opsd.prompts import read_examples
 
     prompter = Prompter(run.tokenizer, run.config.prompts)
-    plain = read_examples(run.config, prompter, str(rows), required=("problem", "solution")).examples
+    plain = read_examples(run.config.data, prompter, str(rows), required=("problem", "solution"), reason=True).examples
     nudge(student)  # the teacher's weights write, not the student's
     first = analyse(run, prompter, plain, 1)
     again = analyse(run, prompter, plain, 1)
@@ -145,12 +146,10 @@ def test_the_teacher_writes_an_analysis_that_joins_its_prompt_alone(tmp_path):
         assert len(after.teacher) > len(before.teacher)
     assert 1 <= first.mean_length <= 9
     with run.teacher.active() as teacher:
-        from opsd.rollouts import Sampling, derive_seed, generate
+        from opsd.rollouts import Sampling, derive_seed
 
-        written = generate(
-            teacher, [prompter.reason(plain[0].row)], Sampling(9), end_ids=[1], pad_id=0, batch_size=1,
-            seeds=[derive_seed(0, "reason", 1, 0)],
-        )  # fmt: skip
+        seeds = [derive_seed(0, "reason", 1, 0)]
+        written = run.engine.write(teacher, [prompter.reason(plain[0].row)], Sampling(9), seeds, 1)
     assert run.tokenizer.decode(written[0].ids, skip_special_tokens=True).strip() in run.tokenizer.decode(
         first.examples[0].teacher
     )

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 import opsd.token_view
 from opsd.models import evaluating
 from opsd.rollouts import Rollout
-from opsd.step import score, token_divergence
+from opsd.scoring import score
+from opsd.step import micro_batches
 from opsd.token_view import LIKELIEST, NEGLIGIBLE, _Words, token_view
 
 
@@ -116,8 +117,8 @@ def test_the_mean_divergence_is_the_metrics_one():
     run = different_run(double=False, objective__token_clip=0.05, objective__top_k=4)
     example, rollout = examples()[3], ids(9)
     rollout = Rollout(rollout, False)
-    hidden = score(run, [example], [rollout])
-    _, stats = token_divergence(run, *hidden, [rollout], len(rollout.ids))
+    (batch,) = micro_batches(run, [example], [rollout])
+    _, stats = run.recipe.loss(*score(run, batch), batch, len(rollout.ids))
     view = token_view(run, example, rollout)
     mean = sum(entry["divergence"] for entry in view) / len(view)
     assert mean == pytest.approx(stats["divergence"].mean().item(), rel=1e-3)

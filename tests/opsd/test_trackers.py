@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import opsd.trackers
-from opsd.config import TRACKERS, ConfigError
+from opsd.errors import ConfigError
+from opsd.options import TRACKERS
 from opsd.trackers import check_trackers, eval_values, make_trackers, train_values
 
 RECORD = {
@@ -300,7 +301,7 @@ def test_each_tracker_is_made_once(recorders, run_dir, monkeypatch):
     make(["wandb", "wandb"], run_dir)
     make(["wandb"], run_dir, resume_step=7)
     assert len(made) == 2
-    (first, second) = ((directory, identity, step) for directory, _, identity, _, step in made)
+    (first, second) = ((directory, identity, step) for directory, identity, _, step in made)
     assert first == (run_dir, second[1], None)
     assert second[2] == 7
 

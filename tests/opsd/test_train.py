@@ -14,13 +14,17 @@ from _models import SIZES, lora, model, write_model, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, DogeConfig, DogeForCausalLM
 
 from opsd.cli import main, parse_overrides
-from opsd.config import ConfigError, OptimConfig, load_config
-from opsd.evaluate import Evaluation, wilson
+from opsd.config import load_config
+from opsd.errors import ConfigError, NonFiniteError
+from opsd.evaluation import Evaluation, wilson
 from opsd.optim import learning_rate, make_optimizer
+from opsd.options import OptimConfig
+from opsd.run import StepResult
 from opsd.scorers import extract
-from opsd.setup import _packing
-from opsd.step import StepResult, opsd_step, supervised_loss
-from opsd.trainer import NonFiniteError, train
+from opsd.scoring import supervised_loss
+from opsd.setup import choose_packing
+from opsd.step import opsd_step
+from opsd.trainer import train
 
 
 @pytest.fixture
@@ -127,7 +131,8 @@ def test_another_step_can_be_trained_by_the_same_loop(setup):
 
 
 def test_weight_decay_spares_norms_and_biases(setup):
-    groups = make_optimizer(model(), load_config(None, {**setup, "optim.weight_decay": "0.1"}.items())).param_groups
+    options = load_config(None, {**setup, "optim.weight_decay": "0.1"}.items()).optim
+    groups = make_optimizer(model(), options).param_groups
     assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
     assert all(p.ndim >= 2 for p in groups[0]["params"])
     assert all(p.ndim == 1 for p in groups[1]["params"])
@@ -234,7 +239,7 @@ def test_what_is_no_evaluation_is_named(setup, returned, error, said):
 
 
 @pytest.mark.parametrize(("changes", "said"), [
-    (None, r"step\) returned Tensor; accepted: an opsd.step.StepResult"),
+    (None, r"step\) returned Tensor; accepted: an opsd.run.StepResult"),
     ({"loss": 0.5}, r"a loss that is 0.5; accepted: a 0-d tensor"),
     ({"loss": torch.ones(3)}, r"a loss that is \(3,\); accepted: a 0-d tensor"),
     ({"tokens": torch.tensor(3)}, r"tokens tensor\(3\); accepted: an int"),
@@ -260,10 +265,9 @@ def test_what_is_no_result_of_a_step_is_named(setup, changes, said):
 
 
 def test_the_parts_that_may_be_replaced_are_documented():
+    from opsd.plugins import Divergence, Evaluate, MakeTeacher, Sampler
+    from opsd.run import Step
     from opsd.scorers import Scorer
-    from opsd.setup import MakeTeacher
-    from opsd.step import Divergence, Sampler, Step
-    from opsd.trainer import Evaluate
 
     for part, word in (
         (Sampler, "vocabulary"),
@@ -421,7 +425,7 @@ def test_what_shows_only_in_a_pass_shows_before_the_first_step():
     config = load_config(None, [("model.path", "m"), ("data.train", "t")])
     doge = DogeForCausalLM(DogeConfig(**SIZES)).eval()
     teacher = SimpleNamespace(source="live")
-    packed, how = _packing(config, doge, teacher)
+    packed, how = choose_packing(config.model, doge, teacher)
     assert not packed
     assert how == "scoring: padded, since DogeAttention brings an attention mask, packed rows take none"
     dropping = lora(model())
@@ -429,7 +433,7 @@ def test_what_shows_only_in_a_pass_shows_before_the_first_step():
         if hasattr(module, "lora_dropout"):
             module.lora_dropout["default"] = torch.nn.Dropout(0.5)
     before = torch.get_rng_state()
-    assert _packing(config, dropping, teacher)[0]
+    assert choose_packing(config.model, dropping, teacher)[0]
     assert torch.equal(torch.get_rng_state(), before)
 
 

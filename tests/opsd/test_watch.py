@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from opsd.config import load_config
-from opsd.watch import AGAIN, AMONG, EARLY, LIMITS, PACE, RECOVERED, Watch
+from opsd.watch import AGAIN, AMONG, BASELINE_STEPS, LIMITS, PACE, RECOVERED, Watch
 
 SANE = {
     "loss": 0.05,
@@ -45,7 +45,7 @@ def follow(watched, *changes):
 
 def after_start(change, **options):
     """The warnings of one step after a sane start, which has none."""
-    *start, last = follow(watch(**options), *[{}] * EARLY, change)
+    *start, last = follow(watch(**options), *[{}] * BASELINE_STEPS, change)
     assert not any(start)
     return last
 
@@ -103,7 +103,7 @@ def test_entropy_may_fall_to_that_of_a_teacher_that_does_not_fall_with_it(kind):
 
 
 def test_a_small_entropy_may_grow():
-    low = [{"student_entropy": 0.01, "teacher_entropy": 0.01}] * EARLY
+    low = [{"student_entropy": 0.01, "teacher_entropy": 0.01}] * BASELINE_STEPS
     assert not any(follow(watch(), *low, {"student_entropy": 0.09}))
     assert follow(watch(), *low, {"student_entropy": 0.11})[-1]
 
@@ -112,19 +112,19 @@ def test_a_small_entropy_may_grow():
     {"student_entropy": 0.02}, {"student_entropy": 4.0}, {"rollout_length": 6.0}, {"grad_norm": 9.0},
 ])  # fmt: skip
 def test_what_needs_a_baseline_waits_for_it(change):
-    for before in range(EARLY):
+    for before in range(BASELINE_STEPS):
         assert follow(watch(), *[{}] * before, change)[-1] == []
     assert after_start(change)
 
 
 def test_no_divergence_is_only_wrong_from_the_start():
     none = {"divergence": 5e-5, "clipped_amount": 0.0}
-    said = follow(watch(), *[none] * EARLY)
+    said = follow(watch(), *[none] * BASELINE_STEPS)
     assert not any(said[:-1])
     assert "privileged context has no effect" in said[-1][0]
-    assert follow(watch(), *[{**none, "divergence": -5e-5}] * EARLY)[-1]
+    assert follow(watch(), *[{**none, "divergence": -5e-5}] * BASELINE_STEPS)[-1]
     assert not any(follow(watch(), none, none, {**none, "divergence": 2e-4}, *[none] * 60))
-    assert not any(follow(watch(), *[{**none, "divergence": -0.05}] * EARLY))
+    assert not any(follow(watch(), *[{**none, "divergence": -0.05}] * BASELINE_STEPS))
 
 
 def test_clipping_is_not_judged_without_a_divergence():
@@ -150,9 +150,11 @@ def test_the_gradient_is_compared_with_the_recent_median():
 
 
 def test_threads_that_wait_for_a_core_are_told_of_once():
-    said = follow(watch(**SHARED), *[{}] * EARLY, SLOW, {}, SLOW, *[{}] * (AMONG - 4), SLOW, *[{}, SLOW] * AGAIN)
-    assert [n for n, warnings in enumerate(said, 1) if warnings] == [EARLY + AMONG]
-    (warning,) = said[EARLY + AMONG - 1]
+    said = follow(
+        watch(**SHARED), *[{}] * BASELINE_STEPS, SLOW, {}, SLOW, *[{}] * (AMONG - 4), SLOW, *[{}, SLOW] * AGAIN
+    )
+    assert [n for n, warnings in enumerate(said, 1) if warnings] == [BASELINE_STEPS + AMONG]
+    (warning,) = said[BASELINE_STEPS + AMONG - 1]
     assert "--run.threads 1 is often faster" in warning
     assert "3 of the last 20 steps" in warning
     # a fall for good is told of, too, before it becomes the usual
@@ -160,12 +162,13 @@ def test_threads_that_wait_for_a_core_are_told_of_once():
 
 
 @pytest.mark.parametrize("changes", [
-    [*[{}] * EARLY, SLOW, SLOW, *[{}] * (AMONG - 2), SLOW],  # one too late
+    [*[{}] * BASELINE_STEPS, SLOW, SLOW, *[{}] * (AMONG - 2), SLOW],  # one too late
     [SLOW, SLOW, SLOW, *[{}] * AMONG],  # a slow start
-    [*[{}] * EARLY, *[{"seconds_teacher": 0.2, "seconds_backward": 3.79}] * 9],
-    *([*[{}] * EARLY, *[{**SLOW, name: 6 * SANE[name]}] * 9]
+    [*[{}] * BASELINE_STEPS, *[{"seconds_teacher": 0.2, "seconds_backward": 3.79}] * 9],
+    *([*[{}] * BASELINE_STEPS, *[{**SLOW, name: 6 * SANE[name]}] * 9]
       for name in ("tokens", "rollout_length_max", "teacher_context_length")),
-    [*[{}] * EARLY, *[{"seconds_rollout": 90.0, "seconds_samples": 90.0, "seconds_reason": 90.0, "seconds": 99.0}] * 9],
+    [*[{}] * BASELINE_STEPS,
+     *[{"seconds_rollout": 90.0, "seconds_samples": 90.0, "seconds_reason": 90.0, "seconds": 99.0}] * 9],
 ])  # fmt: skip
 def test_slow_steps_for_which_there_may_be_a_reason_say_nothing_of_the_cpu(changes):
     assert not any(follow(watch(**SHARED), *changes))
@@ -173,8 +176,10 @@ def test_slow_steps_for_which_there_may_be_a_reason_say_nothing_of_the_cpu(chang
 
 def test_the_time_of_a_step_has_its_edge():
     just = {"seconds_teacher": 0.2, "seconds_backward": 3.81}
-    assert follow(watch(**SHARED), *[{}] * EARLY, *[just] * 3)[-1]
-    assert follow(watch(**SHARED), *[{}] * EARLY, *[{**just, "tokens": 590, "rollout_length_max": None}] * 3)[-1]
+    assert follow(watch(**SHARED), *[{}] * BASELINE_STEPS, *[just] * 3)[-1]
+    assert follow(watch(**SHARED), *[{}] * BASELINE_STEPS, *[{**just, "tokens": 590, "rollout_length_max": None}] * 3)[
+        -1
+    ]
 
 
 @pytest.mark.parametrize(("device", "threads", "torch_threads", "cuda", "warns"), [
@@ -186,7 +191,7 @@ def test_only_threads_of_a_cpu_wait_for_each_other(monkeypatch, device, threads,
     monkeypatch.setattr(torch, "get_num_threads", lambda: torch_threads)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     options = {"run__device": device} | ({} if threads is None else {"run__threads": threads})
-    assert bool(follow(watch(**options), *[{}] * EARLY, *[SLOW] * 3)[-1]) == warns
+    assert bool(follow(watch(**options), *[{}] * BASELINE_STEPS, *[SLOW] * 3)[-1]) == warns
 
 
 def test_a_warning_is_said_again_after_a_while():
@@ -214,7 +219,7 @@ def test_what_is_absent_or_no_number_is_not_judged():
         assert watched.check({"step": n, **dict.fromkeys(SANE), "note": "x"}) == []
         assert watched.check({"step": n, **dict.fromkeys(SANE, float("nan"))}) == []
         assert watched.check({"step": n}) == []
-    assert not any(follow(watched, *[{}] * EARLY))
+    assert not any(follow(watched, *[{}] * BASELINE_STEPS))
     assert follow(watched, {"student_entropy": 0.01})[-1]
 
 

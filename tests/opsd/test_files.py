@@ -9,8 +9,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from opsd.config import ConfigError
-from opsd.metrics import Display, append_json, peak_memory, rewind_json
+from opsd.clock import peak_memory
+from opsd.display import Display
+from opsd.errors import ConfigError
+from opsd.files import append_json, rewind_json
 
 RECORDS = [{"step": n, "loss": n / 7, "text": "größer → ∞"} for n in (0, 1, 2, 3, 10, 11)]
 
@@ -100,7 +102,7 @@ def test_rewind_replaces_at_once(path, monkeypatch):
         assert path.read_bytes() == before
         raise OSError(errno.EIO, "broken")
 
-    monkeypatch.setattr("opsd.metrics.os.replace", replace)
+    monkeypatch.setattr("opsd.files.os.replace", replace)
     with pytest.raises(OSError, match="broken"):
         rewind_json(path, 1)
     assert path.read_bytes() == before
@@ -112,7 +114,7 @@ def test_a_full_disk_is_an_error_and_leaves_no_half_line(tmp_path):
     code = """
 import resource, sys
 from pathlib import Path
-from opsd.metrics import append_json
+from opsd.files import append_json
 path = Path(sys.argv[1])
 append_json(path, {"step": 1, "text": "a" * 100})
 before = path.read_bytes()

@@ -4,35 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
-import torch
 from torch import nn
 
-from opsd import models
-from opsd.config import Config
-from opsd.data import DataError
+from opsd.errors import DataError, Undecided
+from opsd.options import EvalConfig
 from opsd.prompts import Example
-from opsd.rollouts import Rollout, Sampling, derive_seed, generate
-from opsd.scorers import Scorer, Undecided, scorer_of
+from opsd.rollouts import Sampling, derive_seed
+from opsd.run import Engine
+from opsd.scorers import Scorer
 
 Context = Literal["student", "teacher"]
-
-
-class Setting(Protocol):
-    """What an evaluation needs to know; an `opsd.step.Run` has it."""
-
-    @property
-    def config(self) -> Config: ...
-    @property
-    def tokenizer(self) -> Any: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def end_ids(self) -> list[int]: ...
-    @property
-    def pad_id(self) -> int: ...
+"""Whose prompts are answered."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +74,13 @@ class Evaluation:
             if not isinstance(getattr(self, name), int):
                 raise TypeError(f"Evaluation.{name} is {getattr(self, name)!r}; accepted: an int")
         if not isinstance(self.pass_at, tuple) or not all(isinstance(passed, PassAt) for passed in self.pass_at):
-            raise TypeError(f"Evaluation.pass_at is {self.pass_at!r}; accepted: a tuple of opsd.evaluate.PassAt")
+            raise TypeError(f"Evaluation.pass_at is {self.pass_at!r}; accepted: a tuple of opsd.evaluation.PassAt")
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Evaluation:
-        """Back from what `dataclasses.asdict` or JSON made of it."""
-        return cls(**{**record, "pass_at": tuple(PassAt(**passed) for passed in record["pass_at"])})
+        """Back from what `dataclasses.asdict` or JSON made of it, among other things."""
+        known = {field.name: record[field.name] for field in fields(cls)}
+        return cls(**{**known, "pass_at": tuple(PassAt(**passed) for passed in record["pass_at"])})
 
     def __str__(self) -> str:
         text = f"{self.accuracy:.1%} (95 % interval {self.low:.1%} to {self.high:.1%}, {self.problems} problems"
@@ -106,50 +92,56 @@ class Evaluation:
         return text + (f", {self.undecided} answers could not be judged" if self.undecided else "")
 
 
-def evaluate(
-    run: Setting, model: nn.Module, examples: Sequence[Example], context: Context, scorer: Scorer | None = None
-) -> Evaluation:
-    """How often `model`, reading the prompts of `context`, is right, by the options of `eval`.
+@dataclass(frozen=True)
+class Evaluator:
+    """Has a model answer problems, by the options of `eval`, and counts how often it is right."""
 
-    `scorer` is what `scorer_of(run.config)` gave; without it that is called anew. Errors are those of `answer`.
-    """
-    return summarise(answer(run, model, examples, context, scorer), run.config.eval.samples)
+    samples: int  #: answers to each problem
+    sampling: Sampling
+    batch_size: int
+    seed: int
+    tokenizer: Any
+    engine: Engine
+    scorer: Scorer
 
+    @classmethod
+    def of(
+        cls, options: EvalConfig, max_new_tokens: int, seed: int, tokenizer: Any, engine: Engine, scorer: Scorer
+    ) -> Evaluator:
+        """By `options`; answers are as long as rollouts, `max_new_tokens`, where these say nothing of it."""
+        sampling = Sampling.by_options(options, options.max_new_tokens or max_new_tokens)
+        return cls(options.samples, sampling, options.batch_size, seed, tokenizer, engine, scorer)
 
-def answer(
-    run: Setting, model: nn.Module, examples: Sequence[Example], context: Context, scorer: Scorer | None = None
-) -> list[Answer]:
-    """`eval.samples` answers of `model` to each of `examples`, those to one problem next to each other.
+    def __call__(self, run: object, model: nn.Module, examples: Sequence[Example], context: Context) -> Evaluation:
+        """How often `model`, reading the prompts of `context`, is right, whatever the run. Errors are those of
+        `answers`."""
+        return summarise(self.answers(model, examples, context), self.samples)
 
-    Raises:
-        DataError: an example lacks the prompt of `context` or the answer.
-        ScorerError: the user's scorer failed, or gave something else than a score.
-    """
-    scorer = scorer or scorer_of(run.config)
-    check_examples(examples, context)
-    repeated = [example for example in examples for _ in range(run.config.eval.samples)]
-    rollouts = _generate(run, model, [getattr(example, context) for example in repeated])
-    texts = run.tokenizer.batch_decode([rollout.ids for rollout in rollouts], skip_special_tokens=True)
-    answers = []
-    for example, rollout, text in zip(repeated, rollouts, texts, strict=True):
-        row, undecided = example.row, None
-        try:
-            score = float(scorer(text, row))
-        except Undecided as error:
-            score, undecided = 0.0, str(error)
-        answers.append(
-            Answer(
-                row.source,
-                row.problem_text,
-                row.answer or "",
-                text,
-                score,
-                len(rollout.ids),
-                rollout.truncated,
-                undecided,
+    def answers(self, model: nn.Module, examples: Sequence[Example], context: Context) -> list[Answer]:
+        """`eval.samples` answers of `model` to each of `examples`, those to one problem next to each other.
+
+        Raises:
+            DataError: an example lacks the prompt of `context` or the answer.
+            ScorerError: the user's scorer failed, or gave something else than a score.
+        """
+        check_examples(examples, context)
+        repeated = [example for example in examples for _ in range(self.samples)]
+        prompts = [getattr(example, context) for example in repeated]
+        seeds = [derive_seed(self.seed, "eval", i) for i in range(len(prompts))]
+        rollouts = self.engine.write(model, prompts, self.sampling, seeds, self.batch_size)
+        texts = self.tokenizer.batch_decode([rollout.ids for rollout in rollouts], skip_special_tokens=True)
+        found = []
+        for example, rollout, text in zip(repeated, rollouts, texts, strict=True):
+            row, undecided = example.row, None
+            try:
+                score = float(self.scorer(text, row))
+            except Undecided as error:
+                score, undecided = 0.0, str(error)
+            problem, length = row.problem_text, len(rollout.ids)
+            found.append(
+                Answer(row.source, problem, row.answer or "", text, score, length, rollout.truncated, undecided)
             )
-        )
-    return answers
+        return found
 
 
 def check_examples(examples: Sequence[Example], context: Context) -> None:
@@ -161,21 +153,6 @@ def check_examples(examples: Sequence[Example], context: Context) -> None:
             )
         if example.row.answer is None:
             raise DataError(f"{example.row.source}: 'answer' is missing")
-
-
-def _generate(run: Setting, model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[Rollout]:
-    options = run.config.eval
-    new = options.max_new_tokens or run.config.rollout.max_new_tokens
-    with models.autocast(run.config, run.device):
-        return generate(
-            model,
-            prompts,
-            Sampling(new, options.temperature, options.top_p, options.top_k, options.min_p),
-            end_ids=run.end_ids,
-            pad_id=run.pad_id,
-            batch_size=options.batch_size,
-            seeds=[derive_seed(run.config.run.seed, "eval", i) for i in range(len(prompts))],
-        )
 
 
 def summarise(answers: Sequence[Answer], samples: int) -> Evaluation:

@@ -1,0 +1,76 @@
+"""What a person at the terminal sees of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from opsd.evaluation import Evaluation
+
+
+class Display:
+    """Progress: a bar in a terminal, else a plain line every so many steps. `quiet` shows nothing."""
+
+    def __init__(self, *, every: int = 1, steps: int = 0, quiet: bool = False):
+        self.console, self.every, self.steps, self.quiet = Console(highlight=False), every, steps, quiet
+        self.live = self.console.is_terminal and not quiet
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.live,
+        )
+        self.tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Display:
+        if self.live:  # rich before 14.3 ends even a disabled bar with an empty line
+            self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.progress.stop()
+
+    def note(self, text: str, *, style: str | None = None) -> None:
+        """A line of its own, above the bar; `style`, as rich spells it, shows in a terminal only."""
+        if self.live:
+            self.console.print(text, markup=False, style=style)
+        elif not self.quiet:
+            print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        """A note that stands out."""
+        self.note(f"warning: {text}", style="yellow")
+
+    def advance(self, phase: str, step: int, total: int, text: str, *, every: int | None = None) -> None:
+        """`phase` has come to `step` of `total`; `text` says how it stands."""
+        if self.live:
+            if phase not in self.tasks:
+                self.tasks[phase] = self.progress.add_task(phase, total=total, text="")
+            self.progress.update(self.tasks[phase], completed=step, text=text)
+        elif step % (every or self.every) == 0 or step in (1, total):
+            self.note(f"{phase} {step}/{total}  {text}")
+
+    def on_step(self, record: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
+        text = "  ".join(f"{k} {record[k]:.4g}" for k in ("loss", "rollout_length", "grad_norm") if k in record)
+        self.advance("step", record["step"], self.steps, f"{text}  {record['tokens_per_second']:.0f} tokens/s")
+        for warning in record["warnings"]:
+            self.warn(f"step {record['step']}: {warning}")
+
+    def on_evaluation(self, record: Mapping[str, Any]) -> None:
+        self.note(f"accuracy, {record['name']}: {Evaluation.of(record)}")

@@ -1,0 +1,172 @@
+"""The engine that is always there: transformers' `generate`, with draws that do not depend on the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from opsd.models import autocast, causal_lm, end_ids, evaluating, pad_id
+from opsd.options import ModelConfig
+from opsd.prompts import Example
+from opsd.rollouts import Rollout, Sampling, derive_seed, first_end
+from opsd.run import Run
+
+
+@dataclass(frozen=True)
+class GenerateEngine:
+    """Writes with `generate`, in the types of `options`.
+
+    `end_ids`: any of these ends a rollout, which keeps the first one and nothing after it. `pad_id` fills a batch; it
+    may equal an end id, or be any token: what tells padding is its position, not its id.
+    """
+
+    end_ids: Sequence[int]
+    pad_id: int
+    options: ModelConfig
+
+    @classmethod
+    def of(cls, model: nn.Module, tokenizer: Any, options: ModelConfig) -> GenerateEngine:
+        """With the end tokens of `model` and `tokenizer`."""
+        ends = end_ids(model, tokenizer)
+        return cls(ends, pad_id(tokenizer, ends), options)
+
+    def rollouts(self, run: Run, examples: Sequence[Example], number: int) -> list[Rollout]:
+        """As `opsd.run.Engine` says. Each rollout depends on run.seed, the step's number, the example's place in the
+        batch and its own number, on nothing else."""
+        options, seed = run.config.rollout, run.config.run.seed
+        each = [(place, g) for place in range(len(examples)) for g in range(options.per_prompt)]
+        prompts = [examples[place].student for place, _ in each]
+        seeds = [derive_seed(seed, "rollout", number, place, g) for place, g in each]
+        sampling = Sampling.by_options(options, options.max_new_tokens)
+        return self.write(run.model, prompts, sampling, seeds, options.batch_size)
+
+    def write(
+        self, model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int], batch: int
+    ) -> list[Rollout]:
+        """One rollout for each prompt, in the order of `prompts`.
+
+        Args:
+            model: used in evaluation mode and without gradients; its modes and its generation config are left as they
+                were.
+            prompts: token ids, padded on the left within a batch.
+            seeds: one for each prompt. A rollout depends on its prompt and its seed, not on `batch`, its neighbours or
+                torch's random state, which is neither used nor changed.
+            batch: prompts generated together, those of similar length with each other.
+
+        Returns:
+            Rollouts with the sampler's log-probabilities, or without (None) where `sampling.temperature` is 0.
+
+        "Not on `batch`" holds for what is drawn; the logits themselves differ in their last bits from one batch shape
+        to another. Rarely, a random number lies so close to the border between two tokens that this decides.
+
+        Raises:
+            ValueError: `seeds` and `prompts` are not equally long, or an option of `sampling` is out of range.
+        """
+        if len(seeds) != len(prompts):
+            raise ValueError(f"seeds must have one entry for each of {len(prompts)} prompts, got {len(seeds)}")
+        lm = causal_lm(model)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        rollouts: dict[int, Rollout] = {}
+        with autocast(self.options, lm.device), _no_generation_config(lm), evaluating(model), torch.no_grad():
+            for start in range(0, len(order), batch):
+                chosen = order[start : start + batch]
+                written = self._write(lm, [prompts[i] for i in chosen], sampling, [seeds[i] for i in chosen])
+                rollouts |= zip(chosen, written, strict=True)
+        return [rollouts[i] for i in range(len(prompts))]
+
+    def _write(
+        self, lm: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
+    ) -> list[Rollout]:
+        """A batch of rollouts."""
+        width = max(map(len, prompts))
+        ids = [[self.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        sampler = _Sampler(sampling, seeds, lm.device) if sampling.temperature > 0 else None
+        output = lm.generate(
+            input_ids=torch.tensor(ids, device=lm.device),
+            attention_mask=torch.tensor(mask, device=lm.device),
+            generation_config=GenerationConfig(
+                max_new_tokens=sampling.max_new_tokens,
+                do_sample=False,
+                eos_token_id=list(self.end_ids) or None,
+                pad_token_id=self.pad_id,
+                use_cache=True,  # even where training turned it off for gradient checkpointing
+            ),
+            logits_processor=LogitsProcessorList([sampler] if sampler else []),
+        )
+        logprobs = sampler.logprobs() if sampler else [None] * len(prompts)
+        rows = zip(output[:, width:].tolist(), logprobs, strict=True)
+        return [first_end(row, self.end_ids, row_logprobs) for row, row_logprobs in rows]
+
+
+class _Sampler:
+    """A logits processor that samples. It leaves one token possible, which greedy decoding then has to take.
+
+    transformers puts a caller's processors before its own temperature and cut-offs and draws after them, from torch's
+    one random state, which a batch shares. So it decodes greedily, and all that happens here.
+    """
+
+    def __init__(self, sampling: Sampling, seeds: Sequence[int], device: torch.device):
+        self.warpers: list[Any] = [TemperatureLogitsWarper(float(sampling.temperature))]
+        if sampling.top_k:
+            self.warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self.warpers.append(TopPLogitsWarper(sampling.top_p))
+        if sampling.min_p > 0:
+            self.warpers.append(MinPLogitsWarper(sampling.min_p))
+        # One uniform number for each (seed, position), drawn on the CPU: the same on every device.
+        self.uniforms = torch.stack([_uniforms(seed, sampling.max_new_tokens) for seed in seeds]).to(device)
+        self.chosen_logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        for warper in self.warpers:
+            scores = warper(input_ids, scores)
+        logprobs = scores.log_softmax(-1)
+        token = inverse_cdf(logprobs.exp(), self.uniforms[:, len(self.chosen_logprobs)])[:, None]
+        self.chosen_logprobs.append(logprobs.gather(1, token)[:, 0])
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+    def logprobs(self) -> list[list[float]]:
+        """For each row of the batch those of its tokens, whatever was padded over later included."""
+        return torch.stack(self.chosen_logprobs, dim=1).tolist()
+
+
+def _uniforms(seed: int, count: int) -> Tensor:
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """(B,) int64: in each row of `probabilities` (B, V) the entry where the cumulative sum passes `uniforms` (B,).
+
+    The sum is taken over integers, in steps of 2^-60: it is then the same in whatever order a device adds, never
+    falls, and an entry of probability 0 cannot be chosen. `uniforms` is float64 in [0, 1).
+    """
+    cumulative = (probabilities.double() * 2.0**60).long().cumsum(-1)
+    total = cumulative[:, -1]
+    target = torch.minimum((uniforms * total.double()).long(), total - 1)  # as the product may be rounded up
+    found = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+    return found.clamp(max=probabilities.shape[-1] - 1)  # out of range only for NaN, which the loss then reports
+
+
+@contextmanager
+def _no_generation_config(lm: Any) -> Iterator[None]:
+    """While open, `lm` has no generation config of its own: `generate` fills what a call leaves unset from it, and a
+    repetition penalty, say, would make the rollouts something else than samples of the model."""
+    saved, lm.generation_config = lm.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        lm.generation_config = saved

@@ -1,0 +1,44 @@
+"""Why a run, or an evaluation, cannot start or go on. The messages are for people: they name the option, the file or
+the row, its value, and what is accepted."""
+
+import signal
+
+
+class ConfigError(Exception):
+    """The run cannot start as asked: an option, a file or a combination of them is unusable."""
+
+
+class DataError(ConfigError):
+    """A row that cannot be used, named by file, line and reason."""
+
+
+class ScorerError(ConfigError):
+    """The user's scorer failed, or what it gave back is no score."""
+
+
+class Undecided(Exception):
+    """A scorer cannot judge this answer: it counts as wrong, and is counted among the undecided."""
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be used or written; the message names it and says why."""
+
+
+class RunError(Exception):
+    """A run stopped before its end; the message says why and what is safe."""
+
+
+class NonFiniteError(RunError):
+    """The loss or its gradient is infinite or not a number. The optimiser has not used it."""
+
+
+class WriteError(RunError):
+    """Something of the run cannot be written, a full disk for example."""
+
+
+class Interrupted(RunError):
+    """The run was asked to stop. `signal` is the number of the signal."""
+
+    def __init__(self, message: str, signal: int = signal.SIGINT):
+        super().__init__(message)
+        self.signal = signal

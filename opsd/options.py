@@ -1,0 +1,289 @@
+"""Every option of a run: one class for each section, one documented field with its range for each option.
+
+An option is spelt `section.option` in errors, `--section.option VALUE` on the command line and as two nested keys in a
+YAML file. A section checks what it can tell by itself; what concerns several is checked in `opsd.config`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from opsd.section import Section, option
+
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
+class ModelConfig(Section):
+    path: str | None = option(None, "local directory or hub id; none: the embedded tiny model and its data")
+    dtype: Literal["float32", "bfloat16"] = option(
+        "float32",
+        "type of the weights; small updates vanish in bfloat16 weights, so use it for LoRA, not for full training",
+    )
+    autocast: Literal["none", "bfloat16"] = option("none", "compute in this type with weights of `dtype`")
+    packing: Literal["auto", "on", "off"] = option(
+        "auto", "score both contexts as packed rows without padding; auto: where the model allows it"
+    )
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    attn_implementation: str | None = option(
+        None, "as in transformers: sdpa, eager, flash_attention_2 ...; none: its choice"
+    )
+
+
+class LoraConfig(Section):
+    enabled: bool = option(False, "train low-rank adapters (needs peft); the base teacher then costs no second copy")
+    r: int = option(64, "rank", ge=1)
+    alpha: int = option(128, "scale of the update is alpha / r", ge=1)
+    dropout: float = option(0.0, "dropout before the adapters, student's scoring pass only", ge=0, le=0.999)
+    target_modules: tuple[str, ...] = option(
+        ("all-linear",), "all-linear (the head excepted), or names of modules", min_length=1
+    )
+
+
+class DataConfig(Section):
+    train: str | None = option(
+        None,
+        "JSONL or Parquet file, or a datasets directory: problem and solution, or prompt and "
+        "privileged_context; optionally answer and teacher_prompt",
+    )
+    eval: str | None = option(None, "the same with answer; solution only if the teacher is to be evaluated too")
+    columns: tuple[str, ...] | None = option(
+        None,
+        "names of the file's columns that are not called so: problem=question,solution=gold; in YAML also a mapping",
+        min_length=1,
+    )
+    max_prompt_tokens: int = option(4096, "longest prompt, student's or teacher's, template included", ge=1)
+    too_long: Literal["error", "drop"] = option("error", "what to do with a row whose prompt is longer; never cut")
+    skip_bad_rows: bool = option(False, "count and skip rows that cannot be used instead of stopping")
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and all(isinstance(text, str) for pair in value.items() for text in pair):
+            return [f"{name}={column}" for name, column in value.items()]
+        return value
+
+
+class PromptsConfig(Section):
+    student: str = option(
+        "{problem}\n\nWork through this step by step and finish with the final answer in \\boxed{}.",
+        "template of what the student reads; {problem} is replaced",
+    )
+    teacher: str = option(
+        "{problem}\n\nA correct solution, for your eyes only:\n\n{solution}\n\nLet it inform you, then answer the "
+        "problem afresh: work through it step by step and finish with the final answer in \\boxed{}.",
+        "template of what the teacher reads; {problem} and {solution} are replaced",
+    )
+    chat: Literal["auto", "on", "off"] = option(
+        "auto", "wrap the text as a user message in the tokenizer's chat template; auto: if it has one"
+    )
+    student_chat_args: str | None = option(
+        None,
+        "JSON object of arguments for the chat template of the student's prompt: "
+        '{"enable_thinking": false}; in YAML also a mapping',
+    )
+    teacher_chat_args: str | None = option(None, "the same for the teacher's prompt")
+    reason: str = option(
+        "{problem}\n\nA correct solution:\n\n{solution}\n\nExplain in a few sentences which ideas make it work and "
+        "where one could go wrong. Do not solve the problem anew.",
+        "with teacher.reason_first: template of what the teacher reads to write its analysis",
+    )
+    analysis: str = option(
+        "{teacher}\n\nYour own notes on that solution:\n\n{analysis}",
+        "with teacher.reason_first: how the analysis joins the text of the teacher's prompt",
+    )
+
+    @field_validator("student_chat_args", "teacher_chat_args", mode="before")
+    @classmethod
+    def _json(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            try:
+                return json.dumps(dict(value))
+            except TypeError as error:
+                raise ValueError(error) from error
+        return value
+
+    @model_validator(mode="after")
+    def _templates(self) -> PromptsConfig:
+        required = {
+            "student": ("{problem}",),
+            "teacher": ("{problem}", "{solution}"),
+            "reason": ("{solution}",),
+            "analysis": ("{teacher}", "{analysis}"),
+        }
+        for name, placeholders in required.items():
+            for placeholder in placeholders:
+                if placeholder not in getattr(self, name):
+                    raise ValueError(f"prompts.{name} lacks {placeholder}: {getattr(self, name)!r}")
+        if "{solution}" in self.student:
+            raise ValueError("prompts.student contains {solution}, which only the teacher may see")
+        return self
+
+
+_TOP_P = option(1.0, "nucleus sampling; 1: off", gt=0, le=1)
+_TOP_K = option(0, "sample among the k likeliest tokens; 0: off", ge=0)
+_MIN_P = option(0.0, "drop tokens below this share of the likeliest; 0: off", ge=0, le=1)
+
+
+class RolloutConfig(Section):
+    max_new_tokens: int = option(1024, "longest rollout", ge=1)
+    per_prompt: int = option(1, "rollouts of each prompt in a step", ge=1)
+    temperature: float = option(1.0, "sampling temperature", gt=0)
+    top_p: float = option(
+        1.0, "nucleus sampling; 1: off, so that rollouts come from the student's own distribution", gt=0, le=1
+    )
+    top_k: int = _TOP_K
+    min_p: float = _MIN_P
+    batch_size: int = option(32, "rollouts generated together; changes memory and speed, not the samples", ge=1)
+    importance_cap: float | None = option(
+        None,
+        "weight each token by min(p_student / p_sampler, this), for one more product with the head; none: off",
+        gt=0,
+    )
+
+
+class TeacherConfig(Section):
+    kind: Literal["base", "live", "ema", "model"] = option(
+        "base",
+        "base: the initial weights, frozen; live: the weights being trained; ema: their moving average; "
+        "model: another model, teacher.path",
+    )
+    path: str | None = option(None, "with kind model: local directory or hub id, of the same vocabulary")
+    ema_decay: float = option(0.99, "with kind ema: teacher = decay * teacher + (1 - decay) * student", ge=0, le=1)
+    ema_every: int = option(1, "with kind ema: steps between updates of the teacher", ge=1)
+    reason_first: bool = option(
+        False, "at each step the teacher first writes an analysis of each solution, which joins its prompt"
+    )
+    reason_max_new_tokens: int = option(512, "longest analysis", ge=1)
+
+    @model_validator(mode="after")
+    def _path(self) -> TeacherConfig:
+        if self.kind != "model" and self.path is not None:
+            raise ValueError(
+                f"teacher.path is {self.path!r} with teacher.kind {self.kind}, which has none; set teacher.kind model "
+                "or leave it out"
+            )
+        return self
+
+
+class ObjectiveConfig(Section):
+    form: Literal["full", "sampled_token"] = option(
+        "full", "divergence over the vocabulary, or on the sampled token only"
+    )
+    beta: float = option(
+        0.5, "0: forward KL; 1: reverse KL; between: JSD, bounded and so safe without a clip", ge=0, le=1
+    )
+    temperature: float = option(1.0, "of both distributions in the loss", gt=0)
+    entry_clip: float | None = option(
+        None,
+        "upper bound of each vocabulary entry's term (nats); made for beta 0: nearer to 1, negative terms "
+        "outweigh what is left of the positive ones, and a run can collapse while its loss falls",
+        gt=0,
+    )
+    token_clip: float | None = option(None, "upper bound of each token's divergence (nats)", gt=0)
+    top_k: int | None = option(None, "compare the k likeliest tokens only", ge=1)
+    top_k_from: Literal["teacher", "student"] = option("teacher", "whose k likeliest tokens")
+    tail_bucket: bool = option(False, "with top_k: one more entry for the rest of the mass, instead of renormalising")
+    reduction: Literal["mean", "sequence_mean"] = option(
+        "mean", "over all rollout tokens, or over rollouts of their means"
+    )
+    backend: Literal["auto", "torch", "triton", "native", "cluster"] = option("auto", "of opsd_kernels")
+    workspace_bytes: int | None = option(None, "memory bound of the loss's workspace; none: opsd_kernels decides", ge=1)
+
+    @model_validator(mode="after")
+    def _form(self) -> ObjectiveConfig:
+        if self.tail_bucket and self.top_k is None:
+            raise ValueError(
+                "objective.tail_bucket is true without objective.top_k: it holds the mass outside the top k"
+            )
+        for name in ("entry_clip", "token_clip", "top_k"):
+            if self.form == "sampled_token" and getattr(self, name) is not None:
+                raise ValueError(f"objective.{name} has no meaning with objective.form sampled_token")
+        return self
+
+
+_Beta = Annotated[float, Field(ge=0, le=0.999999)]
+
+
+class OptimConfig(Section):
+    lr: float | None = option(
+        None, "peak learning rate; none: 5e-6 for LoRA; 1e-6 for full training, where every weight moves", gt=0
+    )
+    betas: tuple[_Beta, _Beta] = option((0.9, 0.999), "of AdamW")
+    weight_decay: float = option(0.0, "of AdamW; never on norms and biases", ge=0)
+    steps: int = option(100, "optimiser steps", ge=1)
+    batch_size: int = option(32, "prompts per step", ge=1)
+    micro_batch_size: int = option(4, "rollouts scored together; changes memory and speed, not the gradient", ge=1)
+    warmup_steps: int = option(10, "steps of linear warm-up", ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = option("constant", "of the learning rate after the warm-up")
+    max_grad_norm: float | None = option(1.0, "clip the gradient's norm to this; none: off", gt=0)
+
+
+class EvalConfig(Section):
+    every: int = option(0, "evaluate every so many steps, besides before and after; 0: off", ge=0)
+    scorer: str = option(
+        "exact",
+        "exact: the text of eval.answer_pattern equals the answer; math_verify: mathematically equal "
+        "(needs the package math-verify); module:function or file.py:function: your own, of (text, row)",
+    )
+    keep_best: bool = option(False, "keep the weights of the best evaluation in <dir>/best (needs eval.every)")
+    patience: int | None = option(None, "stop after so many evaluations without a better one (needs eval.every)", ge=1)
+    max_problems: int | None = option(None, "use the first so many problems; none: all", ge=1)
+    samples: int = option(1, "answers per problem: avg@k, and pass@k for k up to this", ge=1)
+    temperature: float = option(0.0, "0: greedy", ge=0)
+    top_p: float = _TOP_P
+    top_k: int = _TOP_K
+    min_p: float = _MIN_P
+    max_new_tokens: int | None = option(None, "none: that of rollout", ge=1)
+    answer_pattern: str = option(
+        r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}",
+        "regular expression with one group; its last match is the answer",
+    )
+    batch_size: int = option(32, "prompts generated together", ge=1)
+
+    @model_validator(mode="after")
+    def _together(self) -> EvalConfig:
+        pattern = f"eval.answer_pattern {self.answer_pattern!r}"
+        try:
+            groups = re.compile(self.answer_pattern).groups
+        except re.error as error:
+            raise ValueError(f"{pattern} is no regular expression: {error}") from error
+        if groups != 1:
+            raise ValueError(f"{pattern} has {groups} groups; accepted: exactly 1")
+        for name in ("keep_best", "patience"):
+            if (value := getattr(self, name)) and not self.every:
+                text = str(value).lower()
+                raise ValueError(f"eval.{name} is {text} without eval.every: set eval.every to the steps between two")
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError("eval.samples > 1 with eval.temperature 0: greedy answers are all the same")
+        for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
+            if (value := getattr(self, name)) != off and self.temperature == 0:
+                raise ValueError(
+                    f"eval.{name} is {value:g} with eval.temperature 0: greedy answers are not sampled; accepted then: "
+                    f"{off:g}, which is off"
+                )
+        return self
+
+
+class RunConfig(Section):
+    dir: str | None = option(None, "output directory, new or empty; none: runs/<model>-<number>")
+    seed: int = option(0, "of everything random", ge=0)
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda if there is one")
+    threads: int | None = option(None, "of the CPU; none: torch's choice, too many on a shared machine", ge=1)
+    log_every: int = option(1, "steps between printed lines; every step is in metrics.jsonl", ge=1)
+    sample_every: int = option(10, "steps between rollouts written to samples.jsonl; 0: off", ge=0)
+    save: bool = option(True, "save the trained model, or the adapter, in <dir>/model")
+    checkpoint_every: int = option(50, "steps between checkpoints in <dir>/checkpoints; 0: off", ge=0)
+    keep_checkpoints: int = option(2, "how many of the last ones stay", ge=1)
+    trackers: tuple[str, ...] | None = option(None, "also log to these: tensorboard, wandb, trackio", min_length=1)
+
+    @model_validator(mode="after")
+    def _known_trackers(self) -> RunConfig:
+        for tracker in self.trackers or ():
+            if tracker not in TRACKERS:
+                raise ValueError(f"run.trackers has {tracker!r}; accepted: {', '.join(TRACKERS)}")
+        return self

@@ -1,0 +1,62 @@
+"""The divergence between student and teacher over the whole vocabulary: OPSD itself, and GKD's generalised JSD."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from opsd_kernels import jsd_loss
+
+from .batch import Stream, TokenBatch
+from .importance import sampler_mismatch
+
+STATISTICS = ("divergence", "student_entropy", "teacher_entropy", "entry_clipped", "clipped_amount", "token_clipped")
+
+
+@dataclass(frozen=True)
+class FullDivergence:
+    """`opsd_kernels.jsd_loss` of the two streams, whose docstring has the options and the formula."""
+
+    beta: float = 0.5
+    temperature: float = 1.0
+    entry_clip: float | None = None
+    token_clip: float | None = None
+    top_k: int | None = None
+    top_k_from: str = "teacher"
+    tail_bucket: bool = False
+    reduction: str = "mean"
+    backend: str = "auto"
+    workspace_bytes: int | None = None
+
+    contexts = ("teacher",)
+
+    def loss(
+        self, student: Stream, teachers: Mapping[str, Stream], batch: TokenBatch, denominator: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        teacher = teachers["teacher"]
+        other: dict[str, Any] = {}
+        if teacher.head.weight is not student.head.weight:  # one shared tensor lets the kernels project both at once
+            other = {
+                "teacher_weight": teacher.head.weight,
+                "teacher_bias": teacher.head.bias,
+                "teacher_logit_scale": teacher.head.logit_scale,
+                "teacher_softcap": math.inf if teacher.head.softcap is None else teacher.head.softcap,
+            }
+        loss, stats = jsd_loss(
+            student.hidden,
+            teacher.hidden,
+            student.head.weight,
+            **student.head.options(),
+            **other,
+            **vars(self),  # all options, by the names that they have there
+            token_weight=batch.token_weight,
+            sequence_ids=batch.sequence_ids,
+            target_ids=batch.target_ids,
+            denominator=denominator,
+            return_stats=True,
+        )
+        assert stats.student_logprob is not None  # target_ids were given
+        found = {name: getattr(stats, name) for name in STATISTICS}
+        return loss, found | sampler_mismatch(stats.student_logprob, batch, self.temperature)
