@@ -11,11 +11,12 @@ NEWEST := .venv-newest
 # The threads of the tests' processes and of the tiny model: more than one each only gets in the way on a small machine.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-oldest test-newest check compare bench clean
+.PHONY: help demo test test-all test-oldest test-newest check compare bench clean
 
 help:
 	@echo "make demo     watch a small model improve itself by on-policy self-distillation"
 	@echo "make test     formatting, lint, types and tests"
+	@echo "make test-all the same with all cases of every grid and all ahead-of-time compilations"
 	@echo "make test-oldest, make test-newest"
 	@echo "              the tests with the oldest versions that pyproject.toml admits, or the newest there are (3 GB each)"
 	@echo "make compare  OPSD beside supervised fine-tuning on the small model: several seeds, about half an hour"
@@ -44,6 +45,9 @@ check: $(VENV)/dev
 test: check
 	$(BIN)/python -m pytest --numprocesses auto
 
+test-all: check
+	$(BIN)/python -m pytest --numprocesses auto --all
+
 $(OLDEST)/bin/python:
 	$(PYTHON_OLDEST) -m venv $(OLDEST)
 
@@ -53,14 +57,14 @@ $(OLDEST)/dev: pyproject.toml tests/lower_bounds.py | $(OLDEST)/bin/python
 	@touch $@
 
 test-oldest: $(OLDEST)/dev
-	$(OLDEST)/bin/python -m pytest --numprocesses auto
+	$(OLDEST)/bin/python -m pytest --numprocesses auto --all
 
 $(NEWEST)/bin/python:
 	$(PYTHON) -m venv $(NEWEST)
 
 test-newest: | $(NEWEST)/bin/python
 	$(NEWEST)/bin/python $(PIP) --upgrade --upgrade-strategy eager --editable '.[dev]'
-	$(NEWEST)/bin/python -m pytest --numprocesses auto
+	$(NEWEST)/bin/python -m pytest --numprocesses auto --all
 
 compare: $(VENV)/dev
 	$(BIN)/python -m benchmarks.learning

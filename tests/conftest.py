@@ -32,11 +32,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left: list[pytest.Item] = []
     for item in items:
         thinned = item.get_closest_marker("thinned")
-        indices = item.callspec.indices.values() if thinned and hasattr(item, "callspec") else ()
-        out = item.get_closest_marker("exhaustive") or (thinned and sum(indices) % thinned.args[0])
+        out = item.get_closest_marker("exhaustive") or (thinned and sum(_indices(item)) % thinned.args[0])
         (left if out else kept).append(item)
     config.hook.pytest_deselected(items=left)
     items[:] = kept
+
+
+def _indices(item: Any) -> list[int]:
+    """Which value of each parametrization the case has; of names that are given together, once."""
+    names = [mark.args[0] for mark in item.iter_markers("parametrize")]
+    first = [name.split(",")[0].strip() if isinstance(name, str) else name[0] for name in names]
+    return [item.callspec.indices[name] for name in first]
 
 
 def _repair_interpreter() -> None:

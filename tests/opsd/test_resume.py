@@ -27,7 +27,6 @@ FORKS.set_forkserver_preload(["opsd.trainer", "opsd.cli", "peft", "transformers.
 
 STEPS, EVERY, KILLS = 24, 2, 4
 TEACHERS = ("base", "live", "ema", "model")
-CASES = [(teacher, adapted) for teacher in TEACHERS for adapted in (False, True)]
 TIMED = ("seconds", "tokens_per_second", "peak_memory_bytes")
 
 
@@ -155,7 +154,9 @@ def expected(runs):
     return outcome(runs.directory / "whole")
 
 
-@pytest.mark.parametrize(("teacher", "adapted"), CASES)
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.thinned(2)
 def test_killed_at_random_moments(tmp_path, teacher, adapted):
     runs = Runs(tmp_path, teacher, adapted)
     runs.finish(tmp_path / "whole")

@@ -331,6 +331,7 @@ def test_module_entry_point():
 
 
 @pytest.mark.parametrize(("absent", "words"), [("rich", ["--help"]), ("yaml", ["train"]), ("numpy", ["--help"])])
+@pytest.mark.thinned(3)
 def test_without_the_packages_for_training_the_command_says_what_to_install(absent, words):
     code = f"import sys, runpy; sys.modules[{absent!r}] = None; runpy.run_module('opsd', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120)
@@ -355,6 +356,7 @@ def test_the_help_begins_with_examples_that_are_understood(capsys):
 
 
 @pytest.mark.parametrize("extra", [{}, {"lora.enabled": "true", "model.gradient_checkpointing": "true"}])
+@pytest.mark.thinned(2)
 def test_quiet_prints_nothing(setup, extra):
     """Of what transformers and peft would print, neither, and their bars are as before afterwards."""
     code = (
