@@ -1,3 +1,4 @@
+import operator
 import os
 import sys
 from pathlib import Path
@@ -39,10 +40,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _indices(item: Any) -> list[int]:
-    """Which value of each parametrization the case has; of names that are given together, once."""
-    names = [mark.args[0] for mark in item.iter_markers("parametrize")]
-    first = [name.split(",")[0].strip() if isinstance(name, str) else name[0] for name in names]
-    return [item.callspec.indices[name] for name in first]
+    """Which of its values the case has, for each parametrization."""
+    found = []
+    for mark in item.iter_markers("parametrize"):
+        names, values = mark.args[:2]
+        names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
+        own = [item.callspec.params[name] for name in names]
+        cases = [
+            value.values if isinstance(value, type(pytest.param())) else value if len(names) > 1 else [value]
+            for value in values
+        ]
+        found.append([all(map(operator.is_, own, case)) for case in cases].index(True))
+    return found
 
 
 def _repair_interpreter() -> None:
