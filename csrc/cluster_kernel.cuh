@@ -1,7 +1,7 @@
 // The row pass on Hopper (sm_90a), float32 logits: both rows of a token are read from memory once.
 //
 // A cluster of up to 16 blocks takes a token at a time and holds its two rows in shared memory, 8 bytes per column:
-// 10 bytes of memory traffic per column with a bfloat16 dz, where three sweeps over memory take 26. A row's way:
+// 10 bytes of memory traffic per column with a bfloat16 dz, where two sweeps over memory take 18. A row's way:
 //
 //   A  each warp waits for its slice, chunk by chunk, and sums both normalisers of it;
 //   -  all parts are joined (row_parts.h), through the shared memory of the cluster's blocks: barrier 1;
