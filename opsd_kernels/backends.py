@@ -123,16 +123,21 @@ class _Rows:
         return [value.double().cpu() for value in (*logprobs, *table, dz_of_logprob, dz)]
 
     def error(self, got: list[Tensor], expected: list[Tensor]) -> float:
-        """The largest difference, relative to the largest value of each; of a narrow dz, beyond its own rounding."""
+        """The largest difference: of a table's values, relative to the largest of their column or 1; of a gradient,
+        relative to the largest of its row, and beyond its own rounding."""
         worst = 0.0
         for mine, want in zip(got, expected, strict=True):
             finite = want.isfinite()
             if not torch.equal(finite, mine.isfinite()):
                 return math.inf
-            rounding = torch.finfo(self.dz).eps if self.dz is not None and want.ndim == 2 else 0.0
-            mine, want = mine[finite], want[finite]
-            difference = ((mine - want).abs() - rounding * want.abs()).clamp(min=0.0).max()
-            worst = max(worst, float(difference / want.abs().max().clamp(min=1.0)))
+            if want.ndim == 2:
+                rounding = 0.0 if self.dz is None else torch.finfo(self.dz).eps
+                size = want.abs().amax(-1, keepdim=True).clamp(min=1e-12)
+            else:
+                rounding, mine, want = 0.0, mine[finite], want[finite]
+                size = want.abs().max().clamp(min=1.0)
+            difference = ((mine - want).abs() - rounding * want.abs()).clamp(min=0.0)
+            worst = max(worst, float((difference / size).max()))
         return worst
 
 
@@ -159,7 +164,7 @@ def self_check(name: str, device: torch.device) -> float:
             Objective(beta=0.5),
             Objective(beta=0.0),
             Objective(beta=0.0, entry_clip=0.05),
-            Objective(beta=1.0),
+            Objective(beta=1.0, token_clip=0.1),
             Objective(beta=1.0, entry_clip=0.05, temperature=1.3, student=through, teacher=through),
             Objective(beta=0.5, top_k=16, tail_bucket=True),
         ),

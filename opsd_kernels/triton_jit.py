@@ -1,8 +1,8 @@
 """What every Triton file here needs: Triton if it is there, its decorators, and arithmetic of one instruction each.
 
 `fma`, `exp2`, `log2` and `reciprocal` are the hardware's: fused, and approximate to 2⁻²² (of the value; between 0.5 and
-2, of log2 in absolute terms), with arguments and results below 2⁻¹²⁶ taken as 0. Triton's own spend three instructions
-more on those. The interpreter, which knows no assembly, has numpy's, made as wrong as the hardware's may be.
+2, of log2 in absolute terms), with arguments and results below 2⁻¹²⁶ taken as 0. The interpreter, which knows no
+assembly, has numpy's, made as wrong as the hardware's may be.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ if INTERPRETED:
 
     @jit()
     def _error(x):
-        """Something between −2⁻²² and 2⁻²² that is the same for the same x."""
-        digits = x * 1e6
-        return (digits - tl.floor(digits) - 0.5) * 2.0**-21
+        """Something between −2⁻²² and 2⁻²² that is the same for the same x, and unlike for x of other digits."""
+        bits = x.to(tl.int32, bitcast=True) * -1640531527
+        return (bits ^ (bits >> 15)).to(tl.float32) * 2.0**-53
 
     @jit()
     def fma(x, y, z):
@@ -73,7 +73,7 @@ else:
     @jit()
     def exp2(x):
         """2^x."""
-        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+        return tl.exp2(x)
 
     @jit()
     def log2(x):

@@ -114,7 +114,7 @@ _TYPES: dict[str, Any] = {
     "clips": ("fp32",) * 5,
     "scale": "fp32",
     "mixture": ("fp32",) * 2,
-    "series": ("fp32",) * 10,
+    **dict.fromkeys(("y_series", "f_series"), ("fp32",) * 5),
     **dict.fromkeys(("token_clip", "slope", "grad_factor"), "fp32"),
 }
 _ALIGNED = (*_POINTERS, "dz", "targets", "absent", "stride", "student_stride", "teacher_stride", "dz_stride")
@@ -164,6 +164,7 @@ def compilations(capability: int = 9) -> list[Compilation]:
     return [
         lean("jsd", jsd),
         lean("jsd, narrow, loss only", jsd, NARROW, False, **loss_only),
+        lean("jsd, loss only", jsd, WIDE, False),
         lean("jsd, float32 dz", jsd, dz="*fp32"),
         lean("jsd, no gradient", jsd, dz=None, row_scale=None),
         lean("forward KL", forward),
@@ -236,7 +237,8 @@ class _LeanMeaning:
 
     scale: float
     mixture: tuple[float, float]
-    series: tuple[float, ...]
+    y_series: tuple[float, ...]
+    f_series: tuple[float, ...]
     token_clip: float
     slope: float
 
@@ -251,13 +253,13 @@ class _LeanMeaning:
         return cls(
             transform.logit_scale / objective.temperature * math.log2(math.e),
             (beta, 1.0 - beta),
-            _series(beta),
+            *_series(beta),
             math.inf if objective.token_clip is None else objective.token_clip,
             1.0 if beta == 0.0 else math.log(2.0) * (1.0 if beta == 1.0 else beta - 1.0),
         )
 
 
-def _series(beta: float) -> tuple[float, ...]:
+def _series(beta: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """What `lean_kernel` needs near d = 0, d in bits: y's coefficients of d to d⁵ (0 for the KLs), and f's of d² to d⁶.
 
     log(m / p_T) = log(β + (1 − β) e^x) is the cumulant generating function of a Bernoulli variable of mean 1 − β,
@@ -279,7 +281,7 @@ def _series(beta: float) -> tuple[float, ...]:
         f = [q * k * power[k] - sum(m[i] * log_m[k - i] for i in range(k + 1)) for k in n]
         y = [log_m[k] * ln2 ** (k - 1) for k in n]
         y[1] = -beta
-    return (*y[1:6], *(f[k] * ln2**k for k in n[2:]))
+    return tuple(y[1:6]), tuple(f[k] * ln2**k for k in n[2:])
 
 
 def _lean_limits(plan: Configuration, capability: int) -> dict[str, int]:
@@ -326,7 +328,8 @@ def divergence_rows(
     check_dz(dz, student, may_alias=student)
     check_dz(dz, teacher, may_alias=None)
     stats = table.shape[0] > 1
-    targets, row_scale = _vector(targets) if stats else None, _vector(row_scale)
+    targets, row_scale = _vector(targets), _vector(row_scale)
+    written = targets if stats else None  # whose log-probabilities are
     if tokens == 0:
         return
     student, teacher = row_major(student), row_major(teacher)
@@ -349,7 +352,7 @@ def divergence_rows(
                     KIND=meaning.constants["KIND"], STATS=stats, **launch, **_lean_limits(plan, capability),
                 )  # fmt: skip
             divergence_kernel[(tokens,)](
-                student, teacher, dz, table, targets, row_scale, declined, *shape,
+                student, teacher, dz, table, written, row_scale, declined, *shape,
                 meaning.transform, meaning.clips, meaning.grad_factor,
                 **meaning.constants, **launch, **_limits(plan, meaning.constants),
             )  # fmt: skip
@@ -364,7 +367,7 @@ def divergence_rows(
             student, teacher, None, sweep, vocab, tiles, splits, *strides, meaning.transform, **links, **layout
         )
         split_sums_kernel[(tokens, splits)](
-            student, teacher, table, targets, sweep, sums, vocab, tiles, splits, *strides, *table_strides,
+            student, teacher, table, written, sweep, sums, vocab, tiles, splits, *strides, *table_strides,
             meaning.transform, meaning.clips, **meaning.constants, **last, **layout,
         )  # fmt: skip
         split_gradient_kernel[(tokens, 1 if dz is None else splits)](

@@ -227,7 +227,7 @@ def test_which_rows_need_care(beta: float, monkeypatch: pytest.MonkeyPatch) -> N
     student[6, 7] = teacher[6, 7] + 60.0  # in nats: a gap too far
     student[7, 256:] -= 40.0  # all of the student's mass is in the first tile
     student[7, :256], teacher[7, :256] = -20.0, -20.0
-    teacher[8, 400] = 110.0  # far above what the first tile says
+    student[8, 400], teacher[8, 400] = 110.0, 110.0  # both far above what the first tile says
     plain = [False, False, True, True, True, True, True, True, True]
     assert declined(student, teacher, Objective.checked(beta=beta)) == plain
     for options in ({"entry_clip": 0.1}, {"softcap": 30.0}, {"logit_scale": 1.1, "teacher_logit_scale": 1.0}):
@@ -236,17 +236,47 @@ def test_which_rows_need_care(beta: float, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @inner
-@pytest.mark.parametrize(("gap", "sweeps"), [(0.05, 2), (3.0, 3)])
-def test_sweeps_of_the_jsd(gap: float, sweeps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the models are near each other, the mean that the gradient needs comes out of the first sweep."""
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_models_that_are_not_where_the_first_tile_says(beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their gap is measured anew from its mean; where the first tile was right, once is enough."""
     layout(monkeypatch)
-    student, teacher = logits(4, 1027, gap)
-    later = mock.Mock(wraps=triton_lean._sweep)
-    monkeypatch.setattr(triton_lean, "_sweep", later)
-    _, dz = run(student, teacher, Objective.checked())
-    assert later.call_count == 4 * (sweeps - 1)
-    _, want = expected(student, teacher, Objective.checked(), None)
-    assert rms((dz.double() - want).norm(dim=-1) / want.norm(dim=-1)) <= 1e-5
+    first = mock.Mock(wraps=triton_lean._first_sweep)
+    monkeypatch.setattr(triton_lean, "_first_sweep", first)
+    objective = Objective.checked(beta=beta)
+    for gap, constant, sweeps in ((0.05, 0.0, 1), (1e-3, 0.0, 1), (1e-3, 0.3, 2), (1e-4, 0.4, 2), (1e-3, 3.0, 2)):
+        student, teacher = logits(4, 1027, gap)
+        teacher[:, :256] -= 20
+        student[:, :256] += constant - 20
+        student[:, :256] -= student[:, :256] - teacher[:, :256] - constant  # exactly so in the first tile
+        first.reset_mock()
+        table, dz = run(student, teacher, objective)
+        assert first.call_count == 4 * sweeps
+        loss, want = expected(student, teacher, objective, None)
+        assert rms((dz.double() - want).norm(dim=-1) / want.norm(dim=-1)) <= 2e-6
+        if gap >= 1e-3:
+            assert rms((table[0] - loss).abs() / loss.abs()) <= 1e-5
+        # a target is a better guess, and changes nothing
+        first.reset_mock()
+        _, dz = run(student, teacher, objective, targets=teacher.argmax(-1))
+        assert first.call_count == 4
+        assert rms((dz.double() - want).norm(dim=-1) / want.norm(dim=-1)) <= 2e-6
+
+
+@inner
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_columns_masked_with_the_lowest_number(beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout(monkeypatch)
+    student, teacher = logits(3, 501)
+    student[:, 7] = teacher[:, 7] = torch.finfo(torch.float32).min
+    objective, targets = Objective.checked(beta=beta), torch.tensor([1, 400, 7])
+    assert declined(student, teacher, objective) == [False] * 3
+    table, dz = run(student, teacher, objective, targets=targets, columns=len(Column))
+    loss, want = expected(student, teacher, objective, None)
+    entropies = [-(z.double().softmax(-1) * z.double().log_softmax(-1)).sum(-1) for z in (student, teacher)]
+    torch.testing.assert_close(table[Column.LOSS].double(), loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(table[Column.STUDENT_ENTROPY].double(), entropies[0], rtol=2e-6, atol=0)
+    torch.testing.assert_close(table[Column.TEACHER_ENTROPY].double(), entropies[1], rtol=2e-6, atol=0)
+    torch.testing.assert_close(dz.double(), want, rtol=1e-4, atol=3e-6 * want.abs().max().item())
 
 
 @inner
@@ -254,7 +284,7 @@ def test_series_of_the_lean_kernel() -> None:
     """Its polynomials in d (bits) against the functions they stand for, at the edge of where they are used."""
     edge, ln2 = triton_lean.NEAR.value, math.log(2.0)
     for beta in (0.0, 0.13, 0.5, 0.87, 1.0):
-        y, f = np.split(np.array(triton_backend._series(beta)), 2)
+        y, f = map(np.array, triton_backend._series(beta))
         for d in (edge, -edge):
             x, q = d * ln2, 1.0 - beta
             m = beta + q * math.exp(x)
