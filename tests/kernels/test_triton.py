@@ -273,7 +273,7 @@ def test_columns_masked_with_the_lowest_number(beta: float, monkeypatch: pytest.
     table, dz = run(student, teacher, objective, targets=targets, columns=len(Column))
     loss, want = expected(student, teacher, objective, None)
     entropies = [-(z.double().softmax(-1) * z.double().log_softmax(-1)).sum(-1) for z in (student, teacher)]
-    torch.testing.assert_close(table[Column.LOSS].double(), loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(table[Column.LOSS].double(), loss, rtol=1e-4, atol=0)
     torch.testing.assert_close(table[Column.STUDENT_ENTROPY].double(), entropies[0], rtol=2e-6, atol=0)
     torch.testing.assert_close(table[Column.TEACHER_ENTROPY].double(), entropies[1], rtol=2e-6, atol=0)
     torch.testing.assert_close(dz.double(), want, rtol=1e-4, atol=3e-6 * want.abs().max().item())
