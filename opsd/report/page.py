@@ -115,7 +115,7 @@ def facts(run: RunData) -> dict[str, str]:
         "Model": str(options.get("model.path") or "the embedded tiny set-up"),
         "Data": str(options.get("data.train") or "the embedded tiny set-up"),
         "Duration": duration(run.seconds),
-        "Rollout tokens": f"{tokens:,.0f}, {tokens / seconds:,.0f} per second" if tokens and seconds else "",
+        "Rollout tokens": f"{tokens:,.0f} ({tokens / seconds:,.0f} per second)" if tokens and seconds else "",
         "Peak memory": f"{memory / 2**30:.2f} GiB of the GPU, or of the process on a CPU" if memory else "",
     }
     if planned and not run.summary:
@@ -160,7 +160,8 @@ def phases(runs: Sequence[RunData]) -> dict[str, list[float]]:
     names = [name for name in _keys([r for run in runs for r in run.metrics]) if name.startswith("seconds_")]
     times = {name.removeprefix("seconds_"): [run.total(name) for run in runs] for name in names}
     spent = [sum(seconds) for seconds in zip(*times.values(), strict=True)] or [0.0] * len(runs)
-    times["other"] = [max(0.0, run.total("seconds") - s) for run, s in zip(runs, spent, strict=True)]
+    wholes = [run.total("seconds") for run in runs]
+    times["other"] = [w - s if w - s > 0.001 * w else 0.0 for w, s in zip(wholes, spent, strict=True)]
     return {name: seconds for name, seconds in times.items() if any(seconds)}
 
 
@@ -225,7 +226,7 @@ def _sample(run: str, record: Record) -> dict[str, Any]:
     keys = ("text", "id", "p_student", "p_teacher", "divergence", "alternatives", "dominant")  # in the script's order
     return {
         "name": " · ".join(filter(None, [*about[:2], str(record.get("problem") or "")[:48]])),
-        "about": " · ".join(filter(None, [*about, str(record.get("source") or "")])),
+        "about": " · ".join(filter(None, [*about, Path(str(record.get("source") or "")).name])),
         "problem": str(record.get("problem") or ""),
         "rollout": "" if tokens else record["rollout"],
         "of": len(tokens),

@@ -151,7 +151,7 @@ def figure(
     room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     low, high = 0.0 if not log and 0 <= low < 0.35 * high else low - room, high + room
     if chart.percent:
-        low, high = max(0.0, low), min(100.0, high)
+        low, high = min(drawn[0], max(0.0, low)), max(drawn[-1], min(100.0, high))
 
     def x(step: float) -> float:
         return round(100 * (step - first) / (last - first), 2)

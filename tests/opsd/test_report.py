@@ -179,7 +179,7 @@ def test_the_figures_of_the_run_are_in_the_text(tmp_path):
     ):
         assert figure in text
     assert "/somewhere/far/away/train.jsonl" in text
-    assert "1,200, 50 per second" in text  # rollout tokens
+    assert "1,200 (50 per second)" in text  # rollout tokens
     assert "04 March 2026, 05:06 UTC" in text
     assert "torch 2.13.0, opsd 0.1.0" in text
     assert "0.08333" in text  # the last loss
