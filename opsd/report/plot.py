@@ -86,9 +86,10 @@ def training_figures(runs: Sequence[RunData]) -> tuple[list[dict[str, Any]], lis
     figures, flat = [], []
     for chart in (*CHARTS, *others):
         metrics = {name: label for name, label in chart.metrics.items() if any(run.values(name) for run in runs)}
-        both = [zip(*map(run.values, metrics), strict=False) for run in runs] if "divergence" in metrics else []
-        if both and all(math.isclose(*pair, rel_tol=1e-3) for pairs in both for pair in pairs):
-            del metrics["divergence"]  # no clip acts, so the loss is the divergence
+        if metrics.keys() == {"loss", "divergence"}:
+            pairs = [pair for run in runs for pair in zip(*map(run.values, metrics), strict=False)]
+            if all(math.isclose(loss, divergence, rel_tol=1e-3) for loss, divergence in pairs):
+                del metrics["divergence"]  # no clip acts, and they are one line
         if any(any(run.values(name)) for name in metrics for run in runs):
             lines = [
                 {"run": number, "second": second > 0, "label": label, "points": points}
@@ -104,7 +105,8 @@ def training_figures(runs: Sequence[RunData]) -> tuple[list[dict[str, Any]], lis
 
 def accuracy_figure(runs: Sequence[RunData]) -> dict[str, Any] | None:
     """The evaluations by step, and as references the teacher's and the base model's; None if there are none."""
-    lines, references = [], {}
+    lines: list[dict[str, Any]] = []
+    references: dict[tuple[Any, ...], str] = {}
     for number, run in enumerate(runs):
         rows = sorted((e for e in run.evaluations if e.get("name") != "teacher"), key=lambda e: e["step"])
         values = [[ACCURACY.value(e.get(key)) for key in ("accuracy", "low", "high")] for e in rows]
@@ -119,8 +121,9 @@ def accuracy_figure(runs: Sequence[RunData]) -> dict[str, Any] | None:
                 known = (name, *(ACCURACY.value(e.get(key)) for key in ("accuracy", "low", "high")))
                 references[known] = "shared" if known in references else f"r{number % 6}"
     first, last = steps_of(runs)
+    steps = [first, last, 0, *(step for line in lines for step, _ in line["points"])]
     found = [(f"{name} {look}", *known) for (name, *known), look in references.items()]
-    return figure(ACCURACY, lines, min(0, first), last, found) if lines else None
+    return figure(ACCURACY, lines, min(steps), max(steps), found) if lines else None
 
 
 def steps_of(runs: Sequence[RunData]) -> tuple[int, int]:

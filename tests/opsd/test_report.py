@@ -455,6 +455,18 @@ def test_hovering_a_token_shows_its_numbers(one_page, browser):
         assert opened.card()[0] == "é"  # the chosen one
 
 
+def test_the_page_stays_in_place_under_a_pointer(tmp_path, browser):
+    view = [{**VIEW[0], "alternatives": [[f"w{k}", 0.1, 0.1] for k in range(count)]} for count in (10, 1, 10, 1)]
+    with Opened(browser, write_report([write_run(tmp_path / "one", view=view)])) as opened:
+        opened.page.evaluate("scrollTo(0, document.documentElement.scrollHeight)")
+        tokens = opened.page.locator(".tokens .tok")
+        opened.page.locator("#token-view").scroll_into_view_if_needed()
+        before = boxes(tokens)
+        for i in range(4):
+            tokens.nth(i).hover()
+            assert boxes(tokens) == before
+
+
 def test_colour_says_which_way_and_how_much(one_page, browser):
     with Opened(browser, one_page) as opened:
         tokens = opened.page.locator(".tokens .tok")
