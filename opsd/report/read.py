@@ -119,12 +119,6 @@ def finite(value: Any) -> float | None:
     return value
 
 
-def tail(path: str) -> str:
-    """The end of a long path; a hub id and a plain name are left as they are."""
-    parts = path.replace("\\", "/").split("/")
-    return path if len(parts) <= 2 else "…/" + "/".join(parts[-2:])
-
-
 def _known(value: Any) -> bool:
     return finite(value) is not None
 
