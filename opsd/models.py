@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from opsd.config import Config, ConfigError
-from opsd_kernels.packing.hooks import outside_adapter
+from opsd_kernels.packing.vet import outside_adapter
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 """What may be the name of a model on the hub: all other text is a path."""

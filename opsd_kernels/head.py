@@ -105,7 +105,7 @@ def _readings(base: Any, plain: Head) -> Iterator[Head]:
     def value(name: str) -> float | None:
         for owner in (base, base.config.get_text_config()):  # the model may have taken its own copy
             found = getattr(owner, name, None)
-            if type(found) in (int, float) and found != 0:
+            if isinstance(found, (int, float)) and not isinstance(found, bool) and found != 0:
                 return float(found)
         return None
 
@@ -125,33 +125,39 @@ _found: weakref.WeakKeyDictionary[nn.Module, tuple[Any, float, float | None, int
 
 def _proven(base: Any, plain: Head) -> Head:
     """The reading of the config under which the head gives the model's own logits."""
-    key = (settings(base), plain.weight.shape, plain.valid_vocab)
-    if base in _found and _found[base][0] == key and "forward" not in vars(base):
-        _, scale, cap, valid = _found[base]
-        return replace(plain, logit_scale=scale, softcap=cap, valid_vocab=valid)
     learnt = [name for name in (*_FACTORS, *_DIVISORS) if isinstance(getattr(base, name, None), Tensor)]
     if learnt:
         raise _unknown(base, f"{learnt[0]} is a tensor, which may change; accepted: a number")
     readings = list(_readings(base, plain))
-    unproven = no_trial(base)
-    trial = unproven or _try(base, plain)
+    hooks = (*base._forward_hooks, *base._forward_pre_hooks)
+    key = (settings(base), hooks, plain.weight.shape, [(r.logit_scale, r.softcap, r.valid_vocab) for r in readings])
+    if base in _found and _found[base][0] == key and "forward" not in vars(base):
+        _, scale, cap, valid = _found[base]
+        return replace(plain, logit_scale=scale, softcap=cap, valid_vocab=valid)
+    trial = no_trial(base) or _try(base, plain)
     if isinstance(trial, str):
         warn_unproven("the head", base, trial)
         return readings[0]
-    hidden, logits = trial
-    with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
+    found = _matching(base, readings, *trial)
+    _found[base] = (key, found.logit_scale, found.softcap, found.valid_vocab)
+    return found
+
+
+@torch.no_grad()
+def _matching(base: Any, readings: list[Head], hidden: Tensor, logits: Tensor) -> Head:
+    """The first of `readings` that makes `logits`, (1, T, V), of `hidden`, (1, T, H)."""
+    plain, columns = readings[0], logits.shape[-1]
+    with torch.autocast(hidden.device.type, enabled=False):
         raw = F.linear(hidden, plain.weight, plain.bias).float()
-        if logits.shape[:-1] != raw.shape[:-1] or logits.shape[-1] > raw.shape[-1]:
-            raise _unknown(base, f"its logits are of shape {tuple(logits.shape)}, its head gives {tuple(raw.shape)}")
-        columns = logits.shape[-1]
-        if columns < raw.shape[-1]:  # the model cuts the padding off
-            valid = columns if plain.valid_vocab is None else min(columns, plain.valid_vocab)
-            plain, readings = replace(plain, valid_vocab=valid), [replace(r, valid_vocab=valid) for r in readings]
-        for reading in readings:
-            if _agree(logits, _logits(reading, raw[..., :columns]), hidden.dtype):
-                _found[base] = (key, reading.logit_scale, reading.softcap, reading.valid_vocab)
+    if logits.shape[:-1] != raw.shape[:-1] or columns > raw.shape[-1]:
+        raise _unknown(base, f"its logits are of shape {tuple(logits.shape)}, its head gives {tuple(raw.shape)}")
+    for reading in readings:
+        if _agree(logits, _logits(reading, raw[..., :columns]), hidden.dtype):
+            if columns == raw.shape[-1]:
                 return reading
-        raise _unknown(base, _difference(logits, _logits(readings[0], raw[..., :columns]), readings[0]))
+            # The model cuts the padding off.
+            return replace(reading, valid_vocab=min(columns, reading.valid_vocab or columns))
+    raise _unknown(base, _difference(logits, _logits(plain, raw[..., :columns]), plain))
 
 
 _TOKENS = 8
@@ -159,7 +165,7 @@ _LARGE = 60.0  # logits that saturate any softcap in use
 
 
 def _try(base: Any, plain: Head) -> tuple[Tensor, Tensor] | str:
-    """(1, T, H) last hidden states and the (1, T, V) float32 logits that the model makes of them, or why it did not run.
+    """(1, T, H) last hidden states and the (1, T, V) float32 logits made of them, or why the model did not run.
 
     The second half of the hidden states is enlarged on the way to the head.
     """

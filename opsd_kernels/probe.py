@@ -73,6 +73,6 @@ def settings(model: Any) -> tuple[Any, ...]:
     """What a trial's result depends on beside the values of the weights, to tell whether it still holds."""
     config = model.config.get_text_config()
     plain = tuple((k, v) for k, v in sorted(vars(config).items()) if isinstance(v, (int, float, bool, str, type(None))))
-    modules = tuple((type(m), "forward" in vars(m), *m._forward_hooks, *m._forward_pre_hooks) for m in model.modules())
+    modules = tuple((type(m), "forward" in vars(m)) for m in model.modules())
     weight: Tensor = model.get_input_embeddings().weight
     return plain, modules, type(model).forward, weight.dtype, weight.device

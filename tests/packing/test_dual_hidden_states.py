@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 import opsd_kernels.packing.attention as attention
-import opsd_kernels.packing.hooks as hooks
+import opsd_kernels.packing.dual as dual
+import opsd_kernels.packing.prove as prove
+import opsd_kernels.packing.vet as vet
 from opsd_kernels.packing import dual_hidden_states, pack_dual_context, plan_passes
 from opsd_kernels.triton_jit import INTERPRETED
 
@@ -379,6 +381,7 @@ def saved_bytes(model: Any, batch: Any, **options: Any) -> int:
             found[storage.data_ptr()] = (storage.nbytes(), t)  # held, so that no address is used twice
         return t
 
+    plan_passes(model, **options)  # the trial on a few tokens is over with the first call
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         got = dual_hidden_states(model, batch, **options)
     assert got.student.requires_grad
@@ -514,6 +517,7 @@ def test_the_last_mlp_sees_only_the_rows_that_predict_something(generations, che
         model.gradient_checkpointing_enable()
     students, teachers, rollouts = make_data(generations)
     batch = pack_dual_context(students, teachers, rollouts)
+    plan_passes(model)  # its trial counts for nothing here
     seen: list[list[int]] = [[], [], []]
     for layer, calls in zip(model.model.layers, seen, strict=True):
         layer.mlp.gate_proj.register_forward_hook(lambda _, args, out, calls=calls: calls.append(args[0].shape[1]))
@@ -529,6 +533,7 @@ def test_the_last_mlp_sees_only_the_rows_that_predict_something(generations, che
 def test_a_compiled_model_keeps_its_last_mlp():
     model = make_model("qwen3")
     batch = pack_dual_context(*make_data(1))
+    plan_passes(model)
     seen: list[int] = []
     model.model.layers[-1].mlp.gate_proj.register_forward_hook(lambda _, args, out: seen.append(args[0].shape[1]))
     model.model._compiled_call_impl = model.model._call_impl  # as if compiled, for nothing
@@ -590,7 +595,8 @@ def forbid_work(monkeypatch):
     def work(*_, **__):
         raise AssertionError("the model ran")
 
-    monkeypatch.setattr(hooks, "_call", work)
+    monkeypatch.setattr(vet.Body, "run", work)
+    monkeypatch.setattr(prove, "_plain", work)
 
 
 PROMPT_LEARNING = {
@@ -706,10 +712,11 @@ def test_a_layout_that_reaches_no_attention_is_refused(monkeypatch):
         lambda: plan_passes(make_model("qwen3"), teacher=model),
         lambda: dual_hidden_states(model, batch),
     ):
-        with pytest.raises(ValueError, match=r"NemotronForCausalLM cannot run .*NemotronDecoderLayer does not hand"):
+        with pytest.raises(ValueError, match=r"NemotronForCausalLM cannot run .*its attention gets no keyword"):
             call()
-    # Where it cannot be told from the code it shows at the first layer.
-    monkeypatch.setattr(hooks, "_stray_layout", lambda _: None)
+    # Where it could not be tried it shows at the first layer.
+    for trial in ("try_rows", "try_joint"):
+        monkeypatch.setattr(dual, trial, lambda *_, **__: prove.Trial(untried="for the test"))
     for passes in ("two", "joint"):
         with pytest.raises(ValueError, match=r"model NemotronForCausalLM cannot run .*its attention gets no keyword"):
             dual_hidden_states(model, batch, passes=passes)
@@ -739,8 +746,8 @@ def test_models_whose_layers_are_not_alone_take_two_passes(monkeypatch):
         with pytest.raises(ValueError, match=f"passes='joint' is not possible: {reason}.*accepted here: 'two'"):
             dual_hidden_states(model, pack_dual_context(*make_data(4)), passes="joint")
     assert plan_passes(noisy.eval(), passes="joint").passes == "joint"
-    # Where it cannot be told from the code it shows before backward.
-    monkeypatch.setattr(hooks, "_joint_obstacle", lambda *_: None)
+    # Where it could not be tried it shows before backward.
+    monkeypatch.setattr(dual, "try_joint", lambda *_, **__: prove.Trial(untried="for the test"))
     with pytest.raises(ValueError, match="needs the final norm once, after the last layer, and NanoChatModel"):
         dual_hidden_states(make_model("nanochat"), pack_dual_context(*make_data(1)), passes="joint")
 
@@ -868,7 +875,7 @@ def test_choice_on_cuda(capability, flash, wrong, half, capped, full, monkeypatc
     monkeypatch.setattr(attention, "self_check", lambda name, *_, **__: "is off" if name in wrong else None)
 
     def choice(*arguments):
-        return hooks.choose_backend(torch.device("cuda"), *arguments)
+        return dual.choose_backend(torch.device("cuda"), *arguments)
 
     backend, reason = choice(torch.bfloat16)
     assert backend == half
@@ -913,7 +920,7 @@ def documented_varlen(corner: str):
 @pytest.mark.parametrize("passes", ["two", "joint"])
 @pytest.mark.parametrize("family", ["qwen3", "mistral"])
 def test_ragged_backends_get_the_right_ranges(family, passes, monkeypatch):
-    monkeypatch.setattr(hooks, "backend_obstacle", lambda *_: None)
+    monkeypatch.setattr(dual, "backend_obstacle", lambda *_: None)
     attention._check_alignment.cache_clear()
     monkeypatch.setattr(attention, "_varlen_call", documented_varlen("last"))
     for generations in (1, 4):
@@ -1020,7 +1027,7 @@ def test_varlen_is_told_of_grouped_queries_where_it_asks(asks, grouped, monkeypa
 
 @pytest.mark.parametrize("backend", ["varlen", "flash"])
 def test_ragged_backends_refuse_another_alignment(backend, monkeypatch):
-    monkeypatch.setattr(hooks, "backend_obstacle", lambda *_: None)
+    monkeypatch.setattr(dual, "backend_obstacle", lambda *_: None)
     attention._check_alignment.cache_clear()
     monkeypatch.setattr(attention, f"_{backend}_call", documented_varlen("first"))
     with pytest.raises(RuntimeError, match=f"'{backend}' does not align causal masks at the last key"):
