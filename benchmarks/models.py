@@ -71,24 +71,26 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def tiny_config(kind: type) -> Any:
-    """A config of class `kind` with small sizes and without dropout."""
+# Where some sizes exclude each other, the first of these that gives a model that runs.
+OTHERWISE: tuple[dict[str, Any], ...] = ({}, {"num_key_value_heads": 4}, {"head_dim": ..., "layer_types": ...})
+
+
+def tiny_config(kind: type, otherwise: dict[str, Any]) -> Any:
+    """A config of class `kind` with small sizes and without dropout; `...` leaves a default."""
     default = kind()
     fixed = {n for c in kind.__mro__ for n, v in vars(c).items() if isinstance(v, property)}
-    changes = {k: v for k, v in SIZES.items() if hasattr(default, k) and k not in fixed}
-    if hasattr(default, "qk_rope_head_dim"):  # of which the head's size follows
-        changes.pop("head_dim", None)
+    changes = {k: v for k, v in {**SIZES, **otherwise}.items() if hasattr(default, k) and k not in fixed}
+    if "layer_types" not in vars(default):
+        changes.pop("layer_types", None)
     for name, value in vars(default).items():
         if ("dropout" in name or "pdrop" in name or name in ("layerdrop", "drop")) and isinstance(value, float):
             changes[name] = 0.0
         if name in ("sliding_window", "q_lora_rank", "o_lora_rank") and value is None:
             changes.pop(name, None)
-        if name == "layer_types" and "attention_type" in str(value):
-            changes.pop(name, None)
     for name, part in getattr(kind, "sub_configs", {}).items():
         if getattr(default, name, None) is not None and hasattr(part, "model_type"):
-            changes[name] = tiny_config(type(getattr(default, name))).to_dict()
-    return kind(**changes)
+            changes[name] = tiny_config(type(getattr(default, name)), otherwise).to_dict()
+    return kind(**{k: v for k, v in changes.items() if v is not ...})
 
 
 def tiny_model(name: str) -> Any:
@@ -100,9 +102,19 @@ def tiny_model(name: str) -> Any:
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
-    config = tiny_config(transformers.CONFIG_MAPPING[name])
     found = CLASSES[name]
     kind = getattr(transformers, found if isinstance(found, str) else found[0])
+    first: Exception | None = None
+    for otherwise in OTHERWISE:
+        try:
+            return _running(kind, tiny_config(transformers.CONFIG_MAPPING[name], otherwise))
+        except Exception as failure:
+            first = first or failure
+    assert first is not None
+    raise first
+
+
+def _running(kind: Any, config: Any) -> Any:
     with torch.device("meta"):
         size = sum(p.numel() for p in kind(copy.deepcopy(config)).parameters())
     if size > 2e7:
@@ -116,9 +128,9 @@ def tiny_model(name: str) -> Any:
             if parameter.dim() == 2 and parameter.requires_grad:
                 parameter.normal_(std=0.2)
         try:
-            model.double()(torch.tensor([[3, 4, 5]]))
+            model.double()(torch.tensor([[3, 4, 5]]), use_cache=False)
         except RuntimeError:
-            model.float()(torch.tensor([[3, 4, 5]]))
+            model.float()(torch.tensor([[3, 4, 5]]), use_cache=False)
     return model
 
 
@@ -250,15 +262,22 @@ def reason(found: dict[str, Any]) -> str:
     if kind == "not built":
         return str(found["reason"])
     if kind == "refused" and "reason" not in found["head"]:
-        off = found["padded"].get("reason") or f"padding on the right changes the other rows by {found['padded']['error']:.1g}"
+        off = (
+            found["padded"].get("reason")
+            or f"padding on the right changes the other rows by {found['padded']['error']:.1g}"
+        )
         return f"{short(found['two']['reason'])}; {off}"
-    return short(found[{"two passes": "joint", "padded": "two", "refused": "head"}.get(kind, "two")].get("reason", kind))
+    return short(
+        found[{"two passes": "joint", "padded": "two", "refused": "head"}.get(kind, "two")].get("reason", kind)
+    )
 
 
 def short(text: str) -> str:
     """Without the frame that every message has."""
     text = re.sub(r"^.*cannot run on packed rows: |^passes='joint' is not possible: |; accepted here: 'two'$", "", text)
-    text = re.sub(r"^model does something to its logits that is not understood \(\w+: |\); build opsd_kernels.*$", "", text)
+    text = re.sub(
+        r"^model does something to its logits that is not understood \(\w+: |\); build opsd_kernels.*$", "", text
+    )
     return text
 
 

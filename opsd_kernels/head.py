@@ -244,9 +244,10 @@ def _difference(logits: Tensor, expected: Tensor, reading: Head) -> str:
     gap = (logits - expected).abs().nan_to_num(torch.inf)
     token, column = divmod(int(gap.argmax()), logits.shape[-1])
     own, ours = float(logits[0, token, column]), float(expected[0, token, column])
+    enlarged = ", of an enlarged hidden state," if token >= _TOKENS // 2 else ""
     text = (
         f"with scale {reading.logit_scale:g} and softcap {reading.softcap} as its config says, logit {column} of token "
-        f"{token} is {ours:.4g} and the model's own {own:.4g}"
+        f"{token}{enlarged} is {ours:.4g} and the model's own {own:.4g}"
     )
     got, want = _halves(logits)[0].double(), _halves(expected)[0].double()
     factor = float((got * want).sum() / want.square().sum().clamp_min(1e-300))

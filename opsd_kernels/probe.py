@@ -41,12 +41,10 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 def no_trial(model: nn.Module) -> str | None:
     """Why `model` cannot be run on a few tokens by one process alone, or None."""
-    from torch.distributed.tensor import DTensor
-
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             return f"{name} is on device meta"
-        if isinstance(parameter, DTensor):
+        if hasattr(parameter, "device_mesh"):  # a DTensor
             return f"{name} is sharded over processes"
     if any("FullyShardedDataParallel" in type(m).__name__ for m in model.modules()):
         return "its weights are sharded over processes"

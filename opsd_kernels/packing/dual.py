@@ -38,6 +38,10 @@ def dual_hidden_states(
 ) -> DualHidden:
     """The hidden states that predict the rollout tokens of `batch` in both contexts.
 
+    With the first call each model is tried on a few tokens, in eval mode: packed rows must give the hidden states of
+    plain passes, and those of one pass over both contexts the gradients, too. Sharded weights are not tried, with a
+    `UserWarning`, since that would take all processes.
+
     Args:
         model: a causal language model of transformers, with or without peft, in the mode (train or eval) that the
             student is to run in. The teacher always runs with dropout off and without a gradient.

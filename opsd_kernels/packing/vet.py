@@ -188,7 +188,6 @@ def check_base(model: nn.Module) -> None:
 
 # What a decoder layer of transformers may be given. Anything else might differ by row, and be none of the student's.
 _LAYER_INPUTS = {
-    "self",
     "hidden_states",
     "attention_mask",
     "position_ids",
@@ -203,8 +202,8 @@ _LAYER_INPUTS = {
 
 def _other_inputs(layer: nn.Module) -> list[str]:
     """The named arguments of a layer beside those that every decoder layer has."""
-    named = [p for p in inspect.signature(type(layer).forward).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    return [p.name for p in named if p.kind is not p.VAR_POSITIONAL and p.name not in _LAYER_INPUTS]
+    named = list(inspect.signature(type(layer).forward).parameters.values())[1:]
+    return [p.name for p in named if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in _LAYER_INPUTS]
 
 
 def joint_obstacle(body: Body, teacher: str | nn.Module) -> str | None:

@@ -722,6 +722,143 @@ def test_a_layout_that_reaches_no_attention_is_refused(monkeypatch):
             dual_hidden_states(model, batch, passes=passes)
 
 
+# What a trial on a few tokens sees.
+
+Qwen3Layer = transformers.models.qwen3.modeling_qwen3.Qwen3DecoderLayer
+Qwen3Attention = transformers.models.qwen3.modeling_qwen3.Qwen3Attention
+
+
+class ShiftedLayer(Qwen3Layer):
+    """A layer that mixes each row with the one before it, whichever context that belongs to."""
+
+    def forward(self, hidden_states, **kwargs):
+        return super().forward(hidden_states + 0.1 * hidden_states.roll(1, dims=1), **kwargs)
+
+
+class Rewritten(Qwen3Layer):
+    """The same layer in other words, keywords handed on under other names."""
+
+    forward = eval(
+        "lambda layer, hidden_states, *a, **others: (lambda y: y + layer.mlp(layer.post_attention_layernorm(y)))("
+        "hidden_states + layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **dict(others))[0])"
+    )
+
+
+class Windowless(Qwen3Attention):
+    """It knows of its window from its mask alone."""
+
+    def forward(self, *args, **kwargs):
+        self.sliding_window = None
+        return super().forward(*args, **kwargs)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
+class OddGradient(Qwen3Layer):
+    """Its gradient is wrong for more rows than any context of the trial has."""
+
+    def forward(self, hidden_states, **kwargs):
+        out = super().forward(hidden_states, **kwargs)
+        return Doubled.apply(out) if out.shape[1] > 12 else out
+
+
+def of_layers(kind: type, **extra: Any) -> Any:
+    model = make_model("qwen3", **extra)
+    for layer in model.model.layers:
+        part = layer.self_attn if issubclass(kind, Qwen3Attention) else layer
+        part.__class__ = kind
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rows_that_see_each_other_are_refused_with_the_numbers(dtype):
+    model, batch = of_layers(ShiftedLayer).to(dtype), pack_dual_context(*make_data(1))
+    said = r"Qwen3ForCausalLM cannot run .*student's packed rows are not those of a plain pass: row \d+ .*is off by \d"
+    for call in (
+        lambda: plan_passes(model),
+        lambda: dual_hidden_states(model, batch),
+        lambda: dual_hidden_states(make_model("qwen3").to(dtype), batch, teacher=model),
+    ):
+        with pytest.raises(ValueError, match=said):
+            call()
+    assert plan_passes(make_model("qwen3").to(dtype)).passes == "two"
+    plan = plan_passes(make_model("qwen3").to(dtype), passes="joint")
+    assert "not tried" not in plan.reason
+
+
+@pytest.mark.parametrize("passes", ["two", "joint"])
+def test_the_same_maths_in_other_words_works(passes):
+    data, batch = make_data(4), pack_dual_context(*make_data(4))
+    want = separate(make_model("qwen3"), *data[::2]).detach()
+    got = dual_hidden_states(of_layers(Rewritten), batch, passes=passes)
+    assert worst(got.student.detach(), want) < 1e-12
+
+
+def test_a_window_that_the_attention_is_not_given_is_refused():
+    sliding = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0, "layer_types": None}
+    assert plan_passes(make_model("qwen3", **sliding)).passes == "two"
+    with pytest.raises(ValueError, match="sliding window of 64 in 3 layers, and its attention was given one in 0"):
+        plan_passes(of_layers(Windowless, **sliding))
+
+
+def test_a_gradient_that_is_another_takes_two_passes():
+    model = of_layers(OddGradient)
+    with pytest.raises(
+        ValueError, match=r"passes='joint' is not possible: .*the gradient of OddGradient\.\S+ is off by"
+    ):
+        plan_passes(model, passes="joint")
+    model.gradient_checkpointing_enable()
+    plan = plan_passes(model)
+    assert plan.passes == "two"
+    assert "is off by" in plan.reason
+
+
+def test_a_model_is_tried_once_for_the_same_settings():
+    model, calls = make_model("qwen3", lora=True), []
+    lm_of(model).model.embed_tokens.register_forward_hook(lambda *_: calls.append(1))
+    plan_passes(model, teacher="base", passes="joint")
+    first = len(calls)
+    assert 0 < first < 20
+    model.eval()
+    plan_passes(model, teacher="base", passes="joint")
+    plan_passes(model)
+    assert len(calls) == first
+    lm_of(model).model.layers[0].__class__ = ShiftedLayer
+    with pytest.raises(ValueError, match="not those of a plain pass"):
+        plan_passes(model)
+
+
+def test_a_trial_leaves_the_model_and_the_random_numbers_as_they_were():
+    model = make_model("qwen3", lora=True)
+    for module in model.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = nn.Dropout(0.3)
+    model.get_base_model().model.layers[1].eval()
+    modes, state = [m.training for m in model.modules()], torch.get_rng_state()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plan_passes(model, teacher="base", passes="joint")
+    assert modes == [m.training for m in model.modules()]
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(p.grad is None for p in model.parameters())
+    assert lm_of(model).config._attn_implementation != attention.NAME
+
+
+def test_sharded_weights_are_not_tried_and_it_is_said(monkeypatch):
+    model = make_model("qwen3")
+    monkeypatch.setattr(prove, "no_trial", lambda _: "its weights are sharded over processes")
+    with pytest.warns(UserWarning, match="packed rows serve .* of Qwen3ForCausalLM .* could not be tried .* sharded"):
+        plan = plan_passes(model)
+    assert "not tried on tokens: its weights are sharded over processes" in plan.reason
+
+
 class ScaledLayer(transformers.models.qwen3.modeling_qwen3.Qwen3DecoderLayer):
     """A layer that is given something else of each row."""
 
