@@ -242,8 +242,7 @@ def examine(name: str) -> dict[str, Any]:
 
 def verdict(found: dict[str, Any]) -> str:
     """One of `VERDICTS`. A padded batch is not checked by the package, so a wrong one means that it does not work."""
-    wrong = [k for k in ("head", "two", "joint") if not found[k].get("error", 0) <= LIMIT]
-    if wrong:
+    if any(not found[k].get("error", 0) <= LIMIT for k in ("head", "two", "joint")):
         return "wrong"
     if "reason" in found["head"]:
         return "refused"
@@ -334,8 +333,8 @@ def main() -> None:
     for name in options.only or sorted(CLASSES):
         models[name] = in_a_process(name, options.seconds)
         print(f"{name}: {models[name]['verdict']}: {reason(models[name])}"[:200], flush=True)
-    results = {"machine": machine(torch.device("cpu")), "models": dict(sorted(models.items()))}
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
+        results = {"machine": machine(torch.device("cpu")), "models": dict(sorted(models.items()))}
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
     if options.out == RESULTS:
         replace_section("models", table(results))
     for kind, found in itertools.groupby(sorted(m["verdict"] for m in models.values())):

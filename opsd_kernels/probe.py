@@ -35,7 +35,8 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         stack.enter_context(torch.autocast(device.type, enabled=False))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if any(m._compiled_call_impl is not None or uncompiled(m) is not m for m in model.modules()):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))  # which takes seconds to import
         yield
 
 
@@ -44,7 +45,7 @@ def no_trial(model: nn.Module) -> str | None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             return f"{name} is on device meta"
-        if hasattr(parameter, "device_mesh"):  # a DTensor
+        if hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_tensor"):  # a DTensor, or DeepSpeed's
             return f"{name} is sharded over processes"
     if any("FullyShardedDataParallel" in type(m).__name__ for m in model.modules()):
         return "its weights are sharded over processes"
