@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from opsd.errors import ConfigError, DataError
 from opsd.options import LoraConfig, ModelConfig
-from opsd_kernels.packing.hooks import outside_adapter
+from opsd_kernels.packing.vet import outside_adapter
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 """What may be the name of a model on the hub: all other text is a path."""

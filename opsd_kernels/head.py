@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
-import re
-import textwrap
+import itertools
+import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .probe import no_trial, settings, tolerance, uncompiled, undisturbed, warn_unproven
 
 
 @dataclass(frozen=True)
@@ -36,39 +39,31 @@ class Head:
 def lm_head_of(model: nn.Module) -> Head:
     """Reads the head of a transformers causal language model (also one wrapped by peft or torch.compile).
 
-    What the model does to its logits is read from the source of its `forward`; softcap (Gemma, nanochat) and constant
-    scales (Cohere, Granite, Falcon-H1) are understood.
+    Softcaps (Gemma, nanochat) and constant scales (Cohere, Granite, Falcon-H1) are read from fields of the config, then
+    proven: the model runs on a few tokens in eval mode, and its logits must equal those of the head on its last hidden
+    states, as they are and enlarged, where a softcap shows. The result is kept for the model until its settings change.
+    Weights on device meta or sharded over processes cannot be run so: then what the config says is taken, with a
+    `UserWarning`. The same goes for a model whose layers below the head raise an exception on token ids alone.
 
     Raises:
         TypeError: `model` is no causal language model with an output embedding.
         ValueError: the head is not a plain linear layer (adapters or forward hooks on it, say), or the model does
-            something else to its logits; the message quotes it.
+            something else to its logits; the message has the numbers that disagree.
     """
-    wrapper: Any = _uncompiled(model)
-    base = _uncompiled(wrapper.get_base_model()) if hasattr(wrapper, "get_base_model") else wrapper
+    wrapper: Any = uncompiled(model)
+    base = uncompiled(wrapper.get_base_model()) if hasattr(wrapper, "get_base_model") else wrapper
     if not hasattr(base, "get_output_embeddings") or base.get_output_embeddings() is None:
         raise TypeError(f"model must be a transformers model with an output embedding, got {type(base).__name__}")
-    linear = _uncompiled(base.get_output_embeddings())
+    linear = uncompiled(base.get_output_embeddings())
     if type(linear) is not nn.Linear:
         raise ValueError(
             f"model's output embedding must be a plain torch.nn.Linear, got {type(linear).__name__}: "
             "merge or drop adapters on the head"
         )
     _check_forward(linear)
-    logit_scale, softcap = _post_processing(base, linear)
     rows, vocab = linear.weight.shape[0], getattr(base.config.get_text_config(), "vocab_size", None)
-    return Head(
-        linear.weight,
-        linear.bias,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        valid_vocab=vocab if vocab is not None and vocab < rows else None,
-    )
-
-
-def _uncompiled(module: Any) -> Any:
-    """The module itself of what torch.compile made of it."""
-    return getattr(module, "_modules", {}).get("_orig_mod", module)
+    plain = Head(linear.weight, linear.bias, valid_vocab=vocab if vocab is not None and vocab < rows else None)
+    return _proven(base, plain)
 
 
 def _check_forward(linear: nn.Linear) -> None:
@@ -97,121 +92,169 @@ def _is_accelerates(hook: Any) -> bool:
     return type(hook).__module__ == "accelerate.hooks"
 
 
-_LAST_HIDDEN = re.compile(
-    r"(\w+\.last_hidden_state|\w+\[0\]|slice_logits_to_keep\([\w.]+, \w+\)"
-    r"|hidden_states(\[[^\[\]]*\]|\.to\([^()]*\)))"
-)
-_CONVERSIONS = ("float", "to", "contiguous")
-_TANH = ("torch.tanh", "nn.functional.tanh", "F.tanh")
-_SCALE = re.compile(r"self\.(?:\w+\.)*(?:logit_scale|logits_scaling|output_multiplier|lm_head_multiplier)")
-_CAP = re.compile(r"self\.(?:\w+\.)*final_logit_softcapping")
-_IF_CAPPED = re.compile(_CAP.pattern + r"( is not None)?")
+# What transformers' configs call what happens to logits.
+_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+_CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
 
 
-def _post_processing(model: Any, linear: nn.Linear) -> tuple[float, float | None]:
-    """(logit_scale, softcap) from the statements of `forward` that write `logits`; raises for any it does not know."""
-    tree = _source_of_forward(model)
-    known: set[ast.AST] = set()  # the uses of `logits` that are understood
-    steps: list[str] = []
-    scale, cap, hidden = 1.0, None, ""
-    for node, conditions in _statements(tree):
-        names = [ast.unparse(t) for t in node.targets] if isinstance(node, ast.Assign) else []
-        if names != ["logits"] or not isinstance(node, ast.Assign) or ast.unparse(node.value) == "None":
-            continue
-        capping = all(_IF_CAPPED.fullmatch(c) for c in conditions)
-        for step, name in _operations(model, linear, node.value):
-            value: Any = _attribute(model, name) if step in ("*", "/") else None
-            if step == "head":
-                hidden = name
-            elif _SCALE.fullmatch(name) and not conditions and type(value) in (int, float):
-                scale = scale * value if step == "*" else scale / value
-                step = "scale"
-            elif _CAP.fullmatch(name) and capping and (step == "/" or value == cap):
-                cap = value
-            elif step != "tanh" or not capping:
-                raise _unknown(model, ast.unparse(node))
-            steps.append(step)
-        known |= set(ast.walk(node))
-    if "".join(s for s in steps if s != "scale") not in ("head", "head/tanh*") or ("*" in steps and steps[-1] != "*"):
-        raise _unknown(model, "how `logits` is computed could not be followed")
-    _check_other_uses(model, tree, known, hidden)
-    return scale, (float(cap) if cap else None)
+def _readings(base: Any, plain: Head) -> Iterator[Head]:
+    """What the fields may mean, the likeliest first: all of them apply, a divisor multiplies (HyperCLOVAX), or some
+    have no effect."""
 
-
-def _source_of_forward(model: Any) -> ast.AST:
-    """Of the one that runs, which may be this instance's own."""
-    try:
-        source = textwrap.dedent(inspect.getsource(inspect.unwrap(model.forward)))
-        return ast.parse(source.replace("lm_logits", "logits"))
-    except (OSError, TypeError, SyntaxError) as error:
-        raise _unknown(model, f"the source of its forward cannot be read: {error}") from None
-
-
-def _operations(model: Any, linear: nn.Linear, node: ast.expr) -> Iterator[tuple[str, str]]:
-    """What leads from the hidden states, or from `logits`, to the value of `node`, the first first.
-
-    ("head", the name of the hidden states), ("tanh", ""), ("*", the factor) or ("/", the divisor).
-    """
-    node = _converted(node)
-    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Mult, ast.Div)):
-        yield from _operations(model, linear, node.left)
-        yield "*" if isinstance(node.op, ast.Mult) else "/", ast.unparse(node.right)
-    elif isinstance(node, ast.Call) and len(node.args) == 1 and not node.keywords:
-        name = ast.unparse(node.func)
-        hidden = _converted(node.args[0])
-        hidden = hidden.value if isinstance(hidden, ast.Subscript) else hidden  # some of the positions
-        if name in _TANH:
-            yield from _operations(model, linear, node.args[0])
-            yield "tanh", ""
-        elif _uncompiled(_attribute(model, name)) is linear and isinstance(hidden, ast.Name):
-            yield "head", hidden.id
-        else:
-            raise _unknown(model, ast.unparse(node))
-    elif not isinstance(node, ast.Name) or node.id != "logits":
-        raise _unknown(model, ast.unparse(node))
-
-
-def _converted(node: ast.expr) -> ast.expr:
-    """What `node` is a conversion of: to another dtype or layout, not to other values."""
-    while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _CONVERSIONS:
-        node = node.func.value
-    return node
-
-
-def _statements(tree: ast.AST, conditions: tuple[str, ...] = ()) -> Iterator[tuple[ast.stmt, tuple[str, ...]]]:
-    """Every statement in order, with the conditions of the `if`s around it."""
-    for child in ast.iter_child_nodes(tree):
-        if isinstance(child, ast.stmt):
-            yield child, conditions
-            inner = (*conditions, ast.unparse(child.test)) if isinstance(child, ast.If) else conditions
-            yield from _statements(child, inner)
-
-
-def _check_other_uses(model: Any, tree: ast.AST, known: set[ast.AST], hidden: str) -> None:
-    """Nothing else changes the logits or the hidden states in front of the head: they are only handed on."""
-    for node in ast.walk(tree):
-        if node in known:
-            continue
-        changes = isinstance(node, (ast.BinOp, ast.UnaryOp, ast.Subscript, ast.Attribute, ast.AugAssign))
-        renames = isinstance(node, ast.Assign) and isinstance(node.value, ast.Name) and node.value.id == "logits"
-        operands = [n.id for n in ast.iter_child_nodes(node) if isinstance(n, ast.Name)]
-        if renames or (changes and "logits" in operands and ast.unparse(node) not in ("logits.shape", "logits.device")):
-            raise _unknown(model, ast.unparse(node))
-        if isinstance(node, (ast.Assign, ast.AugAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            written = any(ast.unparse(target) == hidden for target in targets)
-            if written and not (isinstance(node, ast.Assign) and _LAST_HIDDEN.fullmatch(ast.unparse(node.value))):
-                raise _unknown(model, ast.unparse(node))
-
-
-def _attribute(model: Any, dotted: str) -> Any:
-    """The value of `self.….…`, None if it is anything else."""
-    if not re.fullmatch(r"self(\.\w+)+", dotted):
+    def value(name: str) -> float | None:
+        for owner in (base, base.config.get_text_config()):  # the model may have taken its own copy
+            found = getattr(owner, name, None)
+            if isinstance(found, (int, float)) and not isinstance(found, bool) and found != 0:
+                return float(found)
         return None
-    value = model
-    for name in dotted.split(".")[1:]:
-        value = getattr(value, name, None)
-    return value
+
+    factors = [[v, 1.0] for name in _FACTORS if (v := value(name)) not in (None, 1.0)]
+    divisors = [[1 / v, v, 1.0] for name in _DIVISORS if (v := value(name)) not in (None, 1.0)]
+    caps = [*(v for name in _CAPS if (v := value(name)) is not None), None]
+    for cap in caps:
+        for scales in itertools.product(*factors, *divisors):
+            scale = 1.0
+            for each in scales:
+                scale *= each
+            yield replace(plain, logit_scale=scale, softcap=cap)
+
+
+_found: weakref.WeakKeyDictionary[nn.Module, tuple[Any, float, float | None, int | None]] = weakref.WeakKeyDictionary()
+
+
+def _proven(base: Any, plain: Head) -> Head:
+    """The reading of the config under which the head gives the model's own logits."""
+    learnt = [name for name in (*_FACTORS, *_DIVISORS) if isinstance(getattr(base, name, None), Tensor)]
+    if learnt:
+        raise _unknown(base, f"{learnt[0]} is a tensor, which may change; accepted: a number")
+    readings = list(_readings(base, plain))
+    hooks = (*base._forward_hooks, *base._forward_pre_hooks)
+    key = (settings(base), hooks, plain.weight.shape, [(r.logit_scale, r.softcap, r.valid_vocab) for r in readings])
+    if base in _found and _found[base][0] == key and "forward" not in vars(base):
+        _, scale, cap, valid = _found[base]
+        return replace(plain, logit_scale=scale, softcap=cap, valid_vocab=valid)
+    trial = no_trial(base) or _try(base, plain)
+    if isinstance(trial, str):
+        warn_unproven("the head", base, trial)
+        return readings[0]
+    found = _matching(base, readings, *trial)
+    _found[base] = (key, found.logit_scale, found.softcap, found.valid_vocab)
+    return found
+
+
+@torch.no_grad()
+def _matching(base: Any, readings: list[Head], hidden: Tensor, logits: Tensor) -> Head:
+    """The first of `readings` that makes `logits`, (1, T, V), of `hidden`, (1, T, H)."""
+    plain, columns = readings[0], logits.shape[-1]
+    with torch.autocast(hidden.device.type, enabled=False):
+        raw = F.linear(hidden, plain.weight, plain.bias).float()
+    if logits.shape[:-1] != raw.shape[:-1] or columns > raw.shape[-1]:
+        raise _unknown(base, f"its logits are of shape {tuple(logits.shape)}, its head gives {tuple(raw.shape)}")
+    for reading in readings:
+        if _agree(logits, _logits(reading, raw[..., :columns]), hidden.dtype):
+            if columns == raw.shape[-1]:
+                return reading
+            # The model cuts the padding off.
+            return replace(reading, valid_vocab=min(columns, reading.valid_vocab or columns))
+    raise _unknown(base, _difference(logits, _logits(plain, raw[..., :columns]), plain))
+
+
+_TOKENS = 8
+_LARGE = 60.0  # logits that saturate any softcap in use
+
+
+def _try(base: Any, plain: Head) -> tuple[Tensor, Tensor] | str:
+    """(1, T, H) last hidden states and the (1, T, V) float32 logits made of them, or why the model did not run.
+
+    The second half of the hidden states is enlarged on the way to the head.
+    """
+    embedding = base.get_input_embeddings()
+    device, rows = embedding.weight.device, embedding.weight.shape[0]
+    ids = torch.arange(1, _TOKENS + 1, device=device)[None] * rows // (_TOKENS + 2)
+    seen: list[Tensor] = []
+    body = uncompiled(base.base_model)
+    if body is base:
+        return "it has no body below its head that could be run alone"
+
+    def enlarge(_: nn.Module, __: Any, output: Any) -> Any:
+        hidden = getattr(output, "last_hidden_state", None)
+        if seen or not isinstance(hidden, Tensor):
+            return None
+        output["last_hidden_state"] = _enlarged(hidden, plain)
+        seen.append(output["last_hidden_state"])
+        return output
+
+    try:
+        with torch.no_grad(), undisturbed(base, device):
+            for part in (body, *body.children()):  # some call what is below their body
+                with part.register_forward_hook(enlarge):
+                    output = base(ids)
+                if seen:
+                    break
+            if seen and part is not body and not _same(body(ids).last_hidden_state, seen[0]):
+                seen.clear()
+    except Exception as error:
+        what = f"its forward raises {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        if not seen or seen[0].dtype != plain.weight.dtype:  # of two types only under autocast
+            return what
+        raise _unknown(base, what) from error
+    logits = getattr(output, "logits", output)
+    if not seen:
+        return f"it does not make its logits of the last_hidden_state of its {type(body).__name__}"
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        raise _unknown(base, f"its forward returns {type(logits).__name__} and no logits")
+    return seen[0].to(plain.weight.device, plain.weight.dtype), logits.detach().to(plain.weight.device).float()
+
+
+def _enlarged(hidden: Tensor, plain: Head) -> Tensor:
+    """(1, T, H) with the second half of the rows at the size that gives large logits."""
+    rows = hidden[:, _TOKENS // 2 :].to(plain.weight.device, plain.weight.dtype)
+    largest = float(F.linear(rows, plain.weight, plain.bias).abs().max())
+    factor = min(_LARGE / max(largest, 1e-30), 1e4 / max(float(rows.abs().max()), 1e-30))
+    return torch.cat([hidden[:, : _TOKENS // 2], hidden[:, _TOKENS // 2 :] * max(factor, 1.0)], dim=1)
+
+
+def _same(hidden: Tensor, enlarged: Tensor) -> bool:
+    first, second = _halves(hidden)[0], _halves(enlarged)[0]
+    return first.shape == second.shape and bool((first - second).norm() <= tolerance(first.dtype) * first.norm())
+
+
+def _logits(head: Head, raw: Tensor) -> Tensor:
+    scaled = raw * head.logit_scale
+    return scaled if head.softcap is None else head.softcap * torch.tanh(scaled / head.softcap)
+
+
+def _halves(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of the hidden states as they were, and of the enlarged ones, which must not drown them."""
+    return logits[:, : _TOKENS // 2], logits[:, _TOKENS // 2 :]
+
+
+def _agree(logits: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Within rounding. On average over all logits, which tells a scale of 1.02 from 1 in bfloat16, too."""
+    limit = tolerance(dtype) / 2
+    return all(
+        bool((got - want).norm() <= limit * want.norm() + 1e-30) and bool(got.isfinite().all())
+        for got, want in zip(_halves(logits), _halves(expected), strict=True)
+    )
+
+
+def _difference(logits: Tensor, expected: Tensor, reading: Head) -> str:
+    """Where the model's logits are not the head's, by how much, and which factor would explain it."""
+    gap = (logits - expected).abs().nan_to_num(torch.inf)
+    token, column = divmod(int(gap.argmax()), logits.shape[-1])
+    own, ours = float(logits[0, token, column]), float(expected[0, token, column])
+    enlarged = ", of an enlarged hidden state," if token >= _TOKENS // 2 else ""
+    text = (
+        f"with scale {reading.logit_scale:g} and softcap {reading.softcap} as its config says, logit {column} of token "
+        f"{token}{enlarged} is {ours:.4g} and the model's own {own:.4g}"
+    )
+    got, want = _halves(logits)[0].double(), _halves(expected)[0].double()
+    factor = float((got * want).sum() / want.square().sum().clamp_min(1e-300))
+    left = float((got - factor * want).norm() / got.norm().clamp_min(1e-300))
+    if left < 0.02:
+        return f"{text}; the model's logits are {factor:.4g} times these, which no known field of its config says"
+    return f"{text}; no constant factor explains it ({factor:.4g} leaves {left:.0%} of them)"
 
 
 def _unknown(model: Any, what: str) -> ValueError:

@@ -1,6 +1,7 @@
 """The packed dual-context path: student and privileged teacher as rows without padding."""
 
-from .hooks import DualHidden, Plan, dual_hidden_states, plan_passes
+from .dual import Plan, dual_hidden_states, plan_passes
+from .joint import DualHidden
 from .layout import DualContextBatch, fill_token_budget, pack_dual_context
 
 __all__ = [

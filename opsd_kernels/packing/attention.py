@@ -47,6 +47,7 @@ class Pass:
     layout: Layout
     backend: str = "auto"
     calls: int = 0  #: attention layers that ran; fewer than layers means that some never saw the layout
+    windows: int = 0  #: those of them that were given a sliding window
 
 
 def register() -> None:
@@ -102,6 +103,7 @@ def packed_attention(
         if kwargs.get(unknown) is not None:
             raise ValueError(f"{name} passes {unknown} to its attention, which packed rows do not support")
     packed.calls += 1
+    packed.windows += sliding_window is not None
     device = query.device.type
     if torch.is_autocast_enabled(device):  # as for any attention kernel: norms may have left float32 behind
         dtype = torch.get_autocast_dtype(device)

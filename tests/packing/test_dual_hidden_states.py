@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 import opsd_kernels.packing.attention as attention
-import opsd_kernels.packing.hooks as hooks
+import opsd_kernels.packing.dual as dual
+import opsd_kernels.packing.prove as prove
+import opsd_kernels.packing.vet as vet
 from opsd_kernels.packing import dual_hidden_states, pack_dual_context, plan_passes
 from opsd_kernels.triton_jit import INTERPRETED
 
@@ -379,6 +381,7 @@ def saved_bytes(model: Any, batch: Any, **options: Any) -> int:
             found[storage.data_ptr()] = (storage.nbytes(), t)  # held, so that no address is used twice
         return t
 
+    plan_passes(model, **options)  # the trial on a few tokens is over with the first call
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         got = dual_hidden_states(model, batch, **options)
     assert got.student.requires_grad
@@ -514,6 +517,7 @@ def test_the_last_mlp_sees_only_the_rows_that_predict_something(generations, che
         model.gradient_checkpointing_enable()
     students, teachers, rollouts = make_data(generations)
     batch = pack_dual_context(students, teachers, rollouts)
+    plan_passes(model)  # its trial counts for nothing here
     seen: list[list[int]] = [[], [], []]
     for layer, calls in zip(model.model.layers, seen, strict=True):
         layer.mlp.gate_proj.register_forward_hook(lambda _, args, out, calls=calls: calls.append(args[0].shape[1]))
@@ -529,6 +533,7 @@ def test_the_last_mlp_sees_only_the_rows_that_predict_something(generations, che
 def test_a_compiled_model_keeps_its_last_mlp():
     model = make_model("qwen3")
     batch = pack_dual_context(*make_data(1))
+    plan_passes(model)
     seen: list[int] = []
     model.model.layers[-1].mlp.gate_proj.register_forward_hook(lambda _, args, out: seen.append(args[0].shape[1]))
     model.model._compiled_call_impl = model.model._call_impl  # as if compiled, for nothing
@@ -590,7 +595,8 @@ def forbid_work(monkeypatch):
     def work(*_, **__):
         raise AssertionError("the model ran")
 
-    monkeypatch.setattr(hooks, "_call", work)
+    monkeypatch.setattr(vet.Body, "run", work)
+    monkeypatch.setattr(prove, "_plain", work)
 
 
 PROMPT_LEARNING = {
@@ -706,13 +712,151 @@ def test_a_layout_that_reaches_no_attention_is_refused(monkeypatch):
         lambda: plan_passes(make_model("qwen3"), teacher=model),
         lambda: dual_hidden_states(model, batch),
     ):
-        with pytest.raises(ValueError, match=r"NemotronForCausalLM cannot run .*NemotronDecoderLayer does not hand"):
+        with pytest.raises(ValueError, match=r"NemotronForCausalLM cannot run .*its attention gets no keyword"):
             call()
-    # Where it cannot be told from the code it shows at the first layer.
-    monkeypatch.setattr(hooks, "_stray_layout", lambda _: None)
+    # Where it could not be tried it shows at the first layer.
+    for trial in ("try_rows", "try_joint"):
+        monkeypatch.setattr(dual, trial, lambda *_, **__: prove.Trial(untried="for the test"))
     for passes in ("two", "joint"):
         with pytest.raises(ValueError, match=r"model NemotronForCausalLM cannot run .*its attention gets no keyword"):
             dual_hidden_states(model, batch, passes=passes)
+
+
+# What a trial on a few tokens sees.
+
+Qwen3Layer = transformers.models.qwen3.modeling_qwen3.Qwen3DecoderLayer
+Qwen3Attention = transformers.models.qwen3.modeling_qwen3.Qwen3Attention
+
+
+class ShiftedLayer(Qwen3Layer):
+    """A layer that mixes each row with the one before it, whichever context that belongs to."""
+
+    def forward(self, hidden_states, **kwargs):
+        return super().forward(hidden_states + 0.1 * hidden_states.roll(1, dims=1), **kwargs)
+
+
+class Rewritten(Qwen3Layer):
+    """The same layer in other words, keywords handed on under other names."""
+
+    forward = eval(
+        "lambda layer, hidden_states, *a, **others: (lambda y: y + layer.mlp(layer.post_attention_layernorm(y)))("
+        "hidden_states + layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **dict(others))[0])"
+    )
+
+
+class Windowless(Qwen3Attention):
+    """It knows of its window from its mask alone."""
+
+    def forward(self, *args, **kwargs):
+        self.sliding_window = None
+        return super().forward(*args, **kwargs)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
+class OddGradient(Qwen3Layer):
+    """Its gradient is wrong for more rows than any context of the trial has."""
+
+    def forward(self, hidden_states, **kwargs):
+        out = super().forward(hidden_states, **kwargs)
+        return Doubled.apply(out) if out.shape[1] > 12 else out
+
+
+def of_layers(kind: type, **extra: Any) -> Any:
+    model = make_model("qwen3", **extra)
+    for layer in model.model.layers:
+        part = layer.self_attn if issubclass(kind, Qwen3Attention) else layer
+        part.__class__ = kind
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rows_that_see_each_other_are_refused_with_the_numbers(dtype):
+    model, batch = of_layers(ShiftedLayer).to(dtype), pack_dual_context(*make_data(1))
+    said = r"Qwen3ForCausalLM cannot run .*student's packed rows are not those of a plain pass: row \d+ .*is off by \d"
+    for call in (
+        lambda: plan_passes(model),
+        lambda: dual_hidden_states(model, batch),
+        lambda: dual_hidden_states(make_model("qwen3").to(dtype), batch, teacher=model),
+    ):
+        with pytest.raises(ValueError, match=said):
+            call()
+    assert plan_passes(make_model("qwen3").to(dtype)).passes == "two"
+    plan = plan_passes(make_model("qwen3").to(dtype), passes="joint")
+    assert "not tried" not in plan.reason
+
+
+@pytest.mark.parametrize("passes", ["two", "joint"])
+def test_the_same_maths_in_other_words_works(passes):
+    data, batch = make_data(4), pack_dual_context(*make_data(4))
+    want = separate(make_model("qwen3"), *data[::2]).detach()
+    got = dual_hidden_states(of_layers(Rewritten), batch, passes=passes)
+    assert worst(got.student.detach(), want) < 1e-12
+
+
+def test_a_window_that_the_attention_is_not_given_is_refused():
+    sliding = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0, "layer_types": None}
+    assert plan_passes(make_model("qwen3", **sliding)).passes == "two"
+    with pytest.raises(ValueError, match="sliding window of 64 in 3 layers, and its attention was given one in 0"):
+        plan_passes(of_layers(Windowless, **sliding))
+
+
+def test_a_gradient_that_is_another_takes_two_passes():
+    model = of_layers(OddGradient)
+    with pytest.raises(
+        ValueError, match=r"passes='joint' is not possible: .*the gradient of OddGradient\.\S+ is off by"
+    ):
+        plan_passes(model, passes="joint")
+    model.gradient_checkpointing_enable()
+    plan = plan_passes(model)
+    assert plan.passes == "two"
+    assert "is off by" in plan.reason
+
+
+def test_a_model_is_tried_once_for_the_same_settings():
+    model, calls = make_model("qwen3", lora=True), []
+    lm_of(model).model.embed_tokens.register_forward_hook(lambda *_: calls.append(1))
+    plan_passes(model, teacher="base", passes="joint")
+    first = len(calls)
+    assert 0 < first < 20
+    model.eval()
+    plan_passes(model, teacher="base", passes="joint")
+    plan_passes(model)
+    assert len(calls) == first
+    lm_of(model).model.layers[0].__class__ = ShiftedLayer
+    with pytest.raises(ValueError, match="not those of a plain pass"):
+        plan_passes(model)
+
+
+def test_a_trial_leaves_the_model_and_the_random_numbers_as_they_were():
+    model = make_model("qwen3", lora=True)
+    for module in model.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = nn.Dropout(0.3)
+    model.get_base_model().model.layers[1].eval()
+    modes, state = [m.training for m in model.modules()], torch.get_rng_state()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plan_passes(model, teacher="base", passes="joint")
+    assert modes == [m.training for m in model.modules()]
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(p.grad is None for p in model.parameters())
+    assert lm_of(model).config._attn_implementation != attention.NAME
+
+
+def test_sharded_weights_are_not_tried_and_it_is_said(monkeypatch):
+    model = make_model("qwen3")
+    monkeypatch.setattr(prove, "no_trial", lambda _: "its weights are sharded over processes")
+    with pytest.warns(UserWarning, match="packed rows serve .* of Qwen3ForCausalLM .* could not be tried .* sharded"):
+        plan = plan_passes(model)
+    assert "not tried on tokens: its weights are sharded over processes" in plan.reason
 
 
 class ScaledLayer(transformers.models.qwen3.modeling_qwen3.Qwen3DecoderLayer):
@@ -739,8 +883,8 @@ def test_models_whose_layers_are_not_alone_take_two_passes(monkeypatch):
         with pytest.raises(ValueError, match=f"passes='joint' is not possible: {reason}.*accepted here: 'two'"):
             dual_hidden_states(model, pack_dual_context(*make_data(4)), passes="joint")
     assert plan_passes(noisy.eval(), passes="joint").passes == "joint"
-    # Where it cannot be told from the code it shows before backward.
-    monkeypatch.setattr(hooks, "_joint_obstacle", lambda *_: None)
+    # Where it could not be tried it shows before backward.
+    monkeypatch.setattr(dual, "try_joint", lambda *_, **__: prove.Trial(untried="for the test"))
     with pytest.raises(ValueError, match="needs the final norm once, after the last layer, and NanoChatModel"):
         dual_hidden_states(make_model("nanochat"), pack_dual_context(*make_data(1)), passes="joint")
 
@@ -868,7 +1012,7 @@ def test_choice_on_cuda(capability, flash, wrong, half, capped, full, monkeypatc
     monkeypatch.setattr(attention, "self_check", lambda name, *_, **__: "is off" if name in wrong else None)
 
     def choice(*arguments):
-        return hooks.choose_backend(torch.device("cuda"), *arguments)
+        return dual.choose_backend(torch.device("cuda"), *arguments)
 
     backend, reason = choice(torch.bfloat16)
     assert backend == half
@@ -913,7 +1057,7 @@ def documented_varlen(corner: str):
 @pytest.mark.parametrize("passes", ["two", "joint"])
 @pytest.mark.parametrize("family", ["qwen3", "mistral"])
 def test_ragged_backends_get_the_right_ranges(family, passes, monkeypatch):
-    monkeypatch.setattr(hooks, "backend_obstacle", lambda *_: None)
+    monkeypatch.setattr(dual, "backend_obstacle", lambda *_: None)
     attention._check_alignment.cache_clear()
     monkeypatch.setattr(attention, "_varlen_call", documented_varlen("last"))
     for generations in (1, 4):
@@ -1020,7 +1164,7 @@ def test_varlen_is_told_of_grouped_queries_where_it_asks(asks, grouped, monkeypa
 
 @pytest.mark.parametrize("backend", ["varlen", "flash"])
 def test_ragged_backends_refuse_another_alignment(backend, monkeypatch):
-    monkeypatch.setattr(hooks, "backend_obstacle", lambda *_: None)
+    monkeypatch.setattr(dual, "backend_obstacle", lambda *_: None)
     attention._check_alignment.cache_clear()
     monkeypatch.setattr(attention, f"_{backend}_call", documented_varlen("first"))
     with pytest.raises(RuntimeError, match=f"'{backend}' does not align causal masks at the last key"):
