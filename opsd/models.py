@@ -4,7 +4,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,8 @@ def load_tokenizer(path: str | None, option: str = "model.path") -> Any:
     """
     if path:
         _check_path(path, option)
-    try:
+    with _loading("tokenizer", path, option):
         return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _load_error(option, path, "tokenizer", error) from error
 
 
 def hub_notes(model_path: str | None, teacher_path: str | None = None) -> list[str]:
@@ -49,12 +47,16 @@ def hub_notes(model_path: str | None, teacher_path: str | None = None) -> list[s
     ]
 
 
-def _load_error(option: str, path: str | None, what: str, error: Exception) -> ConfigError:
-    """The error that `what` of `path` cannot be loaded."""
-    where = f"{option} {path!r}: "
-    if path and not Path(path).exists():
-        where = f"{option}: there is no directory {path}, and from the hub "
-    return ConfigError(f"{where}no {what} can be loaded: {error}")
+@contextmanager
+def _loading(what: str, path: str | None, option: str) -> Iterator[None]:
+    """Errors of transformers as a ConfigError that `what` of `path`, which is called `option`, cannot be loaded."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        where = f"{option} {path!r}: "
+        if path and not Path(path).exists():
+            where = f"{option}: there is no directory {path}, and from the hub "
+        raise ConfigError(f"{where}no {what} can be loaded: {error}") from error
 
 
 def _check_path(path: str, option: str) -> None:
@@ -86,14 +88,12 @@ def load_weights(options: ModelConfig, path: str | None, option: str = "model.pa
     Raises:
         ConfigError: no model can be loaded.
     """
-    try:
+    with _loading("model", path, option):
         return AutoModelForCausalLM.from_pretrained(
             path,  # type: ignore[arg-type]
             dtype=getattr(torch, options.dtype),
             attn_implementation=options.attn_implementation,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _load_error(option, path, "model", error) from error
 
 
 def load_model(options: ModelConfig, lora: LoraConfig, device: torch.device) -> nn.Module:
@@ -130,17 +130,15 @@ def progress_bars(shown: bool) -> Iterator[None]:
     if shown or not logging.is_progress_bar_enabled():
         yield
         return
-
-    def quietly(switch: Callable[[], None]) -> None:
-        with warnings.catch_warnings():  # the hub tells where a variable of the environment forbids a change
-            warnings.filterwarnings("ignore", "Cannot (dis|en)able progress bars", UserWarning)
-            switch()
-
-    quietly(logging.disable_progress_bar)
+    with warnings.catch_warnings():  # the hub tells where a variable of the environment forbids a change
+        warnings.filterwarnings("ignore", "Cannot (dis|en)able progress bars", UserWarning)
+        logging.disable_progress_bar()
     try:
         yield
     finally:
-        quietly(logging.enable_progress_bar)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Cannot (dis|en)able progress bars", UserWarning)
+            logging.enable_progress_bar()
 
 
 def _refuse_adapter(path: str | None, adapter: bool) -> None:
