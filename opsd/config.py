@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from opsd import options as sections
-from opsd.errors import ConfigError
+from opsd.errors import ConfigError, config_error
 from opsd.options import Section, accepted
 from opsd.presets import PRESETS, TINY
 
@@ -246,10 +246,8 @@ def _read(source: str | Path | Mapping[str, Any] | None) -> tuple[str | None, li
         name, loaded = "config", dict(source)
     elif isinstance(source, str | os.PathLike):
         name = str(source)
-        try:
+        with config_error(f"{source}: cannot be read as YAML", OSError, UnicodeDecodeError, yaml.YAMLError):
             loaded = yaml.load(Path(source).read_text(encoding="utf-8"), _Loader)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{source}: cannot be read as YAML: {error}") from error
         loaded = {} if loaded is None else loaded
     else:
         raise ConfigError(f"config is {source!r}; accepted: the path of a YAML file, or a mapping of sections")

@@ -18,13 +18,12 @@ from opsd.errors import CheckpointError, Interrupted, NonFiniteError
 from opsd.evaluation import Context, Evaluation
 from opsd.models import evaluating
 from opsd.optim import learning_rate, make_optimizer
-from opsd.progress import Progress
+from opsd.progress import Progress, StopRequest
 from opsd.prompts import Example
 from opsd.reasoning import analyse
 from opsd.run import Observer, StepResult
 from opsd.run_dir import RunDir
 from opsd.setup import Setup
-from opsd.stop import StopRequest
 from opsd.token_view import token_view
 from opsd.watch import Watch
 
@@ -79,7 +78,7 @@ class Loop:
                     raise Interrupted(message, stop.signal)
 
     def finished(self) -> str | None:
-        """Why there is no further step, or None if there is one."""
+        """As `Progress.finished`, by this run's options."""
         return self.progress.finished(self.config.optim.steps, self.config.eval.patience)
 
     def _one_step(self, batch: Sequence[Example], number: int) -> dict[str, Any]:
@@ -171,7 +170,10 @@ class Loop:
                 self.display.note("the best so far, and no better than the model before training")
         if progress.out_of_patience(options.patience) and not last:
             progress.evaluations["trained"] = asdict(result)
-            self.display.note(f"stopped early: {progress.standstill()}")
+            best, count = progress.best or {}, progress.since_best
+            evaluations = "1 evaluation was" if count == 1 else f"{count} evaluations were"
+            standstill = f"no better than {best['accuracy']:.1%} at step {best['step']}"
+            self.display.note(f"stopped early: {evaluations} {standstill}")
 
     def _evaluate(self, name: str, model: nn.Module, examples: Sequence[Example], context: Context) -> Evaluation:
         with evaluating(model), torch.no_grad():  # whatever a user's function does to it
@@ -217,5 +219,5 @@ class Loop:
         self.random_state = state["random"]
         if not same_measure and self.progress.best is not None:
             self.display.note("evaluations now measure something else: the count for the best one begins anew")
-            self.progress.forget_best()
+            self.progress.best, self.progress.since_best = None, 0
         run_dir.rewind(self.progress.step)

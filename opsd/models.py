@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
-from opsd.errors import ConfigError, DataError
+from opsd.errors import ConfigError, DataError, config_error
 from opsd.options import LoraConfig, ModelConfig
 from opsd_kernels.packing.hooks import outside_adapter
 
@@ -47,16 +47,12 @@ def hub_notes(model_path: str | None, teacher_path: str | None = None) -> list[s
     ]
 
 
-@contextmanager
-def _loading(what: str, path: str | None, option: str) -> Iterator[None]:
+def _loading(what: str, path: str | None, option: str) -> AbstractContextManager:
     """Errors of transformers as a ConfigError that `what` of `path`, which is called `option`, cannot be loaded."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        where = f"{option} {path!r}: "
-        if path and not Path(path).exists():
-            where = f"{option}: there is no directory {path}, and from the hub "
-        raise ConfigError(f"{where}no {what} can be loaded: {error}") from error
+    where = f"{option} {path!r}:"
+    if path and not Path(path).exists():
+        where = f"{option}: there is no directory {path}, and from the hub"
+    return config_error(f"{where} no {what} can be loaded", OSError, ValueError, KeyError, ImportError)
 
 
 def _check_path(path: str, option: str) -> None:
@@ -161,25 +157,18 @@ def load_trained(options: ModelConfig, device: torch.device) -> nn.Module:
     adapter = Path(path) / ADAPTER
     if not adapter.is_file():
         return load_weights(options, path).to(device)
-    try:
+    with config_error(f"{adapter}: cannot be read", OSError, ValueError, AttributeError):
         base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{adapter}: cannot be read: {error}") from error
     if not base:
         raise ConfigError(f"{adapter} does not name its base model (base_model_name_or_path)")
-    try:
+    with config_error(f"{adapter} names a base model that cannot be loaded", ConfigError):
         model = load_weights(options, base, "base_model_name_or_path").to(device)
-    except ConfigError as error:
-        raise ConfigError(f"{adapter} names a base model that cannot be loaded: {error}") from error
     peft = _peft(f"model.path {path!r} is an adapter, which")
-    try:
-        with _renamed():
-            adapted = peft.PeftModel.from_pretrained(model, path).to(device)
+    kinds = (OSError, ValueError, KeyError, TypeError, RuntimeError)
+    with config_error(f"model.path {path!r}: the adapter cannot be loaded onto {base!r}", *kinds), _renamed():
+        adapted = peft.PeftModel.from_pretrained(model, path).to(device)
+    with config_error(f"model.path {path!r}", ConfigError):
         causal_lm(adapted)
-    except ConfigError as error:
-        raise ConfigError(f"model.path {path!r}: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ConfigError(f"model.path {path!r}: the adapter cannot be loaded onto {base!r}: {error}") from error
     return adapted
 
 
@@ -213,11 +202,8 @@ def _add_adapters(model: nn.Module, options: LoraConfig) -> nn.Module:
         target_modules="all-linear" if targets == ("all-linear",) else list(targets),
         task_type="CAUSAL_LM",
     )
-    try:
-        with _renamed():
-            return peft.get_peft_model(model, adapters)
-    except ValueError as error:
-        raise ConfigError(f"lora.target_modules {','.join(targets)}: {error}") from error
+    with config_error(f"lora.target_modules {','.join(targets)}", ValueError), _renamed():
+        return peft.get_peft_model(model, adapters)
 
 
 def causal_lm(model: nn.Module) -> Any:

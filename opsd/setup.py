@@ -15,7 +15,7 @@ from opsd.config import Config, unused_options
 from opsd.data import name_rows
 from opsd.display import Display
 from opsd.engines import GenerateEngine
-from opsd.errors import ConfigError
+from opsd.errors import ConfigError, config_error
 from opsd.evaluation import Evaluator
 from opsd.optim import learning_rate
 from opsd.options import ModelConfig
@@ -71,10 +71,8 @@ def set_up(config: Config, parts: Parts) -> Setup:
         added["teacher.reason_max_new_tokens"] = config.teacher.reason_max_new_tokens
     prompts = [ids for e in [*examples, *eval_examples] for ids in (e.student, e.teacher, e.reason)]
     models.check_positions(model, prompts, added)
-    try:
+    with config_error(f"model.path {config.model.path!r}", TypeError, ValueError):
         head = lm_head_of(model)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"model.path {config.model.path!r}: {error}") from error
     teacher: Any = (parts.teacher or make_teacher)(config, model, tokenizer)
     if parts.teacher is not None:
         teacher = UserTeacher(teacher)
@@ -157,11 +155,12 @@ def check_recipe(run: Run) -> None:
     )
     zeros = torch.zeros(2, dtype=torch.int64, device=run.device)
     batch = recipes.TokenBatch(target_ids=zeros, sequence_ids=zeros, sampler_logprobs=zeros.float())
-    try:
-        with torch.no_grad(), models.autocast(run.config.model, run.device):
-            run.recipe.loss(student, {"teacher": teacher}, batch, 2)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"objective: {error}") from error
+    with (
+        config_error("objective", TypeError, ValueError),
+        torch.no_grad(),
+        models.autocast(run.config.model, run.device),
+    ):
+        run.recipe.loss(student, {"teacher": teacher}, batch, 2)
 
 
 def absolute_paths(config: Config) -> Config:

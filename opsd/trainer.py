@@ -9,7 +9,7 @@ from typing import Any
 from opsd import models
 from opsd.config import Config, load_config, to_yaml
 from opsd.display import Display
-from opsd.errors import ConfigError, Interrupted, RunError
+from opsd.errors import ConfigError, Interrupted, RunError, config_error
 from opsd.evaluation import Evaluation
 from opsd.files import replace_file
 from opsd.identity import check_identity, describe, digest_inputs
@@ -85,14 +85,12 @@ def train(
         setup = set_up(config, Parts(rollouts, teacher, loss, evaluate, step))
         described = describe(digest_inputs(setup.run, setup.examples, setup.eval_examples), setup.run.device)
         with ExitStack() as held:
-            try:
+            with config_error("run.dir: the run directory cannot be written", OSError):
                 directory = make_directory(directory, name)
                 held.enter_context(locked(directory))
                 check_new(options.dir)  # again: another process may have been at work in the meantime
                 (directory / "evaluations.jsonl").unlink(missing_ok=True)  # of an attempt that finished no step
                 _describe_run(directory, config, described)
-            except OSError as error:
-                raise ConfigError(f"run.dir: the run directory cannot be written: {error}") from error
             return _run(Loop(setup, RunDir(directory, described["id"]), display))
 
 
