@@ -18,6 +18,7 @@ from opsd.errors import CheckpointError, Interrupted, NonFiniteError
 from opsd.evaluation import Context, Evaluation
 from opsd.models import evaluating
 from opsd.optim import learning_rate, make_optimizer
+from opsd.plugins import check_evaluation, check_step_result
 from opsd.progress import Progress, StopRequest
 from opsd.prompts import Example
 from opsd.reasoning import analyse
@@ -90,7 +91,7 @@ class Loop:
                 analysed = analyse(self.run, self.setup.prompter, batch, number)
             batch = analysed.examples
             extra = {"analysis_length": analysed.mean_length, "analysis_truncated": analysed.truncated}
-        result = self.setup.step(self.run, batch, number)
+        result = check_step_result(self.setup.step(self.run, batch, number))
         with clock("samples"):  # by the weights that wrote and scored them
             samples = self._samples(batch, result, number)
         with clock("optimizer"):
@@ -177,7 +178,7 @@ class Loop:
 
     def _evaluate(self, name: str, model: nn.Module, examples: Sequence[Example], context: Context) -> Evaluation:
         with evaluating(model), torch.no_grad():  # whatever a user's function does to it
-            result = self.setup.evaluate(self.run, model, examples, context)
+            result = check_evaluation(self.setup.evaluate(self.run, model, examples, context))
         peak_memory(self.run.device)  # starts anew, so that the next step reports its own
         for observer in self.observers:
             observer.on_evaluation({"step": self.progress.step, "name": name, **asdict(result)})

@@ -1,6 +1,6 @@
 """What a user passes in: a function or a teacher of one's own, wrapped as a part of the run and checked here alone.
 
-What it returns is checked at each call, since only then it is known; every other part of a run is trusted.
+What it returns is checked at each call, since only then it is known.
 """
 
 import math
@@ -202,43 +202,31 @@ class UserTeacher:
         return hidden
 
 
-@dataclass(frozen=True)
-class UserStep:
-    """The user's function in place of the whole step."""
-
-    function: Step
-
-    def __call__(self, run: Run, examples: Sequence[Example], number: int) -> StepResult:
-        result: Any = self.function(run, examples, number)
-        what = "the step function (step) returned"
-        expect_type(result, StepResult, what, "an opsd.run.StepResult")
-        loss, tokens, metrics, rollouts = result.loss, result.tokens, result.metrics, result.rollouts
-        shape = tuple(loss.shape) if isinstance(loss, Tensor) else repr(loss)
-        expect(shape == (), f"{what} a loss that is {shape}", "a 0-d tensor", TypeError)
-        good = isinstance(tokens, int) and tokens >= 0
-        expect(good, f"{what} tokens {tokens!r}", "an int, how many rollout tokens there were", TypeError)
-        expect_type(metrics, Mapping, f"{what} metrics of type", "a dict of numbers")
-        for name, value in metrics.items():
-            _check_name(f"{what} a metric", name)
-            shown = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            good = not value.ndim if isinstance(value, Tensor) else isinstance(value, Real)
-            expect(good, f"{what} metric {name!r} {shown}", "a number or a 0-d tensor", TypeError)
-        good = isinstance(rollouts, list) and all(isinstance(rollout, Rollout) for rollout in rollouts)
-        expect(good, f"{what} rollouts {rollouts!r:.80}", "a list of opsd.Rollout, empty for none", TypeError)
-        return result
+def check_step_result(result: Any) -> StepResult:
+    """`result`, if it is what a step returns."""
+    what = "the step function (step) returned"
+    expect_type(result, StepResult, what, "an opsd.run.StepResult")
+    loss, tokens, metrics, rollouts = result.loss, result.tokens, result.metrics, result.rollouts
+    shape = tuple(loss.shape) if isinstance(loss, Tensor) else repr(loss)
+    expect(shape == (), f"{what} a loss that is {shape}", "a 0-d tensor", TypeError)
+    good = isinstance(tokens, int) and tokens >= 0
+    expect(good, f"{what} tokens {tokens!r}", "an int, how many rollout tokens there were", TypeError)
+    expect_type(metrics, Mapping, f"{what} metrics of type", "a dict of numbers")
+    for name, value in metrics.items():
+        _check_name(f"{what} a metric", name)
+        shown = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        good = not value.ndim if isinstance(value, Tensor) else isinstance(value, Real)
+        expect(good, f"{what} metric {name!r} {shown}", "a number or a 0-d tensor", TypeError)
+    good = isinstance(rollouts, list) and all(isinstance(rollout, Rollout) for rollout in rollouts)
+    expect(good, f"{what} rollouts {rollouts!r:.80}", "a list of opsd.Rollout, empty for none", TypeError)
+    return result
 
 
-@dataclass(frozen=True)
-class UserEvaluation:
-    """The user's function in place of the evaluation."""
-
-    function: Evaluate
-
-    def __call__(self, run: Run, model: nn.Module, examples: Sequence[Example], context: Context) -> Evaluation:
-        result: Any = self.function(run, model, examples, context)
-        expect_type(result, Evaluation, "the evaluation function (evaluate) returned", "an opsd.Evaluation")
-        result.check()
-        return result
+def check_evaluation(result: Any) -> Evaluation:
+    """`result`, if it is what an evaluation returns."""
+    expect_type(result, Evaluation, "the evaluation function (evaluate) returned", "an opsd.Evaluation")
+    result.check()
+    return result
 
 
 def expect(good: Any, said: str, accepted: str, error: type[Exception] = ValueError) -> None:

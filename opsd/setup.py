@@ -19,7 +19,7 @@ from opsd.errors import ConfigError, config_error
 from opsd.evaluation import Evaluator
 from opsd.optim import learning_rate
 from opsd.options import ModelConfig
-from opsd.plugins import Evaluate, Parts, UserEngine, UserEvaluation, UserLoss, UserStep, UserTeacher
+from opsd.plugins import Evaluate, Parts, UserEngine, UserLoss, UserTeacher
 from opsd.prompts import Encoded, Example, Prompter, read_examples
 from opsd.recipes.importance import ImportanceWeighted
 from opsd.run import Recipe, Run, Step, Stream, Teacher
@@ -88,8 +88,8 @@ def set_up(config: Config, parts: Parts) -> Setup:
     evaluator = Evaluator.of(config.eval, config.rollout.max_new_tokens, config.run.seed, tokenizer, engine, scorer)
     return Setup(
         run,
-        opsd_step if parts.step is None else UserStep(parts.step),
-        evaluator if parts.evaluate is None else UserEvaluation(parts.evaluate),
+        parts.step or opsd_step,
+        parts.evaluate or evaluator,
         prompter,
         examples,
         eval_examples,
