@@ -112,29 +112,32 @@ def load_model(options: ModelConfig, lora: LoraConfig, device: torch.device) -> 
 
 
 @contextmanager
-def _renamed() -> Iterator[None]:
-    """Silences that transformers renames gradient checkpointing: peft and older versions have the old names only."""
+def _ignoring(message: str, category: type[Warning]) -> Iterator[None]:
     with warnings.catch_warnings():
-        old = "`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated"
-        warnings.filterwarnings("ignore", old, FutureWarning)
+        warnings.filterwarnings("ignore", message, category)
         yield
+
+
+def _renamed() -> AbstractContextManager:
+    """Silences that transformers renames gradient checkpointing: peft and older versions have the old names only."""
+    names = "`(is_gradient_checkpointing|gradient_checkpointing_enable)`"
+    return _ignoring(f"{names} is deprecated", FutureWarning)
 
 
 @contextmanager
 def progress_bars(shown: bool) -> Iterator[None]:
     """Unless `shown`, transformers and the hub show no bars of theirs; afterwards they do as before."""
-    if shown or not logging.is_progress_bar_enabled():
-        yield
-        return
-    with warnings.catch_warnings():  # the hub tells where a variable of the environment forbids a change
-        warnings.filterwarnings("ignore", "Cannot (dis|en)able progress bars", UserWarning)
-        logging.disable_progress_bar()
+    hidden = not shown and logging.is_progress_bar_enabled()
+    forbidden = "Cannot (dis|en)able progress bars"  # the hub tells where a variable of the environment says how
+    if hidden:
+        with _ignoring(forbidden, UserWarning):
+            logging.disable_progress_bar()
     try:
         yield
     finally:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Cannot (dis|en)able progress bars", UserWarning)
-            logging.enable_progress_bar()
+        if hidden:
+            with _ignoring(forbidden, UserWarning):
+                logging.enable_progress_bar()
 
 
 def _refuse_adapter(path: str | None, adapter: bool) -> None:
@@ -178,10 +181,10 @@ def pick_device(device: str) -> torch.device:
     Raises:
         ConfigError: it is cuda and there is none.
     """
-    if device == "cuda" and not torch.cuda.is_available():
+    found = torch.cuda.is_available()
+    if device == "cuda" and not found:
         raise ConfigError("run.device is cuda, but torch finds no CUDA device; accepted here: auto, cpu")
-    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    return torch.device("cuda" if use_cuda else "cpu")
+    return torch.device("cuda" if found and device != "cpu" else "cpu")
 
 
 def _peft(who: str) -> Any:

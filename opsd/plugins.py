@@ -102,7 +102,7 @@ class UserEngine:
         known = sum(rollout.logprobs is not None for rollout in rollouts)
         expect(known in (0, wanted), f"{known} of {wanted} rollouts have logprobs", "all or none")
         needed = known or run.config.rollout.importance_cap is None
-        expect(needed, "rollout.importance_cap needs Rollout.logprobs, the rollouts have none", "all of them have them")
+        expect(needed, "rollout.importance_cap needs log-probabilities, the rollouts have none", "Rollout.logprobs")
         return rollouts
 
     def write(self, *given: Any) -> list[Rollout]:
@@ -110,20 +110,21 @@ class UserEngine:
 
 
 def _check_rollout(name: str, rollout: Any, vocabulary: int) -> None:
-    expect_type(rollout, Rollout, f"{name} must be an opsd.rollouts.Rollout, got", "what opsd.Rollout makes")
+    expect_type(rollout, Rollout, f"{name} must be an opsd.rollouts.Rollout, got", "no other type")
     ids, logprobs = rollout.ids, rollout.logprobs
     expect_type(ids, list | tuple, f"{name} has ids of type", "a list of ints")
     expect_type(logprobs, list | tuple | None, f"{name} has logprobs of type", "a list of floats, or None")
     expect_type(rollout.truncated, bool, f"{name} has truncated", "True or False", shown=repr(rollout.truncated))
     expect(ids, f"{name} is empty", "at least one token id, the end token if nothing else")
-    for token in ids:
-        good = type(token) is int and 0 <= token < vocabulary
-        expect(good, f"{name} has token id {token!r}", f"ints from 0 to {vocabulary - 1}")
+    for token in ids:  # many: what to say of one is made only where it is wrong
+        if type(token) is not int or not 0 <= token < vocabulary:
+            raise ValueError(f"{name} has token id {token!r}; accepted: ints from 0 to {vocabulary - 1}")
     if logprobs is not None:
         expect(len(logprobs) == len(ids), f"{name} has {len(ids)} ids and {len(logprobs)} logprobs", "one for each id")
     for logprob in logprobs or ():
-        expect_type(logprob, Real, f"{name} has the log-probability", "a float", shown=repr(logprob))
-        expect(math.isfinite(logprob), f"{name} has the log-probability {logprob}", "finite, as it was sampled")
+        if not isinstance(logprob, Real) or not math.isfinite(logprob):
+            kind = ValueError if isinstance(logprob, Real) else TypeError
+            raise kind(f"{name} has the log-probability {logprob!r}; accepted: a float, finite as it was sampled")
 
 
 class UserLoss:

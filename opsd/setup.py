@@ -120,9 +120,8 @@ def _counts(data: Mapping[str, Encoded]) -> dict[str, int]:
 def _warnings(config: Config, data: Mapping[str, Encoded]) -> list[str]:
     """What may be a mistake."""
     warnings = unused_options(config)
-    for name, part in data.items():
-        left_out = {"cannot be used and are skipped": part.skipped, "are too long and dropped": part.too_long}
-        for what, rows in left_out.items():
+    for name, (_, too_long, skipped) in data.items():
+        for what, rows in (("cannot be used and are skipped", skipped), ("are too long and dropped", too_long)):
             if rows:
                 warnings.append(name_rows(f"{len(rows)} rows of data.{name} {what}:", rows))
     if config.model.dtype == "bfloat16" and not config.lora.enabled:

@@ -83,7 +83,7 @@ def train(
         for note in models.hub_notes(config.model.path, config.teacher.path):
             display.note(note)
         setup = set_up(config, Parts(rollouts, teacher, loss, evaluate, step))
-        described = describe(digest_inputs(setup.run, setup.examples, setup.eval_examples), setup.run.device)
+        described = describe(setup)
         with ExitStack() as held:
             with config_error("run.dir: the run directory cannot be written", OSError):
                 directory = make_directory(directory, name)
@@ -134,7 +134,7 @@ def resume(
         with display, models.progress_bars(not quiet):
             check_trackers(config.run.trackers)
             setup = set_up(config, Parts(rollouts, teacher, loss, evaluate, step))
-            digests = digest_inputs(setup.run, setup.examples, setup.eval_examples)  # of the initial weights
+            digests = digest_inputs(setup)  # of the initial weights
             same_rows = "eval.max_problems" not in changed
             setup.warnings.extend(check_identity(digests, described, setup.run.device, same_evaluation=same_rows))
             loop = Loop(setup, RunDir(run_dir, described["id"]), display)
