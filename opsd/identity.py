@@ -41,17 +41,14 @@ def describe(setup: Setup) -> dict[str, Any]:
 def check_identity(
     digests: Mapping[str, str], described: Mapping[str, Any], device: torch.device, *, same_evaluation: bool = True
 ) -> list[str]:
-    """Whether model, teacher and data are those that the run of `run.json` began with.
+    """What is not as it was when the run of `run.json` began, so that it goes on a little differently: a line for each.
 
     Args:
         digests: of `digest_inputs` now, before anything was restored.
         same_evaluation: whether the options that choose the rows of data.eval are the same, too.
 
-    Returns:
-        What else is not as it was, so that the run goes on a little differently.
-
     Raises:
-        ConfigError: one of them has changed, so that a resumed run would be another one.
+        ConfigError: model, teacher or data have changed, so that a resumed run would be another one.
     """
     began = described.get("identity") or {}
     for name, value in digests.items():

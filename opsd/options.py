@@ -37,7 +37,7 @@ class Section(BaseModel):
             return [item.strip() for item in value.split(",")] if tuple in origins else value
         if isinstance(value, bool) and Literal in origins:  # YAML reads a bare on or off as a truth value
             return ("off", "on")[value]
-        if isinstance(value, bool) and {int, float} & set(kinds):
+        if isinstance(value, bool) and (int in kinds or float in kinds):
             return str(value)  # no number, as which pydantic would take it
         return os.fspath(value) if isinstance(value, os.PathLike) else value
 

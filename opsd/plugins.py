@@ -110,7 +110,8 @@ class UserEngine:
 
 
 def _check_rollout(name: str, rollout: Any, vocabulary: int) -> None:
-    expect_type(rollout, Rollout, f"{name} must be an opsd.rollouts.Rollout, got", "no other type")
+    if not isinstance(rollout, Rollout):
+        raise TypeError(f"{name} must be an opsd.rollouts.Rollout, got {type(rollout).__name__}")
     ids, logprobs = rollout.ids, rollout.logprobs
     expect_type(ids, list | tuple, f"{name} has ids of type", "a list of ints")
     expect_type(logprobs, list | tuple | None, f"{name} has logprobs of type", "a list of floats, or None")
