@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers.utils.logging import disable_progress_bar
 
 from opsd import trainer
 from opsd.config import describe, is_flag, load_config, to_yaml
 from opsd.errors import CheckpointError, ConfigError, Interrupted, RunError
 from opsd.evaluate_model import check_output, evaluate_model, evaluation_config, is_used
-from opsd.models import hub_notes
+from opsd.models import hub_notes, progress_bars
 from opsd.report import write_report
 
 
@@ -24,16 +23,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 for a run that stopped, 2 for one that could not start."""
     parser = argparse.ArgumentParser(prog="opsd", description="On-policy self-distillation of a language model.")
     parser.add_argument("--version", action="version", version=f"opsd {_version()}")
+    parser.set_defaults(advice="")  # on memory; a command may have its own
     commands = parser.add_subparsers(dest="command", required=True)
     for add in (_add_train, _add_eval, _add_report):
         add(commands)
     known, rest = parser.parse_known_args(argv)
     try:
-        return known.run(known, rest)
+        with progress_bars(sys.stderr.isatty()):
+            known.run(known, rest)
+        return 0
     except ConfigError as error:
-        return _fail(str(error), 2)
+        message, code = str(error), 2
+    except Interrupted as error:
+        message, code = str(error), 128 + error.signal
+    except (RunError, CheckpointError) as error:
+        message, code = str(error), 1
+    except torch.cuda.OutOfMemoryError as error:
+        message, code = f"the GPU is out of memory: {known.advice}\n{error}", 1
     except KeyboardInterrupt:
-        return _fail("stopped by the user", 130)
+        message, code = "stopped by the user", 130
+    print(f"opsd: {message}", file=sys.stderr)
+    return code
 
 
 def _version() -> str:
@@ -57,14 +67,11 @@ def parse_overrides(words: Sequence[str]) -> list[tuple[str, str]]:
             raise ConfigError(f"unexpected {word!r}; options are spelt --section.option VALUE")
         name, equals, value = word[2:].partition("=")
         flag = is_flag(name)
-        if not equals:
-            if pending and not pending[0].startswith("--"):
-                value = pending.pop(0)
-            elif flag:
-                value = "true"
-            else:
-                raise ConfigError(f"--{name} needs a value")
-        options.append((name, value))
+        if not equals and pending and not pending[0].startswith("--"):
+            value = pending.pop(0)
+        elif not equals and not flag:
+            raise ConfigError(f"--{name} needs a value")
+        options.append((name, value if value or equals else "true"))
     return options
 
 
@@ -91,43 +98,29 @@ examples:
         help="go on with a run that was stopped; only optim.steps and the options of run and eval may be given besides",
     )
     parser.add_argument("--print-config", action="store_true", help="print all options as YAML and stop")
-    parser.set_defaults(run=_train)
+    advice = "lower optim.micro_batch_size or rollout.batch_size, or set model.gradient_checkpointing"
+    parser.set_defaults(run=_train, advice=advice)
 
 
-def _train(known: argparse.Namespace, rest: Sequence[str]) -> int:
+def _train(known: argparse.Namespace, rest: Sequence[str]) -> None:
     overrides = parse_overrides(rest)
     if known.resume:
         for option in ("config", "preset", "print_config"):
             if getattr(known, option):
                 raise ConfigError(f"--{option.replace('_', '-')} has no meaning with --resume")
-        return _run(lambda: trainer.resume(known.resume, overrides))
-    config = load_config(known.config, overrides, known.preset, complete=not known.print_config)
-    if known.print_config:
-        print(to_yaml(config), end="")
-        return 0
-    return _run(lambda: trainer.train(config))
-
-
-def _run(train: Callable[[], trainer.RunResult]) -> int:
-    if not sys.stderr.isatty():
-        disable_progress_bar()
-    try:
-        result = train()
-    except Interrupted as error:
-        return _fail(str(error), 128 + error.signal)
-    except (RunError, CheckpointError) as error:
-        return _fail(str(error), 1)
-    except torch.cuda.OutOfMemoryError as error:
-        advice = "lower optim.micro_batch_size or rollout.batch_size, or set model.gradient_checkpointing"
-        return _fail(f"the GPU is out of memory: {advice}\n{error}", 1)
-    table = Table(title="accuracy" if result.evaluations else None)
+        result = trainer.resume(known.resume, overrides)
+    else:
+        config = load_config(known.config, overrides, known.preset, complete=not known.print_config)
+        if known.print_config:
+            print(to_yaml(config), end="")
+            return
+        result = trainer.train(config)
     if result.evaluations:
-        for column in ("", "accuracy", "95 % interval", "problems", "mean length", "truncated"):
-            table.add_column(column)
+        table = Table("", "accuracy", "95 % interval", "problems", "mean length", "truncated", title="accuracy")
         for name, e in result.evaluations.items():
-            interval = f"{e.low:.1%} to {e.high:.1%}"
-            row = (name, f"{e.accuracy:.1%}", interval, str(e.problems), f"{e.mean_length:.0f}", f"{e.truncated:.1%}")
-            table.add_row(*row)
+            table.add_row(
+                name, *_interval(e.accuracy, e), str(e.problems), f"{e.mean_length:.0f}", f"{e.truncated:.1%}"
+            )
         Console().print(table)
     steps = "1 step" if result.summary["steps"] == 1 else f"{result.summary['steps']} steps"
     print(f"{steps}, {result.summary['tokens']:,} rollout tokens, {result.seconds:.0f} s")
@@ -137,7 +130,10 @@ def _run(train: Callable[[], trainer.RunResult]) -> int:
     if best := result.summary["best"]:
         where = f": {result.run_dir / 'best'}" if (result.run_dir / "best").exists() else ""
         print(f"best evaluation: {best['accuracy']:.1%} after step {best['step']}{where}")
-    return 0
+
+
+def _interval(value: float, bounds: Any) -> tuple[str, str]:
+    return f"{value:.1%}", f"{bounds.low:.1%} to {bounds.high:.1%}"
 
 
 def _add_eval(commands: Any) -> None:
@@ -152,7 +148,7 @@ def _add_eval(commands: Any) -> None:
         epilog=describe(is_used),
         allow_abbrev=False,
     )
-    parser.set_defaults(run=_eval)
+    parser.set_defaults(run=_eval, advice="lower eval.batch_size")
     parser.add_argument("--model", metavar="DIR", help="a model, or an adapter whose base is named in it (model.path)")
     parser.add_argument("--data", metavar="FILE", help="rows with problem and answer (data.eval)")
     parser.add_argument("--output", metavar="FILE", help="write a summary here, as JSON, and beside it every answer")
@@ -165,43 +161,34 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument("--config", metavar="FILE", help="YAML file of sections and options; the command line wins")
 
 
-def _eval(known: argparse.Namespace, rest: Sequence[str]) -> int:
+def _eval(known: argparse.Namespace, rest: Sequence[str]) -> None:
     config, origin = evaluation_config(known.model, known.data, known.config, parse_overrides(rest))
     output = Path(known.output) if known.output else None
     if output is not None:
         check_output(output)  # before the hours that the answers may take
     for line in [*([origin] if origin else []), *hub_notes(config.model.path)]:
         print(line, flush=True)
-    if not sys.stderr.isatty():
-        disable_progress_bar()
-    try:
-        report = evaluate_model(config, known.context)
-    except torch.cuda.OutOfMemoryError as error:
-        return _fail(f"the GPU is out of memory: lower eval.batch_size\n{error}", 1)
+    report = evaluate_model(config, known.context)
     e = report.evaluation
-    answers = "1 answer" if e.samples == 1 else f"{e.samples} answers"
-    print(
-        f"{config.model.path} on {config.data.eval}, {known.context}'s prompts: {e.problems} problems, {answers} each"
-    )
+    each = "1 answer" if e.samples == 1 else f"{e.samples} answers"
+    print(f"{config.model.path} on {config.data.eval}, {known.context}'s prompts: {e.problems} problems, {each} each")
     table = Table("", "", "95 % interval")
-    table.add_row(
-        "accuracy" if e.samples == 1 else f"avg@{e.samples}", f"{e.accuracy:.1%}", f"{e.low:.1%} to {e.high:.1%}"
-    )
+    table.add_row("accuracy" if e.samples == 1 else f"avg@{e.samples}", *_interval(e.accuracy, e))
     for p in e.pass_at if e.samples > 1 or e.pass_at[0].value != e.accuracy else ():
-        table.add_row(f"pass@{p.k}", f"{p.value:.1%}", f"{p.low:.1%} to {p.high:.1%}")
+        table.add_row(f"pass@{p.k}", *_interval(p.value, p))
     table.add_row("mean length", f"{e.mean_length:.0f}", "tokens")
     table.add_row("truncated", f"{e.truncated:.1%}", "")
-    for name, count in (
-        ("answers not judged", e.undecided),
-        ("rows skipped", report.rows_skipped),
-        ("rows too long", report.rows_too_long),
-    ):
+    counts = {
+        "answers not judged": e.undecided,
+        "rows skipped": report.rows_skipped,
+        "rows too long": report.rows_too_long,
+    }
+    for name, count in counts.items():
         if count:
             table.add_row(name, str(count), "")
     Console().print(table)
     if output is not None:
         print(f"summary: {output}\nanswers: {report.write(output)}")
-    return 0
 
 
 def _add_report(commands: Any) -> None:
@@ -213,15 +200,9 @@ def _add_report(commands: Any) -> None:
     parser.add_argument("--samples", metavar="N", type=int, default=40, help="rollouts in the token view (40)")
 
 
-def _report(known: argparse.Namespace, rest: Sequence[str]) -> int:
+def _report(known: argparse.Namespace, rest: Sequence[str]) -> None:
     if rest:
         raise ConfigError(f"unexpected {rest[0]!r}; accepted: RUN ..., --output FILE, --samples N")
     if known.samples < 0:
         raise ConfigError(f"--samples is {known.samples}; accepted: integer >= 0")
     print(f"report: {write_report(known.runs, known.output, max_samples=known.samples)}")
-    return 0
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"opsd: {message}", file=sys.stderr)
-    return code

@@ -15,12 +15,11 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic.fields import FieldInfo
 
 from opsd import options as sections
-from opsd.errors import ConfigError
+from opsd.errors import ConfigError, config_error
+from opsd.options import Section, accepted
 from opsd.presets import PRESETS, TINY
-from opsd.section import Section, accepted
 
 ABBREVIATED = {"learning-rate": "lr", "learnrate": "lr", "rank": "r"}
 """Names of options that one would expect, too far from ours to be found by their letters."""
@@ -50,13 +49,11 @@ class Config(BaseModel):
 
     def changed(self, options: Mapping[str, Any]) -> Config:
         """A copy with other values, which are not checked, for some dotted names."""
-        by_section: dict[str, dict[str, Any]] = {}
+        update: dict[str, Section] = {}
         for name, value in options.items():
             section, _, option = name.partition(".")
-            by_section.setdefault(section, {})[option] = value
-        return self.model_copy(
-            update={name: getattr(self, name).model_copy(update=values) for name, values in by_section.items()}
-        )
+            update[section] = update.get(section, getattr(self, section)).model_copy(update={option: value})
+        return self.model_copy(update=update)
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -93,69 +90,85 @@ def load_config(
     preset = preset or named
     user: dict[str, dict[str, Any]] = {}
     for name, value in [*below, *given, *overrides]:
-        section, option, _ = _find(name)
-        _build(section, {option: value}, together=False)  # also of what a later one hides
-        user.setdefault(section, {})[option] = value
-    model, data = _build("model", user.get("model", {})), _build("data", user.get("data", {}))
+        section, option = _find(name)
+        user.setdefault(section, {})[option] = _checked(section, option, value)  # also what a later one hides
+    model, data = user.get("model", {}), user.get("data", {})
     if training:
-        for section, values in _preset_settings(preset, model.path, data, complete).items():
+        for section, values in _preset_settings(preset, model.get("path"), data, complete).items():
             user[section] = {**values, **user.get(section, {})}
     else:
-        for needed, value in (("model.path", model.path), ("data.eval", data.eval)):
+        for needed, value in (("model.path", model.get("path")), ("data.eval", data.get("eval"))):
             if not value:
                 raise ConfigError(f"{needed} is not given: an evaluation needs a model and data with answers")
-    made: dict[str, Any] = {name: _build(name, user.get(name, {})) for name in SECTIONS}
+    made: dict[str, Any] = {name: section(**user.get(name, {})) for name, section in SECTIONS.items()}
     # "tiny" is what there is without a model, and names its own: it must not stand beside that name in config.yaml.
     config = Config(**made, preset=preset if training and preset != "tiny" else None)
-    if complete:
-        _check_complete(config)
+    _check_together(config, complete)
     return config if config.optim.lr else config.changed({"optim.lr": 5e-6 if config.lora.enabled else 1e-6})
 
 
-def _build(section: str, values: Mapping[str, Any], *, together: bool = True) -> Any:
-    """The section with these options, its other ones at their defaults; None where options do not go `together`, and
-    need not."""
+def _checked(section: str, option: str, value: Any) -> Any:
+    """`value` in the type of the option."""
     try:
-        return SECTIONS[section](**values)
+        return getattr(SECTIONS[section](**{option: value}), option)
     except ValidationError as error:
         first = error.errors()[0]
-        if not first["loc"] and not together:
-            return None
-        if not first["loc"]:
-            raise ConfigError(str(first["ctx"]["error"])) from None
-        name = str(first["loc"][0])
-        field = SECTIONS[section].model_fields[name]
-        raise ConfigError(f"{section}.{name} is {values[name]!r}; accepted: {accepted(field)}") from None
+        takes = first["ctx"]["error"] if first["type"] == "value_error" else accepted(SECTIONS[section], option)
+        raise ConfigError(f"{section}.{option} is {value!r}; accepted: {takes}") from None
 
 
-def _preset_settings(preset: Any, model_path: str | None, data: Any, complete: bool) -> Mapping[str, dict[str, Any]]:
+def _preset_settings(
+    preset: Any, model_path: str | None, data: Mapping[str, Any], complete: bool
+) -> Mapping[str, dict[str, Any]]:
     """The settings of `preset`, which has to go with what the user says of model and data."""
     if preset is not None and not (isinstance(preset, str) and preset in ("tiny", *PRESETS)):
         raise ConfigError(f"preset is {preset!r}; accepted: tiny, {', '.join(PRESETS)}")
     if preset == "tiny" and model_path:
         raise ConfigError(f"preset tiny is the embedded model and its data; model.path is {model_path!r}")
-    named = [option for option in ("train", "eval") if getattr(data, option)]
-    own = PRESETS.get(preset, {}) if preset else {}
-    if not complete and preset != "tiny" and (model_path or named or preset):
-        return own
-    if model_path and not data.train:
+    named = [option for option in ("train", "eval") if data.get(option)]
+    embedded = preset == "tiny" or not (model_path or named or preset)
+    if (complete or embedded) and not model_path:
+        if named:
+            known = "the embedded tiny model only fits its own data"
+            raise ConfigError(f"data.{named[0]} is given without model.path: {known}")
+        if not embedded:
+            raise ConfigError(f"preset {preset} needs a model.path and data.train")
+    if complete and model_path and not data.get("train"):
         raise ConfigError("model.path is given without data.train: name a file with problem and solution")
-    if named and not model_path:
-        raise ConfigError(
-            f"data.{named[0]} is given without model.path: the embedded tiny model only fits its own data"
-        )
-    if own and not model_path:
-        raise ConfigError(f"preset {preset} needs a model.path and data.train")
-    return own if model_path else TINY
+    return TINY if embedded else PRESETS.get(preset or "", {})
 
 
-def _check_complete(config: Config) -> None:
-    """What has to be named for a run."""
-    if config.teacher.kind == "model" and config.teacher.path is None:
+def _check_together(config: Config, complete: bool) -> None:
+    """Refuses options that contradict each other and, where they have to be `complete`, what is not named.
+
+    Without a model.path it is the embedded set-up, which has data of its own.
+    """
+    teacher, objective, options = config.teacher, config.objective, config.eval
+    if teacher.kind != "model" and teacher.path is not None:
+        belongs = f"with teacher.kind {teacher.kind}, which has none; set teacher.kind model or leave it out"
+        raise ConfigError(f"teacher.path is {teacher.path!r} {belongs}")
+    if objective.tail_bucket and objective.top_k is None:
+        raise ConfigError("objective.tail_bucket is true without objective.top_k: it holds the mass outside the top k")
+    for name in ("entry_clip", "token_clip", "top_k"):
+        if objective.form == "sampled_token" and getattr(objective, name) is not None:
+            raise ConfigError(f"objective.{name} has no meaning with objective.form sampled_token")
+    for name in ("keep_best", "patience"):
+        if (value := getattr(options, name)) and not options.every:
+            needed = "set eval.every to the steps between two"
+            raise ConfigError(f"eval.{name} is {_shown(value)} without eval.every: {needed}")
+    if complete and teacher.kind == "model" and teacher.path is None:
         raise ConfigError("teacher.kind model needs teacher.path: a local directory or hub id")
-    # Without a model.path it is the embedded set-up, which has data of its own.
-    if config.eval.every and config.model.path and not config.data.eval:
-        raise ConfigError(f"eval.every is {config.eval.every} without data.eval: name a file with problem and answer")
+    if complete and options.every and config.model.path and not config.data.eval:
+        raise ConfigError(f"eval.every is {options.every} without data.eval: name a file with problem and answer")
+    if options.temperature > 0:
+        return
+    if options.samples > 1:
+        raise ConfigError("eval.samples > 1 with eval.temperature 0: greedy answers are all the same")
+    for name in ("top_p", "top_k", "min_p"):
+        value, off = getattr(options, name), sections.EvalConfig.model_fields[name].default
+        if value != off:
+            then = f"greedy answers are not sampled; accepted then: {off:g}, which is off"
+            raise ConfigError(f"eval.{name} is {value:g} with eval.temperature 0: {then}")
 
 
 def unused_options(config: Config) -> list[str]:
@@ -164,30 +177,23 @@ def unused_options(config: Config) -> list[str]:
     Options at their defaults do not count, nor as the preset has them, so that a file of all options is as good as one
     of the few that matter.
     """
-    off: dict[str, Iterable[str]] = {}  # what is off: the options that belong to it
-    if not config.lora.enabled:
-        off["lora.enabled is false"] = [f"lora.{name}" for name in sections.LoraConfig.model_fields]
-    if config.teacher.kind != "ema":
-        off[f"teacher.kind is {config.teacher.kind}"] = ["teacher.ema_decay", "teacher.ema_every"]
-    if not config.teacher.reason_first:
-        names = ["teacher.reason_max_new_tokens", "prompts.reason", "prompts.analysis"]
-        off["teacher.reason_first is false"] = names
-    if config.objective.top_k is None:
-        off["objective.top_k is none"] = ["objective.top_k_from"]
-    if config.objective.form == "sampled_token":
-        off["objective.form is sampled_token"] = ["objective.beta"]
-    if config.data.eval is None and config.model.path is not None:  # without a model it is the embedded set-up's
-        off["data.eval is none"] = [f"eval.{name}" for name in sections.EvalConfig.model_fields]
+    teacher = config.teacher
+    belongs: dict[str, tuple[Any, tuple[str, ...]]] = {  # to an option: whether that is on, and how names begin
+        "lora.enabled": (config.lora.enabled, ("lora.",)),
+        "teacher.kind": (teacher.kind == "ema", ("teacher.ema_",)),
+        "teacher.reason_first": (teacher.reason_first, ("teacher.reason_max_", "prompts.reason", "prompts.analysis")),
+        "objective.top_k": (config.objective.top_k, ("objective.top_k_from",)),
+        "objective.form": (config.objective.form != "sampled_token", ("objective.beta",)),
+        "data.eval": (config.data.eval or not config.model.path, ("eval.",)),  # the embedded set-up has its own
+    }
     values, default = config.options(), Config().options()
-    preset = {s: _build(s, given) for s, given in PRESETS.get(config.preset or "", {}).items()}
-    lines = []
-    for why, options in off.items():
-        for name in options:
-            section, _, option = name.partition(".")
-            expected = (default[name], getattr(preset.get(section), option, default[name]))
-            if values[name] not in expected:
-                lines.append(f"{name} is {_shown(values[name])}, which changes nothing, since {why}")
-    return lines
+    preset = {f"{s}.{name}": v for s, of in PRESETS.get(config.preset or "", {}).items() for name, v in of.items()}
+    return [
+        f"{name} is {_shown(value)}, which changes nothing, since {owner} is {_shown(values[owner])}"
+        for owner, (on, beginnings) in belongs.items()
+        for name, value in values.items()
+        if not on and name.startswith(beginnings) and value not in (default[name], preset.get(name, default[name]))
+    ]
 
 
 def describe(accepts: Callable[[str], bool] = lambda name: True) -> str:
@@ -198,7 +204,7 @@ def describe(accepts: Callable[[str], bool] = lambda name: True) -> str:
         if chosen:
             lines.append(f"\n{section}:")
         for name, field in chosen.items():
-            head = f"  --{section}.{_dashed(name)}  [{accepted(field)}]  default {_shown(field.default)}"
+            head = f"  --{section}.{_dashed(name)}  [{accepted(of, name)}]  default {_shown(field.default)}"
             lines += textwrap.wrap(head, 110, subsequent_indent=" " * 8, break_on_hyphens=False)
             lines += textwrap.wrap(field.description or "", 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
@@ -222,15 +228,13 @@ def to_yaml(config: Config) -> str:
 
 def is_flag(name: str) -> bool:
     """Whether the option `name` (dotted) is true or false, so that it may stand alone on a command line."""
-    return _find(name)[2].annotation is bool
+    section, option = _find(name)
+    return SECTIONS[section].model_fields[option].annotation is bool
 
 
 def yaml_options(path: str | Path | None) -> list[tuple[str, Any]]:
-    """The (dotted option, value) pairs of a YAML file, as they stand there; none for None.
-
-    Raises:
-        ConfigError: the file cannot be read, or does not hold sections of options.
-    """
+    """The (dotted option, value) pairs of a YAML file, as they stand there; none for None. A ConfigError names a file
+    that cannot be read, or does not hold sections of options."""
     return _read(path)[1]
 
 
@@ -238,20 +242,17 @@ def _read(source: str | Path | Mapping[str, Any] | None) -> tuple[str | None, li
     """The preset that `source` names, and its options."""
     if source is None:
         return None, []
-    loaded: Any = source
-    if not isinstance(source, Mapping):
-        if not isinstance(source, str | os.PathLike):
-            raise ConfigError(f"config is {source!r}; accepted: the path of a YAML file, or a mapping of sections")
-        try:
+    if isinstance(source, Mapping):
+        name, loaded = "config", dict(source)
+    elif isinstance(source, str | os.PathLike):
+        name = str(source)
+        with config_error(f"{source}: cannot be read as YAML", OSError, UnicodeDecodeError, yaml.YAMLError):
             loaded = yaml.load(Path(source).read_text(encoding="utf-8"), _Loader)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{source}: cannot be read as YAML: {error}") from error
-    name = "config" if isinstance(source, Mapping) else str(source)
-    options = {} if loaded is None else loaded
-    preset = options.get("preset") if isinstance(options, Mapping) else None
-    if preset is not None:
-        options = {section: values for section, values in options.items() if section != "preset"}
-    return preset, _flatten(options, name)
+        loaded = {} if loaded is None else loaded
+    else:
+        raise ConfigError(f"config is {source!r}; accepted: the path of a YAML file, or a mapping of sections")
+    preset = loaded.pop("preset", None) if isinstance(loaded, dict) else None
+    return preset, _flatten(loaded, name)
 
 
 class _Loader(yaml.SafeLoader):
@@ -288,11 +289,11 @@ def _flatten(nested: Any, source: str) -> list[tuple[str, Any]]:
     return options
 
 
-def _find(name: str) -> tuple[str, str, FieldInfo]:
-    """The section and the name of an option as a user spells it, and what it takes."""
+def _find(name: str) -> tuple[str, str]:
+    """The section and the name of an option as a user spells it."""
     section, _, option = name.replace("-", "_").partition(".")
     if section in SECTIONS and option in SECTIONS[section].model_fields:
-        return section, option, SECTIONS[section].model_fields[option]
+        return section, option
     raise ConfigError(f"unknown option {name!r}; {_advice(section, option)}")
 
 
@@ -301,9 +302,8 @@ def _advice(section: str, option: str) -> str:
     known = [(s, _dashed(name)) for s, of in SECTIONS.items() for name in of.model_fields]
     spelt = _dashed(option or section)
     spelt = ABBREVIATED.get(spelt, spelt)
-    own = [name for s, name in known if s == section]
+    own, names = [name for s, name in known if s == section], {name for _, name in known}
     # In other sections, too: optim.temperature should suggest rollout.temperature.
-    names = {name for _, name in known}
     near = [spelt] if spelt in names else difflib.get_close_matches(spelt, sorted(names), n=4, cutoff=0.6)
     found = [(s, name) for s, name in known if name in near]
     found = [(s, name) for s, name in found if s == section] or found

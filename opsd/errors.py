@@ -2,10 +2,21 @@
 the row, its value, and what is accepted."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class ConfigError(Exception):
     """The run cannot start as asked: an option, a file or a combination of them is unusable."""
+
+
+@contextmanager
+def config_error(where: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Errors of these kinds become a ConfigError that begins with `where`."""
+    try:
+        yield
+    except kinds as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 class DataError(ConfigError):

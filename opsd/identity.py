@@ -15,41 +15,40 @@ from torch import nn
 
 from opsd.errors import ConfigError
 from opsd.prompts import Example
-from opsd.run import Run
+from opsd.setup import Setup
 
 
-def digest_inputs(run: Run, examples: Sequence[Example], eval_examples: Sequence[Example]) -> dict[str, str]:
+def digest_inputs(setup: Setup) -> dict[str, str]:
     """What a checkpoint relies on and does not hold: digests of initial weights, the teacher's, and the data."""
+    run = setup.run
     found = {
         "model.path": fingerprint(sorted(run.model.named_parameters())),
-        "data.train": _digest(examples),
-        "data.eval": _digest(eval_examples),
+        "data.train": _digest(setup.examples),
+        "data.eval": _digest(setup.eval_examples),
     }
     if run.config.teacher.kind == "model" and isinstance(run.teacher.source, nn.Module):
         found["teacher.path"] = fingerprint(sorted(run.teacher.source.named_parameters()))
     return found
 
 
-def describe(digests: Mapping[str, str], device: torch.device) -> dict[str, Any]:
+def describe(setup: Setup) -> dict[str, Any]:
     """What `run.json` holds: the run's own id, when it was started, on what, and the digests of `digest_inputs`."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return {"id": uuid.uuid4().hex, "created": now, **_environment(device), "identity": dict(digests)}
+    described = {"id": uuid.uuid4().hex, "created": now, **_environment(setup.run.device)}
+    return {**described, "identity": digest_inputs(setup)}
 
 
 def check_identity(
     digests: Mapping[str, str], described: Mapping[str, Any], device: torch.device, *, same_evaluation: bool = True
 ) -> list[str]:
-    """Whether model, teacher and data are those that the run of `run.json` began with.
+    """What is not as it was when the run of `run.json` began, so that it goes on a little differently: a line for each.
 
     Args:
         digests: of `digest_inputs` now, before anything was restored.
         same_evaluation: whether the options that choose the rows of data.eval are the same, too.
 
-    Returns:
-        What else is not as it was, so that the run goes on a little differently.
-
     Raises:
-        ConfigError: one of them has changed, so that a resumed run would be another one.
+        ConfigError: model, teacher or data have changed, so that a resumed run would be another one.
     """
     began = described.get("identity") or {}
     for name, value in digests.items():

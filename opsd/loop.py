@@ -18,13 +18,13 @@ from opsd.errors import CheckpointError, Interrupted, NonFiniteError
 from opsd.evaluation import Context, Evaluation
 from opsd.models import evaluating
 from opsd.optim import learning_rate, make_optimizer
-from opsd.progress import Progress
+from opsd.plugins import check_evaluation, check_step_result
+from opsd.progress import Progress, StopRequest
 from opsd.prompts import Example
 from opsd.reasoning import analyse
 from opsd.run import Observer, StepResult
 from opsd.run_dir import RunDir
 from opsd.setup import Setup
-from opsd.stop import StopRequest
 from opsd.token_view import token_view
 from opsd.watch import Watch
 
@@ -79,7 +79,7 @@ class Loop:
                     raise Interrupted(message, stop.signal)
 
     def finished(self) -> str | None:
-        """Why there is no further step, or None if there is one."""
+        """As `Progress.finished`, by this run's options."""
         return self.progress.finished(self.config.optim.steps, self.config.eval.patience)
 
     def _one_step(self, batch: Sequence[Example], number: int) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class Loop:
                 analysed = analyse(self.run, self.setup.prompter, batch, number)
             batch = analysed.examples
             extra = {"analysis_length": analysed.mean_length, "analysis_truncated": analysed.truncated}
-        result = self.setup.step(self.run, batch, number)
+        result = check_step_result(self.setup.step(self.run, batch, number))
         with clock("samples"):  # by the weights that wrote and scored them
             samples = self._samples(batch, result, number)
         with clock("optimizer"):
@@ -171,11 +171,14 @@ class Loop:
                 self.display.note("the best so far, and no better than the model before training")
         if progress.out_of_patience(options.patience) and not last:
             progress.evaluations["trained"] = asdict(result)
-            self.display.note(f"stopped early: {progress.standstill()}")
+            best, count = progress.best or {}, progress.since_best
+            evaluations = "1 evaluation was" if count == 1 else f"{count} evaluations were"
+            standstill = f"no better than {best['accuracy']:.1%} at step {best['step']}"
+            self.display.note(f"stopped early: {evaluations} {standstill}")
 
     def _evaluate(self, name: str, model: nn.Module, examples: Sequence[Example], context: Context) -> Evaluation:
         with evaluating(model), torch.no_grad():  # whatever a user's function does to it
-            result = self.setup.evaluate(self.run, model, examples, context)
+            result = check_evaluation(self.setup.evaluate(self.run, model, examples, context))
         peak_memory(self.run.device)  # starts anew, so that the next step reports its own
         for observer in self.observers:
             observer.on_evaluation({"step": self.progress.step, "name": name, **asdict(result)})
@@ -217,5 +220,5 @@ class Loop:
         self.random_state = state["random"]
         if not same_measure and self.progress.best is not None:
             self.display.note("evaluations now measure something else: the count for the best one begins anew")
-            self.progress.forget_best()
+            self.progress.best, self.progress.since_best = None, 0
         run_dir.rewind(self.progress.step)

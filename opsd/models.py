@@ -4,7 +4,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
-from opsd.errors import ConfigError, DataError
+from opsd.errors import ConfigError, DataError, config_error
 from opsd.options import LoraConfig, ModelConfig
 from opsd_kernels.packing.vet import outside_adapter
 
@@ -34,10 +34,8 @@ def load_tokenizer(path: str | None, option: str = "model.path") -> Any:
     """
     if path:
         _check_path(path, option)
-    try:
+    with _loading("tokenizer", path, option):
         return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _load_error(option, path, "tokenizer", error) from error
 
 
 def hub_notes(model_path: str | None, teacher_path: str | None = None) -> list[str]:
@@ -49,12 +47,12 @@ def hub_notes(model_path: str | None, teacher_path: str | None = None) -> list[s
     ]
 
 
-def _load_error(option: str, path: str | None, what: str, error: Exception) -> ConfigError:
-    """The error that `what` of `path` cannot be loaded."""
-    where = f"{option} {path!r}: "
+def _loading(what: str, path: str | None, option: str) -> AbstractContextManager:
+    """Errors of transformers as a ConfigError that `what` of `path`, which is called `option`, cannot be loaded."""
+    where = f"{option} {path!r}:"
     if path and not Path(path).exists():
-        where = f"{option}: there is no directory {path}, and from the hub "
-    return ConfigError(f"{where}no {what} can be loaded: {error}")
+        where = f"{option}: there is no directory {path}, and from the hub"
+    return config_error(f"{where} no {what} can be loaded", OSError, ValueError, KeyError, ImportError)
 
 
 def _check_path(path: str, option: str) -> None:
@@ -86,14 +84,12 @@ def load_weights(options: ModelConfig, path: str | None, option: str = "model.pa
     Raises:
         ConfigError: no model can be loaded.
     """
-    try:
+    with _loading("model", path, option):
         return AutoModelForCausalLM.from_pretrained(
             path,  # type: ignore[arg-type]
             dtype=getattr(torch, options.dtype),
             attn_implementation=options.attn_implementation,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _load_error(option, path, "model", error) from error
 
 
 def load_model(options: ModelConfig, lora: LoraConfig, device: torch.device) -> nn.Module:
@@ -116,31 +112,32 @@ def load_model(options: ModelConfig, lora: LoraConfig, device: torch.device) -> 
 
 
 @contextmanager
-def _renamed() -> Iterator[None]:
-    """Silences that transformers renames gradient checkpointing: peft and older versions have the old names only."""
+def _ignoring(message: str, category: type[Warning]) -> Iterator[None]:
     with warnings.catch_warnings():
-        old = "`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated"
-        warnings.filterwarnings("ignore", old, FutureWarning)
+        warnings.filterwarnings("ignore", message, category)
         yield
+
+
+def _renamed() -> AbstractContextManager:
+    """Silences that transformers renames gradient checkpointing: peft and older versions have the old names only."""
+    names = "`(is_gradient_checkpointing|gradient_checkpointing_enable)`"
+    return _ignoring(f"{names} is deprecated", FutureWarning)
 
 
 @contextmanager
 def progress_bars(shown: bool) -> Iterator[None]:
     """Unless `shown`, transformers and the hub show no bars of theirs; afterwards they do as before."""
-    if shown or not logging.is_progress_bar_enabled():
-        yield
-        return
-
-    def quietly(switch: Callable[[], None]) -> None:
-        with warnings.catch_warnings():  # the hub tells where a variable of the environment forbids a change
-            warnings.filterwarnings("ignore", "Cannot (dis|en)able progress bars", UserWarning)
-            switch()
-
-    quietly(logging.disable_progress_bar)
+    hidden = not shown and logging.is_progress_bar_enabled()
+    forbidden = "Cannot (dis|en)able progress bars"  # the hub tells where a variable of the environment says how
+    if hidden:
+        with _ignoring(forbidden, UserWarning):
+            logging.disable_progress_bar()
     try:
         yield
     finally:
-        quietly(logging.enable_progress_bar)
+        if hidden:
+            with _ignoring(forbidden, UserWarning):
+                logging.enable_progress_bar()
 
 
 def _refuse_adapter(path: str | None, adapter: bool) -> None:
@@ -163,25 +160,18 @@ def load_trained(options: ModelConfig, device: torch.device) -> nn.Module:
     adapter = Path(path) / ADAPTER
     if not adapter.is_file():
         return load_weights(options, path).to(device)
-    try:
+    with config_error(f"{adapter}: cannot be read", OSError, ValueError, AttributeError):
         base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{adapter}: cannot be read: {error}") from error
     if not base:
         raise ConfigError(f"{adapter} does not name its base model (base_model_name_or_path)")
-    try:
+    with config_error(f"{adapter} names a base model that cannot be loaded", ConfigError):
         model = load_weights(options, base, "base_model_name_or_path").to(device)
-    except ConfigError as error:
-        raise ConfigError(f"{adapter} names a base model that cannot be loaded: {error}") from error
     peft = _peft(f"model.path {path!r} is an adapter, which")
-    try:
-        with _renamed():
-            adapted = peft.PeftModel.from_pretrained(model, path).to(device)
+    kinds = (OSError, ValueError, KeyError, TypeError, RuntimeError)
+    with config_error(f"model.path {path!r}: the adapter cannot be loaded onto {base!r}", *kinds), _renamed():
+        adapted = peft.PeftModel.from_pretrained(model, path).to(device)
+    with config_error(f"model.path {path!r}", ConfigError):
         causal_lm(adapted)
-    except ConfigError as error:
-        raise ConfigError(f"model.path {path!r}: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ConfigError(f"model.path {path!r}: the adapter cannot be loaded onto {base!r}: {error}") from error
     return adapted
 
 
@@ -191,10 +181,10 @@ def pick_device(device: str) -> torch.device:
     Raises:
         ConfigError: it is cuda and there is none.
     """
-    if device == "cuda" and not torch.cuda.is_available():
+    found = torch.cuda.is_available()
+    if device == "cuda" and not found:
         raise ConfigError("run.device is cuda, but torch finds no CUDA device; accepted here: auto, cpu")
-    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    return torch.device("cuda" if use_cuda else "cpu")
+    return torch.device("cuda" if found and device != "cpu" else "cpu")
 
 
 def _peft(who: str) -> Any:
@@ -215,11 +205,8 @@ def _add_adapters(model: nn.Module, options: LoraConfig) -> nn.Module:
         target_modules="all-linear" if targets == ("all-linear",) else list(targets),
         task_type="CAUSAL_LM",
     )
-    try:
-        with _renamed():
-            return peft.get_peft_model(model, adapters)
-    except ValueError as error:
-        raise ConfigError(f"lora.target_modules {','.join(targets)}: {error}") from error
+    with config_error(f"lora.target_modules {','.join(targets)}", ValueError), _renamed():
+        return peft.get_peft_model(model, adapters)
 
 
 def causal_lm(model: nn.Module) -> Any:

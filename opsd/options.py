@@ -1,21 +1,70 @@
 """Every option of a run: one class for each section, one documented field with its range for each option.
 
 An option is spelt `section.option` in errors, `--section.option VALUE` on the command line and as two nested keys in a
-YAML file. A section checks what it can tell by itself; what concerns several is checked in `opsd.config`.
+YAML file. A section checks each of its options; what goes together is checked in `opsd.config`.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
-
-from opsd.section import Section, option
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
+class Section(BaseModel):
+    """Options that belong together. A validator's ValueError says what it accepts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
+        """What the command line and YAML write in their own way: none, lists with commas, on and off, paths."""
+        hint: Any = cls.model_fields[str(info.field_name)].annotation
+        kinds = typing.get_args(hint) if type(None) in typing.get_args(hint) else (hint,)
+        origins = [typing.get_origin(kind) for kind in kinds]
+        if isinstance(value, str):
+            if type(None) in kinds and value.lower() in ("none", "null"):
+                return None
+            return [item.strip() for item in value.split(",")] if tuple in origins else value
+        if isinstance(value, bool) and Literal in origins:  # YAML reads a bare on or off as a truth value
+            return ("off", "on")[value]
+        if isinstance(value, bool) and (int in kinds or float in kinds):
+            return str(value)  # no number, as which pydantic would take it
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def option(default: Any, help: str, **limits: float) -> Any:
+    """An option's default, its documentation and its range, spelt as in pydantic."""
+    return Field(default, description=help, **limits)  # type: ignore[call-overload]
+
+
+def accepted(section: type[Section], name: str) -> str:
+    """What the option takes, as errors and the help say it: `int >= 1|none`."""
+    schema = section.model_json_schema()["properties"][name]
+    return "|".join(_in_words(kind) for kind in schema.get("anyOf", [schema]))
+
+
+def _in_words(schema: Mapping[str, Any]) -> str:
+    """What a JSON schema admits."""
+    if "enum" in schema:
+        return "|".join(schema["enum"])
+    if "prefixItems" in schema:
+        kind, *limits = _in_words(schema["prefixItems"][0]).split(" ")
+        return " ".join([",".join([kind] * len(schema["prefixItems"])), *limits])
+    kinds = {"string": "text", "boolean": "true|false", "integer": "int", "number": "float", "null": "none"}
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<="}
+    limits = [f"{sign} {schema[limit]:g}" for limit, sign in signs.items() if limit in schema]
+    kind = kinds.get(schema["type"], "text, several separated by commas")
+    return f"{kind} {' and '.join(limits)}".strip()
 
 
 class ModelConfig(Section):
@@ -101,27 +150,20 @@ class PromptsConfig(Section):
     @classmethod
     def _json(cls, value: Any) -> Any:
         if isinstance(value, Mapping):
-            try:
+            with suppress(TypeError):
                 return json.dumps(dict(value))
-            except TypeError as error:
-                raise ValueError(error) from error
         return value
 
-    @model_validator(mode="after")
-    def _templates(self) -> PromptsConfig:
-        required = {
-            "student": ("{problem}",),
-            "teacher": ("{problem}", "{solution}"),
-            "reason": ("{solution}",),
-            "analysis": ("{teacher}", "{analysis}"),
-        }
-        for name, placeholders in required.items():
-            for placeholder in placeholders:
-                if placeholder not in getattr(self, name):
-                    raise ValueError(f"prompts.{name} lacks {placeholder}: {getattr(self, name)!r}")
-        if "{solution}" in self.student:
-            raise ValueError("prompts.student contains {solution}, which only the teacher may see")
-        return self
+    @field_validator("student", "teacher", "reason", "analysis")
+    @classmethod
+    def _template(cls, text: str, info: ValidationInfo) -> str:
+        needed = {"student": "{problem}", "teacher": "{problem} {solution}", "reason": "{solution}"}
+        for placeholder in needed.get(str(info.field_name), "{teacher} {analysis}").split():
+            if placeholder not in text:
+                raise ValueError(f"text with {placeholder}")
+        if info.field_name == "student" and "{solution}" in text:
+            raise ValueError("text without {solution}, which only the teacher may see")
+        return text
 
 
 _TOP_P = option(1.0, "nucleus sampling; 1: off", gt=0, le=1)
@@ -160,15 +202,6 @@ class TeacherConfig(Section):
     )
     reason_max_new_tokens: int = option(512, "longest analysis", ge=1)
 
-    @model_validator(mode="after")
-    def _path(self) -> TeacherConfig:
-        if self.kind != "model" and self.path is not None:
-            raise ValueError(
-                f"teacher.path is {self.path!r} with teacher.kind {self.kind}, which has none; set teacher.kind model "
-                "or leave it out"
-            )
-        return self
-
 
 class ObjectiveConfig(Section):
     form: Literal["full", "sampled_token"] = option(
@@ -193,17 +226,6 @@ class ObjectiveConfig(Section):
     )
     backend: Literal["auto", "torch", "triton", "native", "cluster"] = option("auto", "of opsd_kernels")
     workspace_bytes: int | None = option(None, "memory bound of the loss's workspace; none: opsd_kernels decides", ge=1)
-
-    @model_validator(mode="after")
-    def _form(self) -> ObjectiveConfig:
-        if self.tail_bucket and self.top_k is None:
-            raise ValueError(
-                "objective.tail_bucket is true without objective.top_k: it holds the mass outside the top k"
-            )
-        for name in ("entry_clip", "token_clip", "top_k"):
-            if self.form == "sampled_token" and getattr(self, name) is not None:
-                raise ValueError(f"objective.{name} has no meaning with objective.form sampled_token")
-        return self
 
 
 _Beta = Annotated[float, Field(ge=0, le=0.999999)]
@@ -245,28 +267,16 @@ class EvalConfig(Section):
     )
     batch_size: int = option(32, "prompts generated together", ge=1)
 
-    @model_validator(mode="after")
-    def _together(self) -> EvalConfig:
-        pattern = f"eval.answer_pattern {self.answer_pattern!r}"
+    @field_validator("answer_pattern")
+    @classmethod
+    def _one_group(cls, pattern: str) -> str:
         try:
-            groups = re.compile(self.answer_pattern).groups
+            groups = re.compile(pattern).groups
         except re.error as error:
-            raise ValueError(f"{pattern} is no regular expression: {error}") from error
+            raise ValueError(f"a regular expression, which this is not: {error}") from error
         if groups != 1:
-            raise ValueError(f"{pattern} has {groups} groups; accepted: exactly 1")
-        for name in ("keep_best", "patience"):
-            if (value := getattr(self, name)) and not self.every:
-                text = str(value).lower()
-                raise ValueError(f"eval.{name} is {text} without eval.every: set eval.every to the steps between two")
-        if self.samples > 1 and self.temperature == 0:
-            raise ValueError("eval.samples > 1 with eval.temperature 0: greedy answers are all the same")
-        for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
-            if (value := getattr(self, name)) != off and self.temperature == 0:
-                raise ValueError(
-                    f"eval.{name} is {value:g} with eval.temperature 0: greedy answers are not sampled; accepted then: "
-                    f"{off:g}, which is off"
-                )
-        return self
+            raise ValueError(f"a regular expression with exactly 1 group, this one has {groups} groups")
+        return pattern
 
 
 class RunConfig(Section):
@@ -281,9 +291,9 @@ class RunConfig(Section):
     keep_checkpoints: int = option(2, "how many of the last ones stay", ge=1)
     trackers: tuple[str, ...] | None = option(None, "also log to these: tensorboard, wandb, trackio", min_length=1)
 
-    @model_validator(mode="after")
-    def _known_trackers(self) -> RunConfig:
-        for tracker in self.trackers or ():
-            if tracker not in TRACKERS:
-                raise ValueError(f"run.trackers has {tracker!r}; accepted: {', '.join(TRACKERS)}")
-        return self
+    @field_validator("trackers")
+    @classmethod
+    def _known(cls, trackers: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if not set(trackers or ()) <= set(TRACKERS):
+            raise ValueError(", ".join(TRACKERS))
+        return trackers

@@ -1,6 +1,6 @@
 """What a user passes in: a function or a teacher of one's own, wrapped as a part of the run and checked here alone.
 
-What it returns is checked at each call, since only then it is known; every other part of a run is trusted.
+What it returns is checked at each call, since only then it is known.
 """
 
 import math
@@ -89,22 +89,20 @@ class UserEngine:
 
     def rollouts(self, run: Run, examples: Sequence[Example], number: int) -> list[Rollout]:
         given: Any = self.function(run, examples, number)
-        kind, each = type(given).__name__, run.config.rollout.per_prompt
-        _expect(isinstance(given, Iterable), f"the sampler returned {kind}; accepted: a list of opsd.rollouts.Rollout")
-        rollouts, wanted = list(given), len(examples) * each
-        if len(rollouts) != wanted:
-            raise ValueError(
-                f"the sampler returned {len(rollouts)} rollouts for {len(examples)} examples; accepted: {wanted}, "
-                f"rollout.per_prompt {each} of each, in the order of the examples"
-            )
+        expect_type(given, Iterable, "the sampler returned", "a list of opsd.rollouts.Rollout")
+        rollouts, each = list(given), run.config.rollout.per_prompt
+        wanted = len(examples) * each
+        expect(
+            len(rollouts) == wanted,
+            f"the sampler returned {len(rollouts)} rollouts for {len(examples)} examples",
+            f"{wanted}, rollout.per_prompt {each} of each, in the order of the examples",
+        )
         for i, rollout in enumerate(rollouts):
             _check_rollout(f"rollout {i % each} of example {i // each}", rollout, vocabulary_size(run.head))
         known = sum(rollout.logprobs is not None for rollout in rollouts)
-        if 0 < known < wanted:
-            raise ValueError(f"{known} of {wanted} rollouts have logprobs; accepted: all or none")
-        if not known and run.config.rollout.importance_cap is not None:
-            needed = "the sampler's log-probabilities: the rollouts have none (Rollout.logprobs)"
-            raise ValueError(f"rollout.importance_cap needs {needed}")
+        expect(known in (0, wanted), f"{known} of {wanted} rollouts have logprobs", "all or none")
+        needed = known or run.config.rollout.importance_cap is None
+        expect(needed, "rollout.importance_cap needs log-probabilities, the rollouts have none", "Rollout.logprobs")
         return rollouts
 
     def write(self, *given: Any) -> list[Rollout]:
@@ -112,25 +110,22 @@ class UserEngine:
 
 
 def _check_rollout(name: str, rollout: Any, vocabulary: int) -> None:
-    _expect(isinstance(rollout, Rollout), f"{name} must be an opsd.rollouts.Rollout, got {type(rollout).__name__}")
-    ids, logprobs, truncated = rollout.ids, rollout.logprobs, rollout.truncated
-    _expect(isinstance(ids, list | tuple), f"{name} has ids of type {type(ids).__name__}; accepted: a list of ints")
-    accepted = "accepted: a list of floats, or None"
-    _expect(
-        isinstance(logprobs, list | tuple | None), f"{name} has logprobs of type {type(logprobs).__name__}; {accepted}"
-    )
-    _expect(isinstance(truncated, bool), f"{name} has truncated {truncated!r}; accepted: True or False")
-    if not ids:
-        raise ValueError(f"{name} is empty; a rollout has at least one token id, the end token if nothing else")
-    for token in ids:
+    if not isinstance(rollout, Rollout):
+        raise TypeError(f"{name} must be an opsd.rollouts.Rollout, got {type(rollout).__name__}")
+    ids, logprobs = rollout.ids, rollout.logprobs
+    expect_type(ids, list | tuple, f"{name} has ids of type", "a list of ints")
+    expect_type(logprobs, list | tuple | None, f"{name} has logprobs of type", "a list of floats, or None")
+    expect_type(rollout.truncated, bool, f"{name} has truncated", "True or False", shown=repr(rollout.truncated))
+    expect(ids, f"{name} is empty", "at least one token id, the end token if nothing else")
+    for token in ids:  # many: what to say of one is made only where it is wrong
         if type(token) is not int or not 0 <= token < vocabulary:
             raise ValueError(f"{name} has token id {token!r}; accepted: ints from 0 to {vocabulary - 1}")
-    if logprobs is not None and len(logprobs) != len(ids):
-        raise ValueError(f"{name} has {len(ids)} ids and {len(logprobs)} logprobs")
+    if logprobs is not None:
+        expect(len(logprobs) == len(ids), f"{name} has {len(ids)} ids and {len(logprobs)} logprobs", "one for each id")
     for logprob in logprobs or ():
-        _expect(isinstance(logprob, Real), f"{name} has the log-probability {logprob!r}; accepted: a float")
-        if not math.isfinite(logprob):
-            raise ValueError(f"{name} has the log-probability {logprob} for a token that was sampled")
+        if not isinstance(logprob, Real) or not math.isfinite(logprob):
+            kind = ValueError if isinstance(logprob, Real) else TypeError
+            raise kind(f"{name} has the log-probability {logprob!r}; accepted: a float, finite as it was sampled")
 
 
 class UserLoss:
@@ -149,31 +144,25 @@ class UserLoss:
         hidden, rows = (student.hidden, teachers["teacher"].hidden), len(student.hidden)
         given: Any = self.function(self.run, *hidden, batch.rollouts, denominator)
         what, pair = "the loss function (loss) returned", "(loss, statistics), a 0-d tensor and a dict of (R,) tensors"
-        _expect(isinstance(given, tuple | list), f"{what} {_shown(given)}; accepted: {pair}")
-        if len(given) != 2:
-            raise ValueError(f"{what} {len(given)} values; accepted: {pair}")
+        expect_type(given, tuple | list, what, pair, shown=_shown(given))
+        expect(len(given) == 2, f"{what} {len(given)} values", pair)
         loss, stats = given
-        _expect(isinstance(loss, Tensor), f"{what} {_shown(loss)} as the loss; accepted: {pair}")
-        if loss.ndim:
-            raise ValueError(f"{what} a loss of shape {tuple(loss.shape)}; accepted: 0-d, as a sum over tokens is")
-        if not loss.requires_grad:
-            raise ValueError(
-                f"{what} a loss without a gradient; accepted: one computed from student_hidden, not detached"
-            )
-        accepted = "a dict of (R,) tensors, empty for none"
-        _expect(isinstance(stats, Mapping), f"{what} {_shown(stats)} as the statistics; accepted: {accepted}")
+        expect_type(loss, Tensor, what, pair, shown=f"{_shown(loss)} as the loss")
+        expect(loss.ndim == 0, f"{what} a loss of shape {tuple(loss.shape)}", "0-d, as a sum over tokens is")
+        computed = "one computed from student_hidden, not detached"
+        expect(loss.requires_grad, f"{what} a loss without a gradient", computed)
+        shown = f"{_shown(stats)} as the statistics"
+        expect_type(stats, Mapping, what, "a dict of (R,) tensors, empty for none", shown=shown)
         for name, value in stats.items():
             _check_name(f"{what} a statistic", name)
-            accepted = f"accepted: an (R,) tensor, here ({rows},)"
-            _expect(isinstance(value, Tensor), f"{what} {_shown(value)} as statistic {name!r}; {accepted}")
-            if value.shape != (rows,):
-                accepted = f"accepted: (R,), one value for each rollout token, here ({rows},)"
-                raise ValueError(f"{what} statistic {name!r} of shape {tuple(value.shape)}; {accepted}")
-        if self.names is not None and self.names != stats.keys():
-            raise ValueError(
-                f"{what} statistics called {', '.join(stats) or 'nothing'}, for another micro-batch "
-                f"{', '.join(self.names) or 'nothing'}; accepted: the same names in every call"
-            )
+            shown = f"{_shown(value)} as statistic {name!r}"
+            expect_type(value, Tensor, what, f"an (R,) tensor, here ({rows},)", shown=shown)
+            shown = f"statistic {name!r} of shape {tuple(value.shape)}"
+            accepted = f"(R,), one value for each rollout token, here ({rows},)"
+            expect(value.shape == (rows,), f"{what} {shown}", accepted)
+        ours, before = ", ".join(stats) or "nothing", ", ".join(self.names or ()) or "nothing"
+        said = f"{what} statistics called {ours}, for another micro-batch {before}"
+        expect(self.names in (None, set(stats)), said, "the same names in every call")
         self.names = set(stats)
         return loss, dict(stats)
 
@@ -190,17 +179,16 @@ class UserTeacher:
         missing = [name for name in ("head", "source") if not hasattr(teacher, name)]
         methods = ("active", "hidden", "update", "state_dict", "load_state_dict")
         missing += [name for name in methods if not callable(getattr(teacher, name, None))]
-        _expect(not missing, f"{what}, which lacks {', '.join(missing)}; accepted: an opsd.run.Teacher")
-        kind, accepted = type(teacher.head).__name__, "an opsd_kernels.Head, as lm_head_of(model) gives"
-        _expect(isinstance(teacher.head, Head), f"{what}, its head of type {kind}; accepted: {accepted}")
+        expect(not missing, f"{what}, which lacks {', '.join(missing)}", "an opsd.run.Teacher", TypeError)
+        head = "an opsd_kernels.Head, as lm_head_of(model) gives"
+        expect_type(teacher.head, Head, f"{what}, its head of type", head)
         source = teacher.source
-        if not isinstance(source, nn.Module) and not (isinstance(source, str) and source in ("live", "base")):
-            raise ValueError(f"{what}, its source {source!r}; accepted: 'live', 'base' or the model that it is")
-        active, accepted = teacher.active(), "accepted: one that yields a torch.nn.Module"
-        _expect(isinstance(active, AbstractContextManager), f"{what}, whose active() is no context manager; {accepted}")
+        good = isinstance(source, nn.Module) or (isinstance(source, str) and source in ("live", "base"))
+        expect(good, f"{what}, its source {source!r}", "'live', 'base' or the model that it is")
+        active, accepted = teacher.active(), "one that yields a torch.nn.Module"
+        expect_type(active, AbstractContextManager, f"{what}, whose active() is no", accepted, shown="context manager")
         with active as model:
-            kind = type(model).__name__
-            _expect(isinstance(model, nn.Module), f"{what}, whose active() yields {kind}; accepted: a torch.nn.Module")
+            expect_type(model, nn.Module, f"{what}, whose active() yields", "a torch.nn.Module")
         self._teacher = teacher
 
     def __getattr__(self, name: str) -> Any:
@@ -209,65 +197,54 @@ class UserTeacher:
     def hidden(self, prompts: Sequence[Sequence[int]], rollouts: Sequence[Sequence[int]]) -> Tensor:
         hidden, what = self._teacher.hidden(prompts, rollouts), "the teacher's hidden() returned"
         wanted = (sum(map(len, rollouts)), self._teacher.head.weight.shape[1])
-        accepted = f"accepted: (R, H) rows of hidden states that its head takes, without a gradient, here {wanted}"
-        _expect(isinstance(hidden, Tensor), f"{what} {type(hidden).__name__}; {accepted}")
-        if tuple(hidden.shape) != wanted:
-            raise ValueError(f"{what} shape {tuple(hidden.shape)}; {accepted}")
-        if hidden.requires_grad:
-            raise ValueError(f"{what} states with a gradient; {accepted}")
+        accepted = f"(R, H) rows of hidden states that its head takes, without a gradient, here {wanted}"
+        expect_type(hidden, Tensor, what, accepted)
+        expect(tuple(hidden.shape) == wanted, f"{what} shape {tuple(hidden.shape)}", accepted)
+        expect(not hidden.requires_grad, f"{what} states with a gradient", accepted)
         return hidden
 
 
-@dataclass(frozen=True)
-class UserStep:
-    """The user's function in place of the whole step."""
-
-    function: Step
-
-    def __call__(self, run: Run, examples: Sequence[Example], number: int) -> StepResult:
-        result: Any = self.function(run, examples, number)
-        what = "the step function (step) returned"
-        kind = type(result).__name__
-        _expect(isinstance(result, StepResult), f"{what} {kind}; accepted: an opsd.run.StepResult")
-        loss, tokens, metrics, rollouts = result.loss, result.tokens, result.metrics, result.rollouts
-        shape = tuple(loss.shape) if isinstance(loss, Tensor) else repr(loss)
-        _expect(shape == (), f"{what} a loss that is {shape}; accepted: a 0-d tensor")
-        accepted = "accepted: an int, how many rollout tokens there were"
-        _expect(isinstance(tokens, int) and tokens >= 0, f"{what} tokens {tokens!r}; {accepted}")
-        kind = type(metrics).__name__
-        _expect(isinstance(metrics, Mapping), f"{what} metrics of type {kind}; accepted: a dict of numbers")
-        for name, value in metrics.items():
-            _check_name(f"{what} a metric", name)
-            shown = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            number_like = not value.ndim if isinstance(value, Tensor) else isinstance(value, Real)
-            _expect(number_like, f"{what} metric {name!r} {shown}; accepted: a number or a 0-d tensor")
-        good = isinstance(rollouts, list) and all(isinstance(rollout, Rollout) for rollout in rollouts)
-        _expect(good, f"{what} rollouts {rollouts!r:.80}; accepted: a list of opsd.Rollout, empty for none")
-        return result
+def check_step_result(result: Any) -> StepResult:
+    """`result`, if it is what a step returns."""
+    what = "the step function (step) returned"
+    expect_type(result, StepResult, what, "an opsd.run.StepResult")
+    loss, tokens, metrics, rollouts = result.loss, result.tokens, result.metrics, result.rollouts
+    shape = tuple(loss.shape) if isinstance(loss, Tensor) else repr(loss)
+    expect(shape == (), f"{what} a loss that is {shape}", "a 0-d tensor", TypeError)
+    good = isinstance(tokens, int) and tokens >= 0
+    expect(good, f"{what} tokens {tokens!r}", "an int, how many rollout tokens there were", TypeError)
+    expect_type(metrics, Mapping, f"{what} metrics of type", "a dict of numbers")
+    for name, value in metrics.items():
+        _check_name(f"{what} a metric", name)
+        shown = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        good = not value.ndim if isinstance(value, Tensor) else isinstance(value, Real)
+        expect(good, f"{what} metric {name!r} {shown}", "a number or a 0-d tensor", TypeError)
+    good = isinstance(rollouts, list) and all(isinstance(rollout, Rollout) for rollout in rollouts)
+    expect(good, f"{what} rollouts {rollouts!r:.80}", "a list of opsd.Rollout, empty for none", TypeError)
+    return result
 
 
-@dataclass(frozen=True)
-class UserEvaluation:
-    """The user's function in place of the evaluation."""
-
-    function: Evaluate
-
-    def __call__(self, run: Run, model: nn.Module, examples: Sequence[Example], context: Context) -> Evaluation:
-        result: Any = self.function(run, model, examples, context)
-        what, kind = "the evaluation function (evaluate) returned", type(result).__name__
-        _expect(isinstance(result, Evaluation), f"{what} {kind}; accepted: an opsd.Evaluation")
-        result.check()
-        return result
+def check_evaluation(result: Any) -> Evaluation:
+    """`result`, if it is what an evaluation returns."""
+    expect_type(result, Evaluation, "the evaluation function (evaluate) returned", "an opsd.Evaluation")
+    result.check()
+    return result
 
 
-def _expect(good: bool, message: str) -> None:
+def expect(good: Any, said: str, accepted: str, error: type[Exception] = ValueError) -> None:
+    """Raises `error` unless `good`: what is wrong, and what is accepted."""
     if not good:
-        raise TypeError(message)
+        raise error(f"{said}; accepted: {accepted}")
+
+
+def expect_type(value: Any, kind: Any, said: str, accepted: str, shown: str | None = None) -> None:
+    """Raises a TypeError unless `value` is of `kind`; it says the name of its type, or what is to be `shown` of it."""
+    expect(isinstance(value, kind), f"{said} {shown or type(value).__name__}", accepted, TypeError)
 
 
 def _check_name(what: str, name: Any) -> None:
-    if not isinstance(name, str) or name in OWN_NAMES:
-        raise ValueError(f"{what} called {name!r}; accepted: text other than {', '.join(OWN_NAMES)}")
+    good = isinstance(name, str) and name not in OWN_NAMES
+    expect(good, f"{what} called {name!r}", f"text other than {', '.join(OWN_NAMES)}")
 
 
 def _shown(value: Any) -> str:

@@ -1,12 +1,17 @@
-"""How far a run has come: with the weights, all that a checkpoint has to hold."""
+"""How far a run has come, and whether it is asked to stop."""
 
+from __future__ import annotations
+
+import os
+import signal
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
 
 @dataclass
 class Progress:
-    """Counts of a run over all processes that worked on it."""
+    """Counts of a run over all processes that worked on it: with the weights, all that a checkpoint has to hold."""
 
     step: int = 0
     tokens: int = 0
@@ -24,19 +29,9 @@ class Progress:
         self.best, self.since_best = {"step": self.step, "accuracy": accuracy}, 0
         return True
 
-    def forget_best(self) -> None:
-        """As if there had been no evaluation in training."""
-        self.best, self.since_best = None, 0
-
     def out_of_patience(self, patience: int | None) -> bool:
         """Whether `eval.patience` ends the run."""
         return patience is not None and self.since_best >= patience
-
-    def standstill(self) -> str:
-        """How long no evaluation was better, in words."""
-        best, count = self.best or {}, self.since_best
-        evaluations = "1 evaluation was" if count == 1 else f"{count} evaluations were"
-        return f"{evaluations} no better than {best['accuracy']:.1%} at step {best['step']}"
 
     def summary(self, counts: dict[str, int], steps: int, *, saved: bool) -> dict[str, Any]:
         """What `summary.json` holds; `counts` are of the rows, `saved` says whether the model was."""
@@ -62,3 +57,30 @@ class Progress:
                 "from there"
             )
         return None
+
+
+class StopRequest:
+    """While open, the first SIGINT or SIGTERM asks for a stop after the step, and the next one stops at once.
+
+    `signal` is the number of the signal, 0 before one came.
+    """
+
+    def __init__(self, *, quiet: bool):
+        self.quiet, self.signal = quiet, 0
+        self._former: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._former = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+        if not self.quiet:  # print would fail where the signal comes in the middle of a print
+            os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")

@@ -1,27 +1,25 @@
 """From a configuration to all that a run works with: data, model, teacher, and how they are scored."""
 
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import nn
+from transformers import set_seed
 
 from opsd import models, recipes, tiny
 from opsd.config import Config, unused_options
 from opsd.data import name_rows
 from opsd.display import Display
 from opsd.engines import GenerateEngine
-from opsd.errors import ConfigError
+from opsd.errors import ConfigError, config_error
 from opsd.evaluation import Evaluator
-from opsd.identity import digest_inputs
 from opsd.optim import learning_rate
 from opsd.options import ModelConfig
-from opsd.plugins import Evaluate, Parts, UserEngine, UserEvaluation, UserLoss, UserStep, UserTeacher
+from opsd.plugins import Evaluate, Parts, UserEngine, UserLoss, UserTeacher
 from opsd.prompts import Encoded, Example, Prompter, read_examples
 from opsd.recipes.importance import ImportanceWeighted
 from opsd.run import Recipe, Run, Step, Stream, Teacher
@@ -30,6 +28,9 @@ from opsd.step import opsd_step
 from opsd.teachers import make_teacher
 from opsd_kernels import lm_head_of
 from opsd_kernels.packing import dual_hidden_states, pack_dual_context, plan_passes
+
+PATHS = ("model.path", "teacher.path", "data.train", "data.eval")
+"""What a run reads."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,6 @@ class Setup:
     notes: list[str]
     warnings: list[str]
 
-    def digests(self) -> dict[str, str]:
-        """As `opsd.identity.digest_inputs`."""
-        return digest_inputs(self.run, self.examples, self.eval_examples)
-
 
 def set_up(config: Config, parts: Parts) -> Setup:
     """Reads the data, loads the model and makes its teacher. Fixes the global random state by `run.seed`.
@@ -62,42 +59,37 @@ def set_up(config: Config, parts: Parts) -> Setup:
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     scorer = scorer_of(config.eval)
-    seed_all(config.run.seed)
+    set_seed(config.run.seed % 2**32)
     tokenizer = models.load_tokenizer(config.model.path)
     prompter = Prompter(tokenizer, config.prompts)
     data = _read(config, prompter)
     examples, eval_examples = data["train"].examples, data["eval"].examples if "eval" in data else []
 
     model = models.load_model(config.model, config.lora, device)
-    _check_positions(config, model, [*examples, *eval_examples])
-    try:
+    added = {"rollout.max_new_tokens": max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)}
+    if config.teacher.reason_first:
+        added["teacher.reason_max_new_tokens"] = config.teacher.reason_max_new_tokens
+    prompts = [ids for e in [*examples, *eval_examples] for ids in (e.student, e.teacher, e.reason)]
+    models.check_positions(model, prompts, added)
+    with config_error(f"model.path {config.model.path!r}", TypeError, ValueError):
         head = lm_head_of(model)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"model.path {config.model.path!r}: {error}") from error
-    teacher: Teacher
-    if parts.teacher is None:
-        teacher = make_teacher(config, model, tokenizer)
-    else:
-        teacher = cast(Teacher, UserTeacher(parts.teacher(config, model, tokenizer)))
+    teacher: Any = (parts.teacher or make_teacher)(config, model, tokenizer)
+    if parts.teacher is not None:
+        teacher = UserTeacher(teacher)
     packed, how = choose_packing(config.model, model, teacher)
     engine = GenerateEngine.of(model, tokenizer, config.model)
-    recipe = make_recipe(config)
-    run = Run(config, model, tokenizer, head, teacher, engine, recipe, device, packed)
+    run = Run(config, model, tokenizer, head, teacher, engine, make_recipe(config), device, packed)
     if parts.rollouts is not None:
         run = replace(run, engine=UserEngine(parts.rollouts, engine))
     if parts.loss is None:
         check_recipe(run)
     else:
         run = replace(run, recipe=cast(Recipe, UserLoss(parts.loss, run)))
-    evaluate: Evaluate = Evaluator.of(
-        config.eval, config.rollout.max_new_tokens, config.run.seed, tokenizer, engine, scorer
-    )
-    if parts.evaluate is not None:
-        evaluate = UserEvaluation(parts.evaluate)
+    evaluator = Evaluator.of(config.eval, config.rollout.max_new_tokens, config.run.seed, tokenizer, engine, scorer)
     return Setup(
         run,
-        opsd_step if parts.step is None else UserStep(parts.step),
-        evaluate,
+        parts.step or opsd_step,
+        parts.evaluate or evaluator,
         prompter,
         examples,
         eval_examples,
@@ -117,23 +109,19 @@ def _read(config: Config, prompter: Prompter) -> dict[str, Encoded]:
 
 
 def _counts(data: Mapping[str, Encoded]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for name, part in data.items():
-        lists: dict[str, list[Any]] = {
-            "rows": part.examples,
-            "rows_skipped": part.skipped,
-            "rows_too_long": part.too_long,
-        }
-        counts |= {f"{name}_{kind}": len(rows) for kind, rows in lists.items()}
+    counts = {}
+    for name, (examples, too_long, skipped) in data.items():
+        counts[f"{name}_rows"] = len(examples)
+        counts[f"{name}_rows_skipped"] = len(skipped)
+        counts[f"{name}_rows_too_long"] = len(too_long)
     return counts
 
 
 def _warnings(config: Config, data: Mapping[str, Encoded]) -> list[str]:
     """What may be a mistake."""
     warnings = unused_options(config)
-    for name, part in data.items():
-        left_out = {"cannot be used and are skipped": part.skipped, "are too long and dropped": part.too_long}
-        for what, rows in left_out.items():
+    for name, (_, too_long, skipped) in data.items():
+        for what, rows in (("cannot be used and are skipped", skipped), ("are too long and dropped", too_long)):
             if rows:
                 warnings.append(name_rows(f"{len(rows)} rows of data.{name} {what}:", rows))
     if config.model.dtype == "bfloat16" and not config.lora.enabled:
@@ -166,31 +154,26 @@ def check_recipe(run: Run) -> None:
     )
     zeros = torch.zeros(2, dtype=torch.int64, device=run.device)
     batch = recipes.TokenBatch(target_ids=zeros, sequence_ids=zeros, sampler_logprobs=zeros.float())
-    try:
-        with torch.no_grad(), models.autocast(run.config.model, run.device):
-            run.recipe.loss(student, {"teacher": teacher}, batch, 2)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"objective: {error}") from error
-
-
-def seed_all(seed: int) -> None:
-    """Seeds the generators of torch (all devices), Python and numpy."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
+    with (
+        config_error("objective", TypeError, ValueError),
+        torch.no_grad(),
+        models.autocast(run.config.model, run.device),
+    ):
+        run.recipe.loss(student, {"teacher": teacher}, batch, 2)
 
 
 def absolute_paths(config: Config) -> Config:
     """`config` with its local paths made independent of the working directory."""
 
-    def absolute(path: str | None) -> str | None:
+    def absolute(path: Any) -> Any:
         return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
 
-    names = ("model.path", "data.train", "data.eval", "teacher.path")
     options = config.options()
+    paths = {name: absolute(options[name]) for name in PATHS}
     file, colon, name = config.eval.scorer.rpartition(":")
-    scorer = f"{absolute(file)}:{name}" if colon and file.endswith(".py") else config.eval.scorer
-    return config.changed({name: absolute(options[name]) for name in names} | {"eval.scorer": scorer})
+    if colon and file.endswith(".py"):
+        paths["eval.scorer"] = f"{absolute(file)}:{name}"
+    return config.changed(paths)
 
 
 def embedded(config: Config, display: Display) -> Config:
@@ -207,28 +190,25 @@ def embedded(config: Config, display: Display) -> Config:
 def introduce(setup: Setup, run_dir: Path, display: Display) -> None:
     """Says what is about to happen, with the first prompts as the model reads them."""
     run, example, lora = setup.run, setup.examples[0], setup.run.config.lora
-    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in run.model.parameters())
-    display.note(f"run directory {run_dir}; {run.device.type}; {trained:,} of {total:,} parameters are trained")
-    named = [f"preset {run.config.preset}"] if run.config.preset else []
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    preset = f"preset {run.config.preset}; " if run.config.preset else ""
     kind = f"LoRA r {lora.r} alpha {lora.alpha}" if lora.enabled else "full training"
-    display.note("; ".join([*named, kind, f"lr {run.config.optim.lr:g}"]))
-    counted = {name: count for name, count in setup.counts.items() if count}
-    display.note("; ".join(f"{name.replace('_', ' ')} {count}" for name, count in counted.items()))
-    for name, ids in (("student", example.student), ("teacher", example.teacher)):
-        display.note(f"--- first {name} prompt, {len(ids)} tokens ---\n{run.tokenizer.decode(ids)}")
-    display.note("---")
-    for note in setup.notes:
+    prompts = [
+        f"--- first {name} prompt, {len(ids)} tokens ---\n{run.tokenizer.decode(ids)}"
+        for name, ids in (("student", example.student), ("teacher", example.teacher))
+    ]
+    for note in (
+        f"run directory {run_dir}; {run.device.type}; {trained:,} of {total:,} parameters are trained",
+        f"{preset}{kind}; lr {run.config.optim.lr:g}",
+        "; ".join(f"{name.replace('_', ' ')} {count}" for name, count in setup.counts.items() if count),
+        *prompts,
+        "---",
+        *setup.notes,
+    ):
         display.note(note)
     for warning in setup.warnings:
         display.warn(warning)
-
-
-def _check_positions(config: Config, model: nn.Module, examples: Sequence[Example]) -> None:
-    added = {"rollout.max_new_tokens": max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)}
-    if config.teacher.reason_first:
-        added["teacher.reason_max_new_tokens"] = config.teacher.reason_max_new_tokens
-    models.check_positions(model, [ids for e in examples for ids in (e.student, e.teacher, e.reason)], added)
 
 
 def choose_packing(options: ModelConfig, model: nn.Module, teacher: Teacher) -> tuple[bool, str]:

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,12 +29,9 @@ class _ModelTeacher:
 
     @contextmanager
     def active(self) -> Iterator[nn.Module]:
-        with evaluating(self.model):
-            if self.adapters_off:
-                with self.model.disable_adapter():  # type: ignore[operator]
-                    yield self.model
-            else:
-                yield self.model
+        model: Any = self.model
+        with evaluating(model), model.disable_adapter() if self.adapters_off else nullcontext():
+            yield model
 
     @torch.no_grad()
     def hidden(self, prompts: Sequence[Sequence[int]], rollouts: Sequence[Sequence[int]]) -> Tensor:

@@ -9,20 +9,17 @@ from typing import Any
 from opsd import models
 from opsd.config import Config, load_config, to_yaml
 from opsd.display import Display
-from opsd.errors import ConfigError, Interrupted, RunError
+from opsd.errors import ConfigError, Interrupted, RunError, config_error
 from opsd.evaluation import Evaluation
 from opsd.files import replace_file
-from opsd.identity import check_identity, describe
+from opsd.identity import check_identity, describe, digest_inputs
 from opsd.loop import Loop
 from opsd.options import EvalConfig
-from opsd.plugins import Divergence, Evaluate, MakeTeacher, Sampler
+from opsd.plugins import Divergence, Evaluate, MakeTeacher, Parts, Sampler
 from opsd.run import Step
 from opsd.run_dir import LOCK, RunDir, check_new, check_resumable, locked, make_directory, read_description, write_json
-from opsd.setup import Parts, absolute_paths, embedded, introduce, set_up
+from opsd.setup import PATHS, absolute_paths, embedded, introduce, set_up
 from opsd.trackers import check_trackers, make_trackers
-
-PATHS = ("model.path", "teacher.path", "data.train", "data.eval")
-"""What a resumed run may find elsewhere; `check_identity` sees to it that it is the same."""
 
 MEASURE = {f"eval.{name}" for name in EvalConfig.model_fields} - {
     f"eval.{name}" for name in ("every", "keep_best", "patience", "batch_size")
@@ -70,9 +67,7 @@ def train(
         RunError: something else stopped the run between two steps, a scorer that failed, say.
         TypeError, ValueError: what was given in place of a part returned something that cannot be used.
     """
-    if not isinstance(config, Config):
-        config = load_config(config)
-    config = absolute_paths(config)
+    config = absolute_paths(config if isinstance(config, Config) else load_config(config))
     options = config.run
     # Those of the embedded model, which is small, would only flash by.
     bars = models.progress_bars(not quiet and config.model.path is not None)
@@ -88,16 +83,14 @@ def train(
         for note in models.hub_notes(config.model.path, config.teacher.path):
             display.note(note)
         setup = set_up(config, Parts(rollouts, teacher, loss, evaluate, step))
-        described = describe(setup.digests(), setup.run.device)
+        described = describe(setup)
         with ExitStack() as held:
-            try:
+            with config_error("run.dir: the run directory cannot be written", OSError):
                 directory = make_directory(directory, name)
                 held.enter_context(locked(directory))
                 check_new(options.dir)  # again: another process may have been at work in the meantime
                 (directory / "evaluations.jsonl").unlink(missing_ok=True)  # of an attempt that finished no step
                 _describe_run(directory, config, described)
-            except OSError as error:
-                raise ConfigError(f"run.dir: the run directory cannot be written: {error}") from error
             return _run(Loop(setup, RunDir(directory, described["id"]), display))
 
 
@@ -141,7 +134,7 @@ def resume(
         with display, models.progress_bars(not quiet):
             check_trackers(config.run.trackers)
             setup = set_up(config, Parts(rollouts, teacher, loss, evaluate, step))
-            digests = setup.digests()  # of the initial weights
+            digests = digest_inputs(setup)  # of the initial weights
             same_rows = "eval.max_problems" not in changed
             setup.warnings.extend(check_identity(digests, described, setup.run.device, same_evaluation=same_rows))
             loop = Loop(setup, RunDir(run_dir, described["id"]), display)

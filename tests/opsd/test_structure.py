@@ -18,7 +18,7 @@ LONGEST, ALL = 320, 6320
 REPORT = {path for path in FILES if path.relative_to(PACKAGE).parts[0].startswith("report")}
 """A room of its own, which reads what runs have left and shares nothing with them."""
 CORE = {"opsd.step": 170, "opsd.loop": 225, "opsd.run": 130}
-GROUND = ("opsd.errors", "opsd.presets", "opsd.section")
+GROUND = ("opsd.errors", "opsd.presets", "opsd.options")
 
 OPTIONAL = {"datasets", "pyarrow", "peft", "math_verify", "wandb", "trackio", "torch.utils.tensorboard", "resource"}
 """What need not be installed, is not there on every system, or takes seconds and is seldom needed."""
