@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from opsd.errors import CheckpointError
-from opsd.files import UNFINISHED, flush, flush_directory, remove_unfinished
+from opsd.files import remove_unfinished, replace_directory
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8})")
@@ -36,25 +36,19 @@ def save_checkpoint(directory: Path, step: int, state: dict[str, Any], *, run_id
         CheckpointError: it cannot be written (a full disk, say). Older checkpoints are then as they were.
     """
     final = directory / f"step-{step:08d}"
-    unfinished = directory / f"{UNFINISHED}{final.name}"
+
+    def write(fresh: Path) -> None:
+        fresh.mkdir()
+        with (fresh / "state.pt").open("wb") as file:
+            torch.save(state, file)
+        manifest = {"format": FORMAT, "run": run_id, "step": step, **_digest(fresh / "state.pt")}
+        (fresh / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
     try:
         directory.mkdir(exist_ok=True)
         remove_unfinished(directory)
-        unfinished.mkdir()
-        with (unfinished / "state.pt").open("wb") as file:
-            torch.save(state, file)
-            flush(file)
-        manifest = {"format": FORMAT, "run": run_id, "step": step, **_digest(unfinished / "state.pt")}
-        with (unfinished / "manifest.json").open("w", encoding="utf-8") as file:
-            json.dump(manifest, file)
-            flush(file)
-        flush_directory(unfinished)
-        if final.exists():  # a step repeated after a resume from an older checkpoint
-            shutil.rmtree(final)
-        unfinished.rename(final)
-        flush_directory(directory)
+        replace_directory(final, write)
     except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
-        shutil.rmtree(unfinished, ignore_errors=True)
         left = list_checkpoints(directory)
         last = f"the last good one is {left[0].name}" if left else "there is no older one"
         raise CheckpointError(f"{final}: cannot be written, {last}: {error}") from error
@@ -72,24 +66,24 @@ def load_checkpoint(path: Path, *, run_id: str) -> dict[str, Any]:
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        expected = {name: manifest[name] for name in ("format", "run", "step", "bytes", "sha256")}
+        form, run, step, size, digest = (manifest[name] for name in ("format", "run", "step", "bytes", "sha256"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: is incomplete, it has no manifest.json") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: its manifest.json cannot be read: {error!r}") from error
-    if expected["format"] != FORMAT:
-        raise CheckpointError(f"{path}: has format {expected['format']!r}, this version reads {FORMAT}")
-    if expected["run"] != run_id:
-        raise CheckpointError(f"{path}: belongs to another run, {expected['run']!r}; this one is {run_id!r}")
-    if path.name != f"step-{expected['step']:08d}":
-        raise CheckpointError(f"{path}: its manifest.json is that of step {expected['step']}")
+    if form != FORMAT:
+        raise CheckpointError(f"{path}: has format {form!r}, this version reads {FORMAT}")
+    if run != run_id:
+        raise CheckpointError(f"{path}: belongs to another run, {run!r}; this one is {run_id!r}")
+    if path.name != f"step-{step:08d}":
+        raise CheckpointError(f"{path}: its manifest.json is that of step {step}")
     try:
         found = _digest(path / "state.pt")
     except OSError as error:
         raise CheckpointError(f"{path}: its state.pt cannot be read: {error.strerror or error}") from error
-    if found["bytes"] != expected["bytes"]:
-        raise CheckpointError(f"{path}: its state.pt has {found['bytes']} bytes, {expected['bytes']} were written")
-    if found["sha256"] != expected["sha256"]:
+    if found["bytes"] != size:
+        raise CheckpointError(f"{path}: its state.pt has {found['bytes']} bytes, {size} were written")
+    if found["sha256"] != digest:
         raise CheckpointError(f"{path}: its state.pt is corrupted, its SHA-256 is not that of manifest.json")
     return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
 
@@ -103,24 +97,21 @@ def latest_checkpoint(
     Raises:
         CheckpointError: there are some, and none can be used.
     """
-    found = list_checkpoints(directory)
     reasons = []
-    for path in found:
+    for path in list_checkpoints(directory):
         try:
             return path, load_checkpoint(path, run_id=run_id)
         except CheckpointError as error:
             reasons.append(str(error))
             warn(f"passed over a checkpoint: {error}")
-    if found:
+    if reasons:
         raise CheckpointError("no checkpoint can be used:\n" + "\n".join(reasons))
     return None
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
     """The checkpoints in `directory`, the newest first."""
-    if not directory.is_dir():
-        return []
-    return sorted((path for path in directory.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
+    return sorted((path for path in directory.glob("step-*") if _NAME.fullmatch(path.name)), reverse=True)
 
 
 def random_state() -> dict[str, Any]:

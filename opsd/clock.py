@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -33,11 +34,10 @@ class Clock:
         """Sums by phase; on a GPU this waits for the last event."""
         if self.on_gpu and self.spans:
             self.spans[-1][2].synchronize()
-        totals: dict[str, float] = {}
+        totals: dict[str, float] = defaultdict(float)
         for phase, start, end in self.spans:
-            span = start.elapsed_time(end) / 1000 if self.on_gpu else end - start
-            totals[phase] = totals.get(phase, 0.0) + span
-        return totals
+            totals[phase] += start.elapsed_time(end) / 1000 if self.on_gpu else end - start
+        return dict(totals)
 
 
 def peak_memory(device: torch.device) -> int:

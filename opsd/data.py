@@ -184,7 +184,7 @@ def _dataset_records(path: Path, use: str) -> Iterator[tuple[str, Any]]:
                 f"{path}: has the splits {', '.join(loaded)}; for data.{use} exactly one of {', '.join(SPLITS[use])} "
                 f"is expected, or the directory of one split, such as {path / next(iter(loaded))}"
             )
-        split = next(iter(loaded)) if len(loaded) == 1 else fitting[0]
+        (split,) = loaded if len(loaded) == 1 else fitting
         path, loaded = path / split, loaded[split]
     # A saved set remembers its format; its rows may be tensors and lack columns.
     number = 0
@@ -212,13 +212,11 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 
 def _row(record: Mapping[str, Any], source: str, required: Sequence[str], mapped: Mapping[str, str]) -> Row:
-    values: dict[str, Any] = {}
-    for name in FIELDS:
-        label, value = _find(record, name, mapped)
-        values[name] = None if value is None else _value(name, label, value)
+    found = {name: _find(record, name, mapped) for name in FIELDS}
+    values: dict[str, Any] = {name: None if v is None else _value(name, label, v) for name, (label, v) in found.items()}
     for name in required:
         if values[name] is None and not (name == "solution" and values["teacher_prompt"] is not None):
-            label, value = _find(record, name, mapped)
+            label, value = found[name]
             raise ValueError(f"{label} is {'missing' if value is None else 'empty'}")
     return Row(**values, source=source, record=record)
 
@@ -305,10 +303,9 @@ def batches(count: int, batch_size: int, seed: int, start: int = 0) -> Iterator[
     if count < 1 or batch_size < 1 or start < 0:
         raise ValueError(f"no batches of {batch_size} of {count} rows from batch {start} on")
     first, offset = divmod(start * batch_size, count)
-    rows = itertools.islice(
-        itertools.chain.from_iterable(_shuffled(count, seed, e) for e in itertools.count(first)), offset, None
-    )
-    return ([next(rows) for _ in range(batch_size)] for _ in itertools.count())
+    epochs = (_shuffled(count, seed, epoch) for epoch in itertools.count(first))
+    rows = itertools.islice(itertools.chain.from_iterable(epochs), offset, None)
+    return (list(itertools.islice(rows, batch_size)) for _ in itertools.count())
 
 
 def _shuffled(count: int, seed: int, epoch: int) -> list[int]:

@@ -6,15 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
 
 from opsd.evaluation import Evaluation
 
@@ -25,16 +17,11 @@ class Display:
     def __init__(self, *, every: int = 1, steps: int = 0, quiet: bool = False):
         self.console, self.every, self.steps, self.quiet = Console(highlight=False), every, steps, quiet
         self.live = self.console.is_terminal and not quiet
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.live,
+        start, end = (
+            ("{task.description}", BarColumn(), MofNCompleteColumn()),
+            (TimeElapsedColumn(), TimeRemainingColumn()),
         )
+        self.progress = Progress(*start, "{task.fields[text]}", *end, console=self.console, disable=not self.live)
         self.tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Display:

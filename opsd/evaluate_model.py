@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,11 +50,11 @@ class Report:
 
     def summary(self) -> dict[str, Any]:
         """Everything but the answers, for JSON."""
-        options: dict[str, dict[str, Any]] = {}
+        options: dict[str, dict[str, Any]] = defaultdict(dict)
         for name, value in self.config.options().items():
             if is_used(name):
                 section, _, option = name.partition(".")
-                options.setdefault(section, {})[option] = value
+                options[section][option] = value
         return {
             "model": self.config.model.path,
             "data": self.config.data.eval,
@@ -115,15 +116,12 @@ def evaluation_config(
     Raises:
         ConfigError: model or data is missing, an option is unusable or would change nothing.
     """
-    given = list(overrides)
-    if model is not None:
-        given.append(("model.path", model))
-    if data is not None:
-        given.append(("data.eval", data))
     for name, _ in overrides:
         if not is_used(name.replace("-", "_")):
             raise ConfigError(f"{name} changes nothing in an evaluation; it is an option of opsd train")
-    given = [*yaml_options(path), *given]  # read once, since it may be a pipe
+    words = [("model.path", model), ("data.eval", data)]
+    # The file is read once, since it may be a pipe.
+    given = [*yaml_options(path), *overrides, *((name, value) for name, value in words if value is not None)]
     named = {name.replace("-", "_"): value for name, value in given}
     # Normalised, so that "." has the directory above it too.
     of_run = Path(os.path.normpath(Path(str(named.get("model.path"))) / ".." / "config.yaml"))
@@ -140,13 +138,9 @@ def evaluation_config(
         return config, None
     # Those that are the defaults anyway, or that the user gave, need not be named.
     plain = Config().options()
-    taken = [f"{name} {_shown(value)}" for name, value in below if name not in named and value != plain.get(name)]
-    return config, f"defaults from {of_run}: {', '.join(taken) or 'as opsd has them'}"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 50 else f"{text[:46]} ..."
+    taken = {name: repr(value) for name, value in below if name not in named and value != plain.get(name)}
+    shown = [f"{name} {text if len(text) <= 50 else f'{text[:46]} ...'}" for name, text in taken.items()]
+    return config, f"defaults from {of_run}: {', '.join(shown) or 'as opsd has them'}"
 
 
 def evaluate_model(config: Config, context: Context = "student") -> Report:

@@ -48,6 +48,7 @@ def replace_directory(directory: Path, write: Callable[[Path], None]) -> None:
     if directory.exists():
         directory.rename(old)
     fresh.rename(directory)
+    flush_directory(directory.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -113,16 +114,15 @@ def rewind_json(path: Path, step: int) -> None:
         data = path.read_bytes()
     except FileNotFoundError:
         return
-    lines, kept = data.split(b"\n"), []
-    for number, line in enumerate(lines, 1):
-        if not line and number == len(lines):
-            break
+    *lines, last = data.split(b"\n")
+    kept = []
+    for number, line in enumerate([*lines, last], 1):
         try:
             of = json.loads(line.decode())["step"]
             if not isinstance(of, int):
                 raise TypeError
         except (ValueError, TypeError, KeyError):
-            if number == len(lines):
+            if number > len(lines):  # empty, or half-written
                 break
             raise ConfigError(f"{path}:{number}: not a record with a step: {line[:80]!r}") from None
         if of <= step:

@@ -3,10 +3,11 @@
 config.yaml  run.json  metrics.jsonl  evaluations.jsonl  samples.jsonl  checkpoints/  best/  model/  summary.json
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -139,13 +140,12 @@ def make_directory(directory: Path | None, model: str) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         return directory
     name = re.sub(r"[^\w.-]+", "-", model) or "model"
-    number = 1
-    while True:
-        try:
-            (Path("runs") / f"{name}-{number}").mkdir(parents=True)
-            return Path("runs") / f"{name}-{number}"
-        except FileExistsError:
-            number += 1
+    for number in itertools.count(1):
+        with suppress(FileExistsError):
+            made = Path("runs") / f"{name}-{number}"
+            made.mkdir(parents=True)
+            break
+    return made
 
 
 def read_description(directory: Path) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Is an answer right? The scorers of `eval.scorer`: exact, math_verify, or a function of the user's."""
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
-import math
+import operator
 import re
 import sys
 import threading
@@ -76,22 +77,22 @@ def math_verify_scorer(pattern: str) -> Scorer:
         ) from error
 
     def read(text: str, seconds: int | None) -> list[Any]:
+        bare = text[1:-1] if len(text) > 1 and text[0] == text[-1] == "$" else text
         # In a box a bare expression, a number or a word is found just as well as one between dollar signs.
-        boxed = text if "\\boxed" in text else f"\\boxed{{{_without_dollars(text)}}}"
+        boxed = text if "\\boxed" in text else f"\\boxed{{{bare}}}"
         return parse(boxed, parsing_timeout=seconds, raise_on_error=True)
 
     def score(text: str, row: Row) -> bool:
         found, answer = extract(text, pattern), (row.answer or "").strip()
-        if found is None:
-            return False
-        if found == answer:  # without a parser that may fail
-            return True
+        if found is None or found == answer:  # without a parser that may fail
+            return found is not None
         seconds = SECONDS if threading.current_thread() is threading.main_thread() else None
         failure: BaseException | None = None
+        pairs: list[tuple[Any, Any]] = []
         try:
             pairs = [(gold, given) for gold in read(answer, seconds) for given in read(found, seconds)]
         except (Exception, TimeoutException) as error:  # its timeout is no Exception
-            raise Undecided(_failure(error)) from error
+            failure = error
         for gold, given in pairs:
             try:
                 if verify(gold, given, timeout_seconds=seconds, raise_on_error=True):
@@ -99,30 +100,20 @@ def math_verify_scorer(pattern: str) -> Scorer:
             except (Exception, TimeoutException) as error:
                 failure = error
         if failure is not None:
-            raise Undecided(_failure(failure)) from failure
+            raise Undecided(f"math-verify: {type(failure).__name__}: {failure}") from failure
         return False
 
     return score
 
 
-def _without_dollars(text: str) -> str:
-    return text[1:-1] if len(text) > 1 and text[0] == text[-1] == "$" else text
-
-
-def _failure(error: BaseException) -> str:
-    return f"math-verify: {type(error).__name__}: {error}"
-
-
 def _own_scorer(name: str) -> Scorer:
-    place, colon, attribute = name.rpartition(":")
-    if not colon or not place or not attribute:
+    place, _, attribute = name.rpartition(":")
+    if not place or not attribute:
         raise ConfigError(
             f"eval.scorer is {name!r}; accepted: exact, math_verify, module:function, path/to/file.py:function"
         )
     try:
-        function: Any = _module(place)
-        for part in attribute.split("."):
-            function = getattr(function, part)
+        function = operator.attrgetter(attribute)(_module(place))
     except AttributeError:
         raise ConfigError(f"eval.scorer {name!r}: {place} has no {attribute!r}") from None
     if not callable(function):
@@ -135,55 +126,39 @@ def _own_scorer(name: str) -> Scorer:
         pass  # some functions written in C have no signature
 
     def score(text: str, row: Row) -> float:
+        where = f"an answer to {row.source}"
         try:
             value = function(text, row)
         except Undecided:
             raise
         except Exception as error:
-            raise ScorerError(
-                f"eval.scorer {name!r} failed on an answer to {row.source}: {type(error).__name__}: {error}"
-            ) from error
-        number = _number(value)
-        if number is None:
-            raise ScorerError(
-                f"eval.scorer {name!r} returned {value!r} for an answer to {row.source}; accepted: a bool, or a number "
-                "from 0 to 1"
-            )
-        return number
+            raise ScorerError(f"eval.scorer {name!r} failed on {where}: {type(error).__name__}: {error}") from error
+        number = value
+        if not isinstance(value, Real) and hasattr(value, "item"):  # a scalar of NumPy or torch
+            with contextlib.suppress(RuntimeError, ValueError):
+                number = value.item()
+        if not isinstance(number, Real) or not 0 <= float(number) <= 1:
+            accepted = "accepted: a bool, or a number from 0 to 1"
+            raise ScorerError(f"eval.scorer {name!r} returned {value!r} for {where}; {accepted}")
+        return float(number)
 
     return score
 
 
-def _number(value: Any) -> float | None:
-    """`value` as a score, or None if it is none."""
-    if not isinstance(value, Real) and callable(getattr(value, "item", None)):  # a scalar of NumPy or torch
-        try:
-            value = value.item()
-        except (RuntimeError, ValueError):
-            return None
-    if not isinstance(value, Real):
-        return None
-    number = float(value)
-    return number if math.isfinite(number) and 0 <= number <= 1 else None
-
-
 def _module(place: str) -> Any:
     """The module called `place`, or the one in the file `place`."""
+    in_file = place.endswith(".py")
+    if in_file and not Path(place).is_file():
+        raise ConfigError(f"eval.scorer: there is no file {place}")
     try:
-        if not place.endswith(".py"):
+        if not in_file:
             return importlib.import_module(place)
-        if not Path(place).is_file():
-            raise ConfigError(f"eval.scorer: there is no file {place}")
-        module_name = f"opsd_scorer_{Path(place).stem}"
-        spec = importlib.util.spec_from_file_location(module_name, place)
-        assert spec is not None  # the name ends in .py
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module  # dataclasses and pickles look their module up there
+        name = f"opsd_scorer_{Path(place).stem}"
+        spec: Any = importlib.util.spec_from_file_location(name, place)
+        # Dataclasses and pickles look their module up there.
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
-    except ConfigError:
-        raise
     except (Exception, SystemExit) as error:
-        hint = "" if place.endswith(".py") else "; a file is named by its path: path/to/file.py:function"
+        hint = "" if in_file else "; a file is named by its path: path/to/file.py:function"
         raise ConfigError(f"eval.scorer: {place} cannot be imported: {type(error).__name__}: {error}{hint}") from error

@@ -142,12 +142,9 @@ class Trackers:
 
 def train_values(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record of `metrics.jsonl` under the names of trackers: train/loss, time/rollout, time/tokens_per_second."""
-    renamed = {"seconds": "time/step", "tokens_per_second": "time/tokens_per_second"}
-    return {
-        renamed.get(name) or (f"time/{name[8:]}" if name.startswith("seconds_") else f"train/{name}"): value
-        for name, value in record.items()
-        if name != "step"
-    }
+    times = {"seconds": "time/step", "tokens_per_second": "time/tokens_per_second"}
+    times |= {name: f"time/{name.removeprefix('seconds_')}" for name in record if name.startswith("seconds_")}
+    return {times.get(name, f"train/{name}"): value for name, value in record.items() if name != "step"}
 
 
 def eval_values(evaluation: Mapping[str, Any], *, of: str = "eval") -> dict[str, Any]:

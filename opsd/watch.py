@@ -7,13 +7,13 @@ run warns exactly where an uninterrupted one would have.
 import copy
 import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 from opsd.config import Config
-from opsd.options import RunConfig
 
 
 class Limit(NamedTuple):
@@ -58,8 +58,41 @@ _WORK = ("tokens", "rollout_length_max", "teacher_context_length")
 """What may make the passes longer: packed ones grow with tokens and prompts, padded ones with the longest rollout."""
 _BASELINES = ("student_entropy", "teacher_entropy", "rollout_length")
 
-Found = Iterator[tuple[str, str]]
-"""What is outside its band: its kind and a text for people."""
+_SAMPLER = (
+    "they were not drawn from the student as it is scored; check weights, types and sampling options of the sampler"
+)
+_CLIP = "of the tokens: it shapes the loss instead of bounding its outliers; raise objective."
+TEXTS = {
+    "entropy_low": "student entropy {collapse}; lower optim.lr, move objective.beta towards 0, or stop at an earlier "
+    "checkpoint",
+    "entropy_high": "student entropy has grown to {student_entropy:.3g} nats, from {early_entropy:.3g} at first: its "
+    "text may be falling apart; read samples.jsonl, lower optim.lr or use a frozen teacher",
+    "truncated": "{truncated:.0%} of the rollouts are cut at {limit} tokens: the teacher judges unfinished text and "
+    "endings are not learnt; raise rollout.max_new_tokens",
+    "length_limit": "rollouts are {rollout_length:.4g} tokens long on average, at the limit of {limit}: any longer and "
+    "they are cut; raise rollout.max_new_tokens",
+    "length_low": "rollouts have shrunk to {rollout_length:.4g} tokens on average, from {early_length:.4g} at first: "
+    "the student may answer without its work; read samples.jsonl, lower optim.lr, or have prompts.teacher ask for the "
+    "work",
+    "entry_clip": f"the entry clip touches {{entry_clipped:.0%}} {_CLIP}entry_clip (now {{entry_clip}})",
+    "token_clip": f"the token clip touches {{token_clipped:.0%}} {_CLIP}token_clip (now {{token_clip}})",
+    "clipped_away": "clipping removes {clipped_away:.0%} of the divergence: most of what the teacher says is lost; "
+    "raise {clips}",
+    "no_divergence": "divergence has been about 0 from the start ({divergence:.2g} nats): the teacher equals the "
+    "student, its privileged context has no effect; compare the two prompts printed at the start",
+    "mismatch": "sampler and student differ by {sampler_mismatch:.3g} nats a token on the rollouts: "
+    f"{_SAMPLER}{{or_cap}}",
+    "capped": f"{{importance_capped:.0%}} of the importance weights are at the cap: {_SAMPLER}",
+    "gradient": "gradient norm {grad_norm:.3g}{norm_clipped} is {grad_times:.0f} times its recent median "
+    "{usual_norm:.3g}: an unusual batch or the onset of instability; if it recurs, {calm}",
+    "shared_cpu": f"{SLOW} of the last {AMONG} steps took more than {LIMITS['slow'].value:g} times as long as those "
+    "before: other work seems to share this CPU, and threads wait for the one that has lost its core; --run.threads 1 "
+    "is often faster then",
+}
+"""What is said of each kind of trouble, filled with the numbers of the record and those of `Watch._facts`."""
+
+Values = Mapping[str, float]
+"""A record's finite numbers; all others are NaN, for which no comparison holds, so that nothing is said of them."""
 
 
 class Watch:
@@ -71,7 +104,9 @@ class Watch:
 
     def __init__(self, config: Config):
         self._config = config
-        self._shares_cpu = _on_cpu(config.run) and (config.run.threads or torch.get_num_threads()) > 1
+        device, threads = config.run.device, config.run.threads or torch.get_num_threads()
+        on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+        self._shares_cpu = on_cpu and threads > 1
         self._state: dict[str, Any] = {
             "steps": 0,
             "early": {},  # name: [count, sum]
@@ -104,171 +139,127 @@ class Watch:
             record: as in `metrics.jsonl`. Values that are absent, null or not finite are not judged.
         """
         state = self._state
-        values = {name: float(value) for name, value in record.items() if _is_finite(value)}
+        numbers = {k: float(v) for k, v in record.items() if isinstance(v, int | float) and math.isfinite(v)}
+        values: Values = defaultdict(lambda: math.nan, numbers)
         state["steps"] += 1
-        rules = (
-            self._entropy,
-            self._length,
-            self._clips,
-            self._no_divergence,
-            self._sampler,
-            self._gradient,
-            self._slow,
-        )
-        found = dict(each for rule in rules for each in rule(values))
+        broken = [kind for kind, outside in self._outside(values).items() if outside]
+        facts = self._facts(values) if broken else {}
         self._remember(values)
         news = []
-        for kind in found:
+        for kind in broken:
             last = state["said"].get(kind)
             if last is None or state["inside"][kind] >= RECOVERED or state["steps"] - last >= AGAIN:
-                news.append(kind)
+                news.append(TEXTS[kind].format_map({**values, **facts}))
                 state["said"][kind] = state["steps"]
             state["inside"][kind] = 0
-        for kind in state["said"].keys() - found.keys():
+        for kind in state["said"].keys() - set(broken):
             state["inside"][kind] = min(RECOVERED, state["inside"][kind] + 1)
-        return [found[kind] for kind in news]
+        return news
 
-    def _baseline(self, name: str) -> float | None:
-        """The early mean of `name`, once it is known."""
+    def _baseline(self, name: str) -> float:
+        """The early mean of `name`; NaN until it is known."""
         count, total = self._state["early"].get(name, (0, 0.0))
-        return total / count if count == BASELINE_STEPS else None
+        return total / count if count == BASELINE_STEPS else math.nan
 
-    def _remember(self, values: Mapping[str, float]) -> None:
+    def _remember(self, values: Values) -> None:
         for name in _BASELINES:
             count, total = self._state["early"].get(name, (0, 0.0))
-            if name in values and count < BASELINE_STEPS:
+            if not math.isnan(values[name]) and count < BASELINE_STEPS:
                 self._state["early"][name] = [count + 1, total + values[name]]
-        if "grad_norm" in values:
+        if not math.isnan(values["grad_norm"]):
             self._state["norms"] = [*self._state["norms"], values["grad_norm"]][-RECENT:]
         if (times := _times(values)) is not None:
             self._state["times"] = [*self._state["times"], times][-PACE:]
 
-    def _entropy(self, values: Mapping[str, float]) -> Found:
-        entropy, early = values.get("student_entropy"), self._baseline("student_entropy")
-        floor = LIMITS["entropy_floor"].value
-        advice = "lower optim.lr, move objective.beta towards 0, or stop at an earlier checkpoint"
-        if entropy is not None and entropy < floor:
-            why = f"student entropy is {entropy:.2g} nats, below {floor:g}: its rollouts no longer vary"
-            yield "entropy_low", f"{why}; {advice}"
-            return
-        if entropy is None or early is None:
-            return
-        # A teacher that shares the student's weights collapses with it, so it only counts as it was at first.
-        shared = self._config.teacher.kind in ("live", "ema")
-        teacher = self._baseline("teacher_entropy") if shared else values.get("teacher_entropy")
-        surer = teacher is None or entropy < LIMITS["entropy_of_teacher"].value * teacher
-        if entropy < LIMITS["entropy_share"].value * early and surer:
-            than = f"from {early:.3g} at first" + ("" if teacher is None else f" and the teacher's {teacher:.3g}")
-            why = f"student entropy has collapsed to {entropy:.3g} nats, {than}: rollouts lose their variety"
-            yield "entropy_low", f"{why}; {advice}"
-        elif entropy > max(LIMITS["entropy_growth"].value * early, LIMITS["entropy_of_note"].value):
-            why = f"student entropy has grown to {entropy:.3g} nats, from {early:.3g} at first: its text"
-            yield (
-                "entropy_high",
-                f"{why} may be falling apart; read samples.jsonl, lower optim.lr or use a frozen teacher",
-            )
-
-    def _length(self, values: Mapping[str, float]) -> Found:
-        limit, early = self._config.rollout.max_new_tokens, self._baseline("rollout_length")
-        length, truncated = values.get("rollout_length"), values.get("truncated")
-        if truncated is not None and truncated > LIMITS["truncated"].value:
-            why = f"{truncated:.0%} of the rollouts are cut at {limit} tokens: the teacher judges unfinished text"
-            yield "truncated", f"{why} and endings are not learnt; raise rollout.max_new_tokens"
-        elif length is not None and length > LIMITS["length_of_limit"].value * limit:
-            why = f"rollouts are {length:.4g} tokens long on average, at the limit of {limit}: any longer"
-            yield "length_limit", f"{why} and they are cut; raise rollout.max_new_tokens"
-        if length is not None and early is not None and length < LIMITS["length_share"].value * early:
-            why = f"rollouts have shrunk to {length:.4g} tokens on average, from {early:.4g} at first: the student"
-            advice = "read samples.jsonl, lower optim.lr, or have prompts.teacher ask for the work"
-            yield "length_low", f"{why} may answer without its work; {advice}"
-
-    def _clips(self, values: Mapping[str, float]) -> Found:
-        options = self._config.objective
-        for kind in ("entry", "token"):
-            share, clip = values.get(f"{kind}_clipped"), getattr(options, f"{kind}_clip")
-            if share is not None and share > LIMITS["touched"].value:
-                why = f"the {kind} clip touches {share:.0%} of the tokens: it shapes the loss instead of bounding its"
-                yield f"{kind}_clip", f"{why} outliers; raise objective.{kind}_clip (now {clip})"
-        divergence, amount = values.get("divergence", 0.0), values.get("clipped_amount", 0.0)
-        if divergence > LIMITS["divergence"].value and amount > LIMITS["clipped_away"].value * divergence:
-            clips = [f"objective.{name}" for name in ("entry_clip", "token_clip") if getattr(options, name) is not None]
-            why = f"clipping removes {amount / divergence:.0%} of the divergence: most of what the teacher says is lost"
-            yield "clipped_away", f"{why}; raise {' or '.join(clips) or 'the clip'}"
-
-    def _no_divergence(self, values: Mapping[str, float]) -> Found:
-        """Only from the start: a divergence that vanishes later is what training is for."""
-        divergence, state = values.get("divergence"), self._state
-        if divergence is None:
-            return
-        if state["no_divergence"] >= 0:
-            none = abs(divergence) < LIMITS["divergence"].value
-            state["no_divergence"] = state["no_divergence"] + 1 if none else -1
-        if state["no_divergence"] >= BASELINE_STEPS:
-            why = f"divergence has been about 0 from the start ({divergence:.2g} nats): the teacher equals the student"
-            advice = "compare the two prompts printed at the start"
-            yield "no_divergence", f"{why}, its privileged context has no effect; {advice}"
-
-    def _sampler(self, values: Mapping[str, float]) -> Found:
-        mismatch, capped = values.get("sampler_mismatch"), values.get("importance_capped")
-        rollout = self._config.rollout
-        cap = rollout.importance_cap
-        check = "check weights, types and sampling options of the sampler"
-        why = f"they were not drawn from the student as it is scored; {check}"
+    def _outside(self, values: Values) -> dict[str, bool]:
+        """Which kinds of trouble there are."""
+        rollout, early, most = self._config.rollout, self._baseline, {k: limit.value for k, limit in LIMITS.items()}
+        entropy, length, teacher = values["student_entropy"], values["rollout_length"], self._teacher_entropy(values)
+        surer = math.isnan(teacher) or entropy < most["entropy_of_teacher"] * teacher
+        cut = values["truncated"] > most["truncated"]
+        divergence, cap = values["divergence"], rollout.importance_cap
         # Cut-offs alone make tokens likelier for the sampler than for the student, by more than the limit.
-        cut = rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0
-        if mismatch is not None and not cut and abs(mismatch) > LIMITS["mismatch"].value:
-            advice = "" if cap is not None else ", or weight them with rollout.importance_cap"
-            apart = f"sampler and student differ by {mismatch:.3g} nats a token on the rollouts"
-            yield "mismatch", f"{apart}: {why}{advice}"
-        # A cap of 1 or less also holds back tokens of a sampler that agrees perfectly.
-        if capped is not None and (cap is None or cap > 1) and capped > LIMITS["capped"].value:
-            yield "capped", f"{capped:.0%} of the importance weights are at the cap: {why}"
+        exact = rollout.top_p == 1 and rollout.top_k == 0 and rollout.min_p == 0
+        return {
+            "entropy_low": entropy < most["entropy_floor"]
+            or (entropy < most["entropy_share"] * early("student_entropy") and surer),
+            "entropy_high": entropy > most["entropy_of_note"]
+            and entropy > most["entropy_growth"] * early("student_entropy"),
+            "truncated": cut,
+            "length_limit": length > most["length_of_limit"] * rollout.max_new_tokens and not cut,
+            "length_low": length < most["length_share"] * early("rollout_length"),
+            "entry_clip": values["entry_clipped"] > most["touched"],
+            "token_clip": values["token_clipped"] > most["touched"],
+            "clipped_away": divergence > most["divergence"]
+            and values["clipped_amount"] > most["clipped_away"] * divergence,
+            "no_divergence": self._never_apart(divergence),
+            "mismatch": abs(values["sampler_mismatch"]) > most["mismatch"] and exact,
+            # A cap of 1 or less also holds back tokens of a sampler that agrees perfectly.
+            "capped": values["importance_capped"] > most["capped"] and (cap is None or cap > 1),
+            "gradient": 0 < self._usual_norm() < values["grad_norm"] / most["gradient"],
+            "shared_cpu": self._waits_for_a_core(values),
+        }
 
-    def _gradient(self, values: Mapping[str, float]) -> Found:
-        norm, norms = values.get("grad_norm"), self._state["norms"]
-        if norm is None or len(norms) < BASELINE_STEPS:
-            return
-        usual, clip = statistics.median(norms), self._config.optim.max_grad_norm
-        if 0 < usual < norm / LIMITS["gradient"].value:
-            used = "" if clip is None or norm <= clip else f" (clipped to {clip:g})"
-            times = f"{norm / usual:.0f} times its recent median {usual:.3g}"
-            advice = "set optim.max_grad_norm" if clip is None else "lower optim.lr"
-            why = f"gradient norm {norm:.3g}{used} is {times}: an unusual batch or the onset of instability"
-            yield "gradient", f"{why}; if it recurs, {advice}"
+    def _facts(self, values: Values) -> dict[str, Any]:
+        """What `TEXTS` say beyond the record."""
+        config, entropy, teacher = self._config, values["student_entropy"], self._teacher_entropy(values)
+        early, floor, usual = self._baseline("student_entropy"), LIMITS["entropy_floor"].value, self._usual_norm()
+        collapse = f"is {entropy:.2g} nats, below {floor:g}: its rollouts no longer vary"
+        if not entropy < floor:
+            than = f"{early:.3g} at first" + ("" if math.isnan(teacher) else f" and the teacher's {teacher:.3g}")
+            collapse = f"has collapsed to {entropy:.3g} nats, from {than}: rollouts lose their variety"
+        norm, clip, divergence = values["grad_norm"], config.optim.max_grad_norm, values["divergence"]
+        clips = {name: getattr(config.objective, name) for name in ("entry_clip", "token_clip")}
+        return {
+            **clips,
+            "limit": config.rollout.max_new_tokens,
+            "early_entropy": early,
+            "early_length": self._baseline("rollout_length"),
+            "collapse": collapse,
+            "clips": " or ".join(f"objective.{name}" for name, on in clips.items() if on is not None) or "the clip",
+            "clipped_away": values["clipped_amount"] / divergence if divergence else math.nan,
+            "or_cap": ", or weight them with rollout.importance_cap" if config.rollout.importance_cap is None else "",
+            "usual_norm": usual,
+            "grad_times": norm / usual if usual else math.nan,
+            "norm_clipped": "" if clip is None or norm <= clip else f" (clipped to {clip:g})",
+            "calm": "set optim.max_grad_norm" if clip is None else "lower optim.lr",
+        }
 
-    def _slow(self, values: Mapping[str, float]) -> Found:
-        """Threads that wait for each other, as they do once one has lost its core; said once, as it is no matter of the
-        training."""
+    def _teacher_entropy(self, values: Values) -> float:
+        """A teacher that shares the student's weights collapses with it, so it only counts as it was at first."""
+        shared = self._config.teacher.kind in ("live", "ema")
+        return self._baseline("teacher_entropy") if shared else values["teacher_entropy"]
+
+    def _usual_norm(self) -> float:
+        norms = self._state["norms"]
+        return statistics.median(norms) if len(norms) >= BASELINE_STEPS else math.nan
+
+    def _never_apart(self, divergence: float) -> bool:
+        """Only from the start: a divergence that vanishes later is what training is for."""
+        if math.isnan(divergence):
+            return False
+        if self._state["no_divergence"] >= 0:
+            none = abs(divergence) < LIMITS["divergence"].value
+            self._state["no_divergence"] = self._state["no_divergence"] + 1 if none else -1
+        return self._state["no_divergence"] >= BASELINE_STEPS
+
+    def _waits_for_a_core(self, values: Values) -> bool:
+        """Threads wait for each other once one has lost its core; said once, as it is no matter of the training."""
         state, times = self._state, _times(values)
-        if (
-            not self._shares_cpu
-            or times is None
-            or len(state["times"]) < BASELINE_STEPS
-            or "shared_cpu" in state["said"]
-        ):
-            return
+        unknown = times is None or len(state["times"]) < BASELINE_STEPS
+        if not self._shares_cpu or unknown or "shared_cpu" in state["said"]:
+            return False
         # relative to the recent steps; 0 for what these had none of
         usual = [statistics.median(column) for column in zip(*state["times"], strict=True)]
-        seconds, *work = (now / before if before else 0.0 for now, before in zip(times, usual, strict=True))
+        seconds, *work = (now / before if before else 0.0 for now, before in zip(times or (), usual, strict=True))
         if seconds <= LIMITS["slow"].value * max(1.0, *work):
-            return
+            return False
         state["slow"] = [n for n in state["slow"] if n > state["steps"] - AMONG] + [state["steps"]]
-        if len(state["slow"]) >= SLOW:
-            limit = f"{LIMITS['slow'].value:g} times as long as those before"
-            why = "other work seems to share this CPU, and threads wait for the one that has lost its core"
-            advice = "--run.threads 1 is often faster then"
-            yield "shared_cpu", f"{SLOW} of the last {AMONG} steps took more than {limit}: {why}; {advice}"
+        return len(state["slow"]) >= SLOW
 
 
-def _times(values: Mapping[str, float]) -> list[float] | None:
+def _times(values: Values) -> list[float] | None:
     """Seconds of the passes and how much there was to do; None for a step that does not say how long it took."""
     passes = [values[f"seconds_{phase}"] for phase in _PASSES if f"seconds_{phase}" in values]
-    return [sum(passes), *(values.get(name, 0.0) for name in _WORK)] if passes else None
-
-
-def _on_cpu(options: RunConfig) -> bool:
-    return options.device == "cpu" or (options.device == "auto" and not torch.cuda.is_available())
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    work = [0.0 if math.isnan(values[name]) else values[name] for name in _WORK]
+    return [sum(passes), *work] if passes else None
