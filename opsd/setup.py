@@ -27,7 +27,7 @@ from opsd.scorers import scorer_of
 from opsd.step import opsd_step
 from opsd.teachers import make_teacher
 from opsd_kernels import lm_head_of
-from opsd_kernels.packing import dual_hidden_states, pack_dual_context, plan_passes
+from opsd_kernels.packing import plan_passes
 
 PATHS = ("model.path", "teacher.path", "data.train", "data.eval")
 """What a run reads."""
@@ -212,8 +212,7 @@ def introduce(setup: Setup, run_dir: Path, display: Display) -> None:
 
 
 def choose_packing(options: ModelConfig, model: nn.Module, teacher: Teacher) -> tuple[bool, str]:
-    """Whether both contexts run as packed rows, and a line that says how. A few tokens are tried: some of what a model
-    does that packed rows cannot give it shows only then.
+    """Whether both contexts run as packed rows, and a line that says how; `plan_passes` tries a few tokens.
 
     Raises:
         ConfigError: they are to, and the model does not allow it.
@@ -222,12 +221,8 @@ def choose_packing(options: ModelConfig, model: nn.Module, teacher: Teacher) -> 
         return False, "scoring: padded, as asked"
     try:
         model.train()
-        device = next(model.parameters()).device
-        few = pack_dual_context([[0, 0]], [[0, 0, 0]], [[[0, 0], [0]]])
-        forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-        with forked, models.autocast(options, device):  # the run draws as it would without this
+        with models.autocast(options, next(model.parameters()).device):
             plan = plan_passes(model, teacher=teacher.source)
-            dual_hidden_states(model, few, teacher=teacher.source)
     except (TypeError, ValueError) as error:
         if options.packing == "on":
             raise ConfigError(f"model.packing is on, but {error}") from error
