@@ -14,9 +14,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".j
 ROOMS = {".".join(("opsd", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in FILES
          if path.suffix == ".py"}  # fmt: skip
 
-LONGEST, ALL = 320, 6320
-REPORT = {path for path in FILES if path.relative_to(PACKAGE).parts[0].startswith("report")}
-"""A room of its own, which reads what runs have left and shares nothing with them."""
+LONGEST, ALL = 320, 7200
 CORE = {"opsd.step": 170, "opsd.loop": 225, "opsd.run": 130}
 GROUND = ("opsd.errors", "opsd.presets", "opsd.options")
 
@@ -81,11 +79,11 @@ def test_the_ground_floor_imports_nothing_above_it(room):
 
 def test_no_file_is_longer_than_one_can_read_in_one_sitting():
     assert len(FILES) > 30
-    assert {path.name: lines(path) for path in FILES if lines(path) > LONGEST and path not in REPORT} == {}
+    assert {path.name: lines(path) for path in FILES if lines(path) > LONGEST} == {}
 
 
 def test_the_package_stays_thin():
-    assert sum(lines(path) for path in FILES if path not in REPORT) <= ALL
+    assert sum(map(lines, FILES)) <= ALL
 
 
 @pytest.mark.parametrize(("room", "most"), CORE.items())

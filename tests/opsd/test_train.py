@@ -393,7 +393,7 @@ def load_config_pattern():
     ("llama", "off", 0, "scoring: padded, as asked"),
     ("gpt2", "auto", 0, "in training; accepted: 0, to be set in the model's config.json\n"),
     ("gpt2", "on", 2, "model.packing is on, but"),
-    ("nemotron", "auto", 0, "scoring: padded, since model NemotronForCausalLM cannot run on packed rows: its attention"),
+    ("nemotron", "auto", 0, "scoring: padded, since model NemotronForCausalLM cannot run on packed rows: its "),
     ("nemotron", "on", 2, "model.packing is on, but model NemotronForCausalLM cannot run on packed rows"),
 ])  # fmt: skip
 def test_packing_is_said_and_refused_by_name(setup, tmp_path, capsys, kind, packing, code, said):
@@ -430,7 +430,7 @@ def test_what_shows_only_in_a_pass_shows_before_the_first_step():
     packed, how = choose_packing(config.model, doge, teacher)
     assert not packed
     refused = "model DogeForCausalLM cannot run on packed rows"
-        assert how == f"scoring: padded, since {refused}: DogeAttention brings an attention mask, packed rows take none"
+    assert how == f"scoring: padded, since {refused}: DogeAttention brings an attention mask, packed rows take none"
     dropping = lora(model())
     for module in dropping.modules():
         if hasattr(module, "lora_dropout"):
