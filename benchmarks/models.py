@@ -79,7 +79,7 @@ def tiny_config(kind: type, otherwise: dict[str, Any]) -> Any:
     """A config of class `kind` with small sizes and without dropout; `...` leaves a default."""
     default = kind()
     fixed = {n for c in kind.__mro__ for n, v in vars(c).items() if isinstance(v, property)}
-    changes = {k: v for k, v in {**SIZES, **otherwise}.items() if hasattr(default, k) and k not in fixed}
+    changes = {k: v for k, v in {**SIZES, **otherwise}.items() if _has(default, k) and k not in fixed}
     if "layer_types" not in vars(default):
         changes.pop("layer_types", None)
     for name, value in vars(default).items():
@@ -91,6 +91,13 @@ def tiny_config(kind: type, otherwise: dict[str, Any]) -> Any:
         if getattr(default, name, None) is not None and hasattr(part, "model_type"):
             changes[name] = tiny_config(type(getattr(default, name)), otherwise).to_dict()
     return kind(**{k: v for k, v in changes.items() if v is not ...})
+
+
+def _has(config: Any, name: str) -> bool:
+    try:
+        return hasattr(config, name)
+    except Exception:  # it differs by layer
+        return False
 
 
 def tiny_model(name: str) -> Any:
@@ -330,6 +337,8 @@ def main() -> None:
     options = parser.parse_args()
     old = json.loads(options.out.read_text()) if options.out.exists() else {}
     models: dict[str, Any] = dict(old.get("models", {})) if options.only else {}
+    torch.set_num_threads(1)
+    examine("llama")  # imports what every process needs, once
     for name in options.only or sorted(CLASSES):
         models[name] = in_a_process(name, options.seconds)
         print(f"{name}: {models[name]['verdict']}: {reason(models[name])}"[:200], flush=True)
