@@ -267,6 +267,8 @@ def reason(found: dict[str, Any]) -> str:
         return ""
     if kind == "not built":
         return str(found["reason"])
+    if kind == "refused" and found["head"].get("reason", "").startswith("AttributeError"):
+        return short(found["two"]["reason"])  # no body to take hidden states from
     if kind == "refused" and "reason" not in found["head"]:
         off = (
             found["padded"].get("reason")

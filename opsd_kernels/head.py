@@ -188,7 +188,9 @@ def _try(base: Any, plain: Head) -> tuple[Tensor, Tensor] | str:
         return output
 
     # Caches of some hybrid models cannot be made outside generation.
-    options = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
+    arguments = inspect.signature(base.forward).parameters
+    takes = "use_cache" in arguments or any(p.kind is p.VAR_KEYWORD for p in arguments.values())
+    options = {"use_cache": False} if takes else {}
     try:
         with torch.no_grad(), undisturbed(base, device):
             # Some call what is below their body, or have none.
