@@ -72,7 +72,13 @@ SIZES: dict[str, Any] = {
 
 
 # Where some sizes exclude each other, the first of these that gives a model that runs.
-OTHERWISE: tuple[dict[str, Any], ...] = ({}, {"num_key_value_heads": 4}, {"head_dim": ..., "layer_types": ...})
+OTHERWISE: tuple[dict[str, Any], ...] = (
+    {},
+    {"num_key_value_heads": 4},
+    {"layer_types": None},
+    {"layer_types": None, "num_key_value_heads": 4},
+    {"head_dim": ..., "layer_types": ...},
+)
 
 
 def tiny_config(kind: type, otherwise: dict[str, Any]) -> Any:
@@ -80,8 +86,11 @@ def tiny_config(kind: type, otherwise: dict[str, Any]) -> Any:
     default = kind()
     fixed = {n for c in kind.__mro__ for n, v in vars(c).items() if isinstance(v, property)}
     changes = {k: v for k, v in {**SIZES, **otherwise}.items() if _has(default, k) and k not in fixed}
-    if "layer_types" not in vars(default):
+    kinds = vars(default).get("layer_types")
+    if not kinds:
         changes.pop("layer_types", None)
+    elif "layer_types" not in otherwise:  # each kind that the default has
+        changes["layer_types"] = list(itertools.islice(itertools.cycle(dict.fromkeys(kinds)), 4))
     for name, value in vars(default).items():
         if ("dropout" in name or "pdrop" in name or name in ("layerdrop", "drop")) and isinstance(value, float):
             changes[name] = 0.0
