@@ -72,16 +72,25 @@ SIZES: dict[str, Any] = {
 
 
 # Where some sizes exclude each other, the first of these that gives a model that runs.
-OTHERWISE: tuple[dict[str, Any], ...] = ({}, {"num_key_value_heads": 4}, {"head_dim": ..., "layer_types": ...})
+OTHERWISE: tuple[dict[str, Any], ...] = (
+    {},
+    {"num_key_value_heads": 4},
+    {"layer_types": None},
+    {"layer_types": None, "num_key_value_heads": 4},
+    {"head_dim": ..., "layer_types": ...},
+)
 
 
 def tiny_config(kind: type, otherwise: dict[str, Any]) -> Any:
     """A config of class `kind` with small sizes and without dropout; `...` leaves a default."""
     default = kind()
     fixed = {n for c in kind.__mro__ for n, v in vars(c).items() if isinstance(v, property)}
-    changes = {k: v for k, v in {**SIZES, **otherwise}.items() if hasattr(default, k) and k not in fixed}
-    if "layer_types" not in vars(default):
+    changes = {k: v for k, v in {**SIZES, **otherwise}.items() if _has(default, k) and k not in fixed}
+    kinds = vars(default).get("layer_types")
+    if not kinds:
         changes.pop("layer_types", None)
+    elif "layer_types" not in otherwise:  # each kind that the default has
+        changes["layer_types"] = list(itertools.islice(itertools.cycle(dict.fromkeys(kinds)), 4))
     for name, value in vars(default).items():
         if ("dropout" in name or "pdrop" in name or name in ("layerdrop", "drop")) and isinstance(value, float):
             changes[name] = 0.0
@@ -91,6 +100,13 @@ def tiny_config(kind: type, otherwise: dict[str, Any]) -> Any:
         if getattr(default, name, None) is not None and hasattr(part, "model_type"):
             changes[name] = tiny_config(type(getattr(default, name)), otherwise).to_dict()
     return kind(**{k: v for k, v in changes.items() if v is not ...})
+
+
+def _has(config: Any, name: str) -> bool:
+    try:
+        return hasattr(config, name)
+    except Exception:  # it differs by layer
+        return False
 
 
 def tiny_model(name: str) -> Any:
@@ -260,6 +276,8 @@ def reason(found: dict[str, Any]) -> str:
         return ""
     if kind == "not built":
         return str(found["reason"])
+    if kind == "refused" and found["head"].get("reason", "").startswith("AttributeError"):
+        return short(found["two"]["reason"])  # no body to take hidden states from
     if kind == "refused" and "reason" not in found["head"]:
         off = (
             found["padded"].get("reason")
@@ -330,6 +348,8 @@ def main() -> None:
     options = parser.parse_args()
     old = json.loads(options.out.read_text()) if options.out.exists() else {}
     models: dict[str, Any] = dict(old.get("models", {})) if options.only else {}
+    torch.set_num_threads(1)
+    examine("llama")  # imports what every process needs, once
     for name in options.only or sorted(CLASSES):
         models[name] = in_a_process(name, options.seconds)
         print(f"{name}: {models[name]['verdict']}: {reason(models[name])}"[:200], flush=True)

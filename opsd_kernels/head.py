@@ -173,26 +173,33 @@ def _try(base: Any, plain: Head) -> tuple[Tensor, Tensor] | str:
     device, rows = embedding.weight.device, embedding.weight.shape[0]
     ids = torch.arange(1, _TOKENS + 1, device=device)[None] * rows // (_TOKENS + 2)
     seen: list[Tensor] = []
+    widths: list[int] = []
     body = uncompiled(base.base_model)
-    if body is base:
-        return "it has no body below its head that could be run alone"
 
     def enlarge(_: nn.Module, __: Any, output: Any) -> Any:
         hidden = getattr(output, "last_hidden_state", None)
         if seen or not isinstance(hidden, Tensor):
             return None
+        if hidden.shape[-1] != plain.weight.shape[1]:
+            widths.append(hidden.shape[-1])
+            return None
         output["last_hidden_state"] = _enlarged(hidden, plain)
         seen.append(output["last_hidden_state"])
         return output
 
+    # Caches of some hybrid models cannot be made outside generation.
+    arguments = inspect.signature(base.forward).parameters
+    takes = "use_cache" in arguments or any(p.kind is p.VAR_KEYWORD for p in arguments.values())
+    options = {"use_cache": False} if takes else {}
     try:
         with torch.no_grad(), undisturbed(base, device):
-            for part in (body, *body.children()):  # some call what is below their body
+            # Some call what is below their body, or have none.
+            for part in (*([] if body is base else [body]), *body.children()):
                 with part.register_forward_hook(enlarge):
-                    output = base(ids)
+                    output = base(ids, **options)
                 if seen:
                     break
-            if seen and part is not body and not _same(body(ids).last_hidden_state, seen[0]):
+            if seen and part is not body is not base and not _same(body(ids).last_hidden_state, seen[0]):
                 seen.clear()
     except Exception as error:
         what = f"its forward raises {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -200,6 +207,10 @@ def _try(base: Any, plain: Head) -> tuple[Tensor, Tensor] | str:
             return what
         raise _unknown(base, what) from error
     logits = getattr(output, "logits", output)
+    if widths and not seen:
+        raise _unknown(
+            base, f"its last hidden states have {widths[0]} features, its head takes {plain.weight.shape[1]}"
+        )
     if not seen:
         return f"it does not make its logits of the last_hidden_state of its {type(body).__name__}"
     if not isinstance(logits, Tensor) or not logits.is_floating_point():

@@ -313,6 +313,12 @@ def test_what_cannot_be_tried_is_said():
         assert opsd_kernels.lm_head_of(model).softcap == 3.0
 
 
+def test_a_layer_between_body_and_head_is_refused():
+    config = transformers.RemBertConfig(**SIZES, input_embedding_size=8, output_embedding_size=24, is_decoder=True)
+    with pytest.raises(ValueError, match="last hidden states have 16 features, its head takes 24"):
+        opsd_kernels.lm_head_of(transformers.RemBertForCausalLM(config))
+
+
 def test_no_language_model_is_refused():
     with pytest.raises(TypeError, match="output embedding"):
         opsd_kernels.lm_head_of(torch.nn.Linear(3, 3))
