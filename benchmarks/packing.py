@@ -33,10 +33,11 @@ from benchmarks.measure import peak_bytes
 from benchmarks.report import replace_section
 from benchmarks.runner import Report
 from opsd.clock import Clock
-from opsd.models import evaluating, is_adapted
+from opsd.models import is_adapted
 from opsd.scoring import rollout_hidden, teacher_then_student
 from opsd_kernels import jsd_loss, lm_head_of
 from opsd_kernels.packing import dual_hidden_states, pack_dual_context
+from opsd_kernels.probe import evaluating
 
 DATA = Path(__file__).parent / "results" / "packing.json"
 THREADS, SCALE, PROMPTS = 2, 8, 8

@@ -16,7 +16,6 @@ from opsd.data import batches
 from opsd.display import Display
 from opsd.errors import CheckpointError, Interrupted, NonFiniteError
 from opsd.evaluation import Context, Evaluation
-from opsd.models import evaluating
 from opsd.optim import learning_rate, make_optimizer
 from opsd.plugins import check_evaluation, check_step_result
 from opsd.progress import Progress, StopRequest
@@ -27,6 +26,7 @@ from opsd.run_dir import RunDir
 from opsd.setup import Setup
 from opsd.token_view import token_view
 from opsd.watch import Watch
+from opsd_kernels.probe import evaluating
 
 
 class Loop:

@@ -236,18 +236,6 @@ def body(model: nn.Module) -> nn.Module:
     return lm.base_model
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off, then every module back in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def autocast(options: ModelConfig, device: torch.device) -> AbstractContextManager:
     """The context of `model.autocast`. Enter it anew for each phase: weights it has cast without a gradient stay so."""
     if options.autocast == "none":

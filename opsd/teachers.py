@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from opsd.config import Config
 from opsd.errors import ConfigError
-from opsd.models import body, evaluating, is_adapted, load_tokenizer, load_weights
+from opsd.models import body, is_adapted, load_tokenizer, load_weights
 from opsd.options import ModelConfig
 from opsd.run import Teacher
 from opsd.scoring import rollout_hidden
 from opsd_kernels import lm_head_of
+from opsd_kernels.probe import evaluating
 
 
 class _ModelTeacher:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opsd.models import autocast, evaluating
+from opsd.models import autocast
 from opsd.prompts import Example
 from opsd.rollouts import Rollout
 from opsd.run import Run
@@ -17,6 +17,7 @@ from opsd.scoring import rollout_hidden
 from opsd_kernels import Head
 from opsd_kernels.gemm import Products, accumulation_dtype
 from opsd_kernels.objective import LogitTransform
+from opsd_kernels.probe import evaluating
 from opsd_kernels.reference import entries, log_softmax, transformed
 
 LIKELIEST = 5

@@ -18,11 +18,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from opsd.models import autocast, causal_lm, end_ids, evaluating, pad_id
+from opsd.models import autocast, causal_lm, end_ids, pad_id
 from opsd.options import ModelConfig
 from opsd.prompts import Example
 from opsd.rollouts import Rollout, Sampling, derive_seed, first_end
 from opsd.run import Run
+from opsd_kernels.probe import evaluating
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
 import opsd.token_view
-from opsd.models import evaluating
 from opsd.rollouts import Rollout
 from opsd.scoring import score
 from opsd.step import micro_batches
 from opsd.token_view import LIKELIEST, NEGLIGIBLE, _Words, token_view
+from opsd_kernels.probe import evaluating
 
 
 def ids(count, seed=3):
