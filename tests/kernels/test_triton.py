@@ -123,7 +123,8 @@ def test_options(beta: float, options: dict, splits: int, monkeypatch: pytest.Mo
     targets, scale = torch.tensor([500, 0, 77]), torch.tensor([0.5, 2.0, -1.0])
     loss, want = expected(student, teacher, objective, scale)
     table, dz = run(student, teacher, objective, targets=targets, scale=scale, columns=len(Column))
-    torch.testing.assert_close(table[Column.LOSS].double(), loss, rtol=2e-6, atol=1e-7)
+    # exponentials and logarithms are as wrong here as a device's may be
+    torch.testing.assert_close(table[Column.LOSS].double(), loss, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(dz.double(), want, rtol=1e-4, atol=3e-6 * want.abs().max().item())
 
     # the torch backend leaves the column of clipped tokens alone where there is no clip
@@ -135,7 +136,7 @@ def test_options(beta: float, options: dict, splits: int, monkeypatch: pytest.Mo
 
     alone, none = run(student, teacher, objective, dz_dtype=None)
     assert none is None
-    torch.testing.assert_close(alone[0].double(), loss, rtol=2e-6, atol=1e-7)
+    torch.testing.assert_close(alone[0].double(), loss, rtol=1e-5, atol=1e-7)
 
 
 @inner
