@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks import precompile, probe
-from benchmarks.cells import FLOOR, FLOORS, LABELS, PROJECT, Cell, contenders
+from benchmarks.cells import FLOOR, FLOORS, LABELS, PROJECT, Cell, Unavailable, contenders
 from benchmarks.loss import label, over, peak
 from benchmarks.measure import measure
 from benchmarks.record import of_step, where
@@ -124,6 +124,8 @@ def measured(report: Report, cell: Cell, names: list[str]) -> dict[str, Any]:
 
 def tested(report: Report, path: str) -> dict[str, Any]:
     """Runs a file of tests. Its workers find what `compile` left in Triton's cache; how much was new to it is told."""
+    if path == PEERS and report.device.type == "cuda" and importlib.util.find_spec("liger_kernel") is None:
+        raise Unavailable("liger-kernel is not installed")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", path, *ONLY.get(path, [])]
     if importlib.util.find_spec("xdist") is not None:
         command += ["--numprocesses", str(min(WORKERS, len(os.sched_getaffinity(0))))]

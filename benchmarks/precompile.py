@@ -29,7 +29,7 @@ import torch
 import opsd_kernels
 from benchmarks.cells import PROJECT, Unavailable
 from benchmarks.runner import Report, described, fail_if_told
-from opsd_kernels import backends
+from opsd_kernels import backends, native
 from opsd_kernels.objective import LogitTransform, Objective
 from opsd_kernels.packing import pack_dual_context, triton_attention
 from opsd_kernels.rows import Column, triton_backend
@@ -146,6 +146,7 @@ def recording(capability: tuple[int, int]) -> Iterator[dict[Any, Launch]]:
         with (
             mock.patch.object(JITFunction, "_do_compile", record),
             mock.patch.object(triton_backend, "configuration", configuration),
+            mock.patch.object(triton_backend, "capability_of", mock.Mock(return_value=capability[0])),
             mock.patch.object(triton_attention, "tilings", tilings),
             mock.patch.object(triton_attention, "available", there),
             mock.patch.object(backends, "unfit", mock.Mock(return_value="")),
@@ -159,7 +160,7 @@ def launches(capability: tuple[int, int]) -> tuple[list[Launch], dict[str, dict[
     """All of them, the row pass's of the benchmarks first, and which calls could not be made: {"failed": why} each."""
     failed = {}
     with recording(capability) as found:
-        for make in (_losses, _rows, _logprobs, _attention):
+        for make in (_losses, _rows, _self_check, _logprobs, _attention):
             try:
                 make()
             except Exception as error:  # the others' kernels are worth having
@@ -179,7 +180,7 @@ def _losses() -> None:
 
 
 def _rows() -> None:
-    """What tests/gpu/test_triton_gpu.py runs, and the self-check."""
+    """What tests/gpu/test_triton_gpu.py runs."""
     unaligned = WIDTHS[0]
 
     def divergence(
@@ -206,6 +207,11 @@ def _rows() -> None:
         for tokens, options in itertools.product((*SPLIT, WHOLE), OPTIONS):
             divergence(beta, tokens, unaligned, options, single)
         divergence(beta, 5, unaligned, {}, single, scale=torch.ones(5))
+
+
+def _self_check() -> None:
+    for rows, objective in itertools.product(backends.problems(PROCESSORS), backends.CHECKED):
+        rows.row_pass("triton", torch.device("cpu"), objective)
 
 
 def _logprobs() -> None:
@@ -288,8 +294,10 @@ def entries() -> int:
 
 def _marker() -> Path:
     """There once all kernels of these sources are in the cache."""
-    sources = b"".join(Path(module.__file__ or "").read_bytes() for module in (triton_backend, triton_attention))
-    return _cache() / f"opsd-{hashlib.sha256(sources).hexdigest()[:16]}"
+    package = Path(opsd_kernels.__file__).parent
+    sources = sorted([*package.rglob("*.py"), *native.source_directory().iterdir()])
+    text = b"".join(path.read_bytes() for path in sources if path.is_file())
+    return _cache() / f"opsd-{hashlib.sha256(text).hexdigest()[:16]}"
 
 
 def cached() -> bool:

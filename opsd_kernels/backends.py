@@ -141,13 +141,23 @@ class _Rows:
         return worst
 
 
-def _problems(device: torch.device) -> list[_Rows]:
-    """What ships: rows of any length and of 16-byte loads, dz in place and narrow, a row to a program and split."""
-    problems = [_Rows(5, 1031, None), _Rows(5, 4112, torch.bfloat16)]
-    if device.type == "cuda":  # enough rows that none are split
-        many = torch.cuda.get_device_properties(device).multi_processor_count + 1
-        problems += [_Rows(many, 1031, None), _Rows(many, 4112, torch.bfloat16)]
-    return problems
+def problems(processors: int | None) -> list[_Rows]:
+    """What ships: rows of any length and of 16-byte loads, dz in place and narrow; on a GPU of so many processors also as
+    many rows as leave none to be split."""
+    tokens = [5] if processors is None else [5, processors + 1]
+    return [_Rows(n, vocab, dz) for n in tokens for vocab, dz in ((1031, None), (4112, torch.bfloat16))]
+
+
+_THROUGH = LogitTransform(0.9, 20.0)
+CHECKED = (
+    Objective(beta=0.5),
+    Objective(beta=0.0),
+    Objective(beta=0.0, entry_clip=0.05),
+    Objective(beta=1.0, token_clip=0.1),
+    Objective(beta=1.0, entry_clip=0.05, temperature=1.3, student=_THROUGH, teacher=_THROUGH),
+    Objective(beta=0.5, top_k=16, tail_bucket=True),
+)
+"""The objectives of the self-check."""
 
 
 @cache
@@ -157,18 +167,9 @@ def self_check(name: str, device: torch.device) -> float:
     Relative to the largest value of each; infinite if the backend fails. Of its products too, where it has its own.
     """
     worst = 0.0
-    through = LogitTransform(0.9, 20.0)
-    for rows, objective in itertools.product(
-        _problems(device),
-        (
-            Objective(beta=0.5),
-            Objective(beta=0.0),
-            Objective(beta=0.0, entry_clip=0.05),
-            Objective(beta=1.0, token_clip=0.1),
-            Objective(beta=1.0, entry_clip=0.05, temperature=1.3, student=through, teacher=through),
-            Objective(beta=0.5, top_k=16, tail_bucket=True),
-        ),
-    ):
+    cuda = device.type == "cuda"
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if cuda else None
+    for rows, objective in itertools.product(problems(processors), CHECKED):
         expected = rows.row_pass("torch", torch.device("cpu"), objective, torch.float64)
         try:
             worst = max(worst, rows.error(rows.row_pass(name, device, objective), expected))

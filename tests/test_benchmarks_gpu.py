@@ -287,6 +287,18 @@ def test_launches_are_recorded_once_each_and_not_run():
             launch.signature["dz"] for launch in whole if f"KIND {kind}, CLIP False, STATS True" in launch.choices
         }
     assert {launch.options.num_warps for launch in whole} == {rows.WIDE.warps}
+    lean = [launch for launch in found if launch.kernel is rows.lean_kernel]
+    assert {launch.options.maxnreg for launch in lean} == {rows.LEAN_REGISTERS}
+    # what the self-check launches is among them
+    with precompile.recording((9, 0)) as checked:
+        precompile._self_check()
+    assert {(launch.kernel, str(launch.signature), launch.choices) for launch in checked.values()} <= {
+        (launch.kernel, str(launch.signature), launch.choices) for launch in found
+    }
+    with precompile.recording((10, 0)) as newer:
+        precompile._self_check()
+    registers = {launch.options.maxnreg for launch in newer.values() if launch.kernel is rows.lean_kernel}
+    assert registers == {rows.LEAN_REGISTERS_OF_BLACKWELL}
 
 
 def test_the_profilers_figures_are_read():

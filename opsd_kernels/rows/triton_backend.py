@@ -69,6 +69,11 @@ def configuration(tokens: int, vocab: int, device: torch.device) -> Configuratio
     return Configuration(base.block, base.warps, splits if tokens < processors and splits > 1 else 1)
 
 
+def capability_of(device: torch.device) -> int:
+    """8, 9, … of a CUDA device; 0 of another."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
 def available(device: torch.device | str) -> tuple[bool, str]:
     """Whether this backend runs on `device`, and why not (an empty string where it does)."""
     device = torch.device(device)
@@ -341,7 +346,6 @@ def divergence_rows(
     with _on(student.device):
         if plan.splits == 1:
             lean, declined = _LeanMeaning.of(objective), None
-            capability = torch.cuda.get_device_capability(student.device)[0] if student.is_cuda else 0
             launch = {"BLOCK": plan.block, "num_warps": plan.warps}
             shape = (vocab, *strides, dz_stride, *table_strides)
             if lean is not None:
@@ -349,7 +353,7 @@ def divergence_rows(
                 lean_kernel[(tokens,)](
                     student, teacher, dz, table, targets, row_scale, declined, *shape,
                     *dataclasses.astuple(lean), meaning.grad_factor,
-                    KIND=meaning.constants["KIND"], STATS=stats, **launch, **_lean_limits(plan, capability),
+                    KIND=meaning.constants["KIND"], STATS=stats, **launch, **_lean_limits(plan, capability_of(student.device)),
                 )  # fmt: skip
             divergence_kernel[(tokens,)](
                 student, teacher, dz, table, written, row_scale, declined, *shape,
