@@ -28,8 +28,8 @@ from opsd_kernels.objective import Objective
 
 SAMPLES, SAMPLE_SECONDS = 10, 0.03
 OBJECTIVES = {"JSD": 0.5, "forward KL": 0.0, "reverse KL": 1.0}
-# How often a row pass reads each pair of logits (8 bytes), at least: some of the JSD's rows are read once more. It is what
-# the kernels are written to do; what memory saw is in the profiler's figures.
+# How often a row pass reads each pair of logits (8 bytes), at least: some of the JSD's rows are read once more. It is
+# what the kernels are written to do; what memory saw is in the profiler's figures.
 READS = {"triton": dict.fromkeys(OBJECTIVES, 2), "cluster": dict.fromkeys(OBJECTIVES, 1)}
 SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "InstructionStats", "LaunchStats")
 METRICS = {

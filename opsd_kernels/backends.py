@@ -142,8 +142,8 @@ class _Rows:
 
 
 def problems(processors: int | None) -> list[_Rows]:
-    """What ships: rows of any length and of 16-byte loads, dz in place and narrow; on a GPU of so many processors also as
-    many rows as leave none to be split."""
+    """What ships: rows of any length and of 16-byte loads, dz in place and narrow; on a GPU of so many processors also
+    as many rows as leave none to be split."""
     tokens = [5] if processors is None else [5, processors + 1]
     return [_Rows(n, vocab, dz) for n in tokens for vocab, dz in ((1031, None), (4112, torch.bfloat16))]
 

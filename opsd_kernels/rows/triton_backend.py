@@ -347,13 +347,14 @@ def divergence_rows(
         if plan.splits == 1:
             lean, declined = _LeanMeaning.of(objective), None
             launch = {"BLOCK": plan.block, "num_warps": plan.warps}
+            limits = _lean_limits(plan, capability_of(student.device))
             shape = (vocab, *strides, dz_stride, *table_strides)
             if lean is not None:
                 declined = torch.empty(tokens, dtype=torch.int32, device=student.device)
                 lean_kernel[(tokens,)](
                     student, teacher, dz, table, targets, row_scale, declined, *shape,
                     *dataclasses.astuple(lean), meaning.grad_factor,
-                    KIND=meaning.constants["KIND"], STATS=stats, **launch, **_lean_limits(plan, capability_of(student.device)),
+                    KIND=meaning.constants["KIND"], STATS=stats, **launch, **limits,
                 )  # fmt: skip
             divergence_kernel[(tokens,)](
                 student, teacher, dz, table, written, row_scale, declined, *shape,
