@@ -75,6 +75,8 @@ class Mixer:
             if key not in made:
                 made[key] = head(own[0] if part.weight < 0 else tensors[part.weight], self._bias_of(part, own[1]))
         self.heads = made
+        self.masks = any(bias is not None for _, bias in made.values())  # a bias of −inf: no such token
+        self.normalised = mixture.bound is not None and not mixture.centre  # constants of a row matter
 
     def _bias_of(self, part: Part, own: Tensor | None) -> Tensor | None:
         return own if part.bias == -1 else None if part.bias < 0 else self.tensors[part.bias]
@@ -91,53 +93,65 @@ class Mixer:
 
         `rows_of` takes a chunk's rows of a tensor; `scratch` has `Mixture.buffers` tensors like `target`.
         """
-        mixture, logits, residual = self.mixture, scratch[0], scratch[-1]
+        mixture, residual = self.mixture, scratch[-1]
         begun: set[str] = set()  # the buffers that hold something
         for part in sorted(mixture.parts, key=lambda part: ROLES.index(part.role)):
             weight, bias = self.heads[part.weight, part.bias]
-            products.project(logits, rows_of(self.tensors[part.hidden]).to(weight.dtype), weight, None)
             name = "target" if part.role in ("linear", "arithmetic") else "residual"
             into, new = target if name == "target" else residual, name not in begun
+            # the first term of a sum needs no buffer of its own
+            logits = into if new and part.role != "difference" else scratch[0]
+            products.project(logits, rows_of(self.tensors[part.hidden]).to(weight.dtype), weight, None)
             factor = self._factor(part.factor, part.factors, rows_of)
             bias_factor = self._factor(part.bias_factor, part.bias_factors, rows_of)
+            transform = LogitTransform(part.logit_scale, part.softcap)
             for block in _blocks(target):
                 y = _with_bias(logits[block], bias, _of(bias_factor, block))
-                y = transformed(y, LogitTransform(part.logit_scale, part.softcap), part.temperature)
-                out = into[block]
-                if part.role == "linear":
-                    _add(out, y, _of(factor, block), new)
-                elif part.role == "arithmetic":
-                    log_p = y - torch.logsumexp(y, -1, keepdim=True) + _log(_of(factor, block))
-                    out.copy_(log_p if new else torch.logaddexp(out, log_p))
-                elif part.role == "difference":
-                    y = y.masked_fill(target[block] == -math.inf, 0.0)
-                    before = torch.logsumexp(target[block], -1, keepdim=True)
-                    out.copy_(y).sub_(torch.logsumexp(target[block] + y, -1, keepdim=True) - before)
-                else:
-                    needs_normaliser = mixture.bound is not None and not mixture.centre
-                    masked = y == -math.inf
-                    if needs_normaliser:
-                        y = y - torch.logsumexp(y, -1, keepdim=True)
-                    _add(out, y.masked_fill(masked, 0.0), _of(factor, block), new)
+                y = transformed(y, transform, part.temperature)
+                self._add(part.role, into[block], target[block], y, _of(factor, block), new=new)
             begun.add(name)
-        if mixture.buffers > 1:
+        if "residual" in begun:
             for block in _blocks(target):
                 self._add_residual(target[block], residual[block], fresh="target" not in begun)
         if temperature != 1.0:
             target *= temperature
 
+    def _add(self, role: str, out: Tensor, target: Tensor, y: Tensor, factor: float | Tensor, *, new: bool) -> None:
+        """A part's tempered logits y into the sum that it belongs to, of which they are the first term or not."""
+        if role == "arithmetic":
+            log_p = y - (torch.logsumexp(y, -1, keepdim=True) - _log(factor))
+            out.copy_(log_p if new else torch.logaddexp(out, log_p))
+        elif role == "linear":
+            part = _times(y, factor, -math.inf if self.masks else None)
+            if part is not out:
+                out.copy_(part) if new else out.add_(part)
+        elif role == "difference":
+            if self.masks:
+                y = y.masked_fill(target == -math.inf, 0.0)
+            before = torch.logsumexp(target, -1, keepdim=True)
+            torch.sub(y, torch.logsumexp(target + y, -1, keepdim=True) - before, out=out)
+        else:
+            if self.normalised:
+                y = y - torch.logsumexp(y, -1, keepdim=True)
+            part = _times(y, factor, 0.0 if self.masks else None)
+            if part is not out:
+                out.copy_(part) if new else out.add_(part)
+
     def _add_residual(self, target: Tensor, residual: Tensor, *, fresh: bool) -> None:
         mixture = self.mixture
-        if mixture.centre:
-            counted = torch.ones_like(target, dtype=torch.bool) if fresh else target != -math.inf
+        if mixture.centre and (fresh or not self.masks):
+            residual -= residual.mean(-1, keepdim=True)
+        elif mixture.centre:
+            counted = target != -math.inf
             total = residual.masked_fill(~counted, 0.0).sum(-1, keepdim=True)
             residual -= total / counted.sum(-1, keepdim=True).clamp(min=1)
+        scale = mixture.scale
         if mixture.bound is not None and mixture.smooth:
-            residual.div_(mixture.bound).tanh_().mul_(mixture.bound)
+            residual.mul_(1 / mixture.bound).tanh_()
+            scale *= mixture.bound
         elif mixture.bound is not None:
             residual.clamp_(-mixture.bound, mixture.bound)
-        residual *= mixture.scale
-        target.copy_(residual if fresh else target + residual)
+        torch.mul(residual, scale, out=target) if fresh else target.add_(residual, alpha=scale)
 
     def _factor(self, constant: float, place: int, rows_of: Callable) -> float | Tensor:
         return constant if place < 0 else rows_of(self.tensors[place]).unsqueeze(-1) * constant
@@ -167,7 +181,8 @@ def _with_bias(logits: Tensor, bias: Tensor | None, factor: float | Tensor) -> T
     return finite.masked_fill_(none, -math.inf)
 
 
-def _add(out: Tensor, y: Tensor, factor: float | Tensor, new: bool) -> None:
-    """out (+)= factor·y; a −inf stays one, also times 0."""
-    part = y if isinstance(factor, float) and factor == 1.0 else (y * factor).masked_fill_(y == -math.inf, -math.inf)
-    out.copy_(part) if new else out.add_(part)
+def _times(y: Tensor, factor: float | Tensor, masked: float | None) -> Tensor:
+    """factor·y, y itself for 1; `masked` for an entry of −inf, also under a factor of 0, where there can be any."""
+    if isinstance(factor, float) and factor == 1.0 and masked in (None, -math.inf):
+        return y
+    return y * factor if masked is None else (y * factor).masked_fill_(y == -math.inf, masked)
