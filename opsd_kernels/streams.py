@@ -365,7 +365,8 @@ class _Plan:
     """Parts of a mixture, and their tensors, each once."""
 
     def __init__(self, student: Stream):
-        self.student, self.parts = student, list[Part]()
+        self.student = student
+        self.parts: list[Part] = []
         self.tensors: list[Tensor] = []
         self.compute = compute_dtype(student.hidden)
 

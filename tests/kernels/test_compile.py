@@ -15,6 +15,7 @@ from opsd_kernels.objective import Objective
 STUDENT, TEACHER, WEIGHT = problem(12, 8, 50, dtype=torch.float32)
 MASK = torch.arange(12).view(2, 6) % 3 > 0
 IDS = torch.arange(12).view(2, 6) * 4
+TAUGHT, OTHER = (opsd_kernels.Stream(hidden, WEIGHT) for hidden in (TEACHER, STUDENT))
 
 
 def jsd(x, w, **options):
@@ -32,6 +33,10 @@ CALLS = {
     "top_k": lambda x, w: jsd(x, w, top_k=5, tail_bucket=True),
     "logprobs": lambda x, w: opsd_kernels.token_logprobs(x, w, IDS, mask=MASK).sum(),
     "logits": lambda x, w: opsd_kernels.jsd_loss_from_logits(x @ w.T, TEACHER.view(2, 6, 8) @ WEIGHT.T, mask=MASK),
+    "mixture": lambda x, w: opsd_kernels.divergence(
+        opsd_kernels.Stream(x.flatten(0, 1), w),
+        opsd_kernels.Target(linear=[(0.4, TAUGHT), (0.6, OTHER)], residual=[(1.0, TAUGHT), (-1.0, OTHER)], clip=1.0),
+    )[0].sum(),
     "cached": lambda x, w: opsd_kernels.jsd_loss_from_top_k(
         x, w, *(t for t in opsd_kernels.top_k_logprobs(TEACHER.view(2, 6, 8), WEIGHT, 4)[1::-1])
     ),

@@ -52,6 +52,34 @@ def test_nothing_of_the_size_of_the_logits_ever_exists(options, trainable):
     assert peak(sizes) <= BUDGET + weight_gradient + 2 * N * H * 4 + 64 * N  # 64: the table and per-token vectors
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_a_mixture_of_streams_keeps_within_the_budget_and_costs_a_product_for_each_sum(backend):
+    student, teacher, weight = problem(N, H, V, dtype=torch.float32)
+    other, base = problem(N, H, V, dtype=torch.float32, seed=1)[:2]
+    x = leaf(student)
+    streams = [opsd_kernels.Stream(hidden, weight) for hidden in (teacher, other, base)]
+    full, part, base = streams
+    targets = (
+        opsd_kernels.Target(linear=[(1, base)], residual=[(1, full), (-1, part)], tanh=10.0, centre=True),
+        opsd_kernels.Target(linear=[(1, part)], residual=[(1, full), (-1, part)], clip=5.0, scale=0.6),
+    )
+    for target in targets:
+
+        def step(target=target):
+            losses, _ = opsd_kernels.divergence(
+                opsd_kernels.Stream(x, weight), target, backend=backend, workspace_bytes=BUDGET
+            )
+            losses.sum().backward()
+            x.grad = None
+
+        workspace.release()
+        sizes = allocations(step)
+        assert max(sizes) < N * V * 2
+        assert peak(sizes) <= BUDGET + 4 * N * H * 4 + 128 * N  # dX, its copy, and the two rows of the mixture
+        with mock.patch.object(native, "outruns_torch", return_value=(False, "")):
+            assert product_flops(step) == 4 * (2 * N * H * V)  # the student, two sums, dX
+
+
 @pytest.mark.skipif(not native.available()[0], reason="no native library")
 @pytest.mark.parametrize("trainable", [False, True])
 def test_the_memory_of_native_products_is_within_the_budget(monkeypatch, trainable):

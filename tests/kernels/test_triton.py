@@ -19,7 +19,7 @@ import torch
 from _helpers import close_divergence, close_pair
 from torch import Tensor
 
-from opsd_kernels import backends, reference
+from opsd_kernels import Stream, Target, backends, divergence, reference
 from opsd_kernels.objective import LogitTransform, Objective
 from opsd_kernels.rows import Column, torch_backend, triton_backend, triton_lean
 from opsd_kernels.triton_jit import INTERPRETED
@@ -543,6 +543,23 @@ def test_top_k_rows(transform: LogitTransform, monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(logprobs.double(), want, rtol=2e-6, atol=5e-6, equal_nan=True)
         assert torch.equal(ids[[0, 4]], want_ids[[0, 4]])
         assert all(len(row.unique()) == k for row in ids)
+
+
+@inner
+def test_a_mixed_target() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(501, 16, generator=generator), torch.randn(501, generator=generator)
+    rows = [torch.randn(6, 16, generator=generator) for _ in range(4)]
+    found = {}
+    for backend, dtype in (("triton", torch.float32), ("torch", torch.float64)):
+        base, full, part = (Stream(hidden.to(dtype), weight.to(dtype), bias.to(dtype)) for hidden in rows[1:])
+        target = Target(linear=[(1, base)], residual=[(1, full), (-1, part)], tanh=10.0, centre=True)
+        student = rows[0].clone().to(dtype).detach().requires_grad_()
+        losses, _ = divergence(Stream(student, weight.to(dtype), bias.to(dtype)), target, backend=backend)
+        losses.sum().backward()
+        found[backend] = losses.detach().double(), student.grad.double()
+    for got, want in zip(found["triton"], found["torch"], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
 
 
 def test_availability() -> None:
