@@ -162,7 +162,7 @@ def evaluate_model(config: Config, context: Context = "student") -> Report:
     with contextlib.suppress(Undecided):
         scorer("", examples[0].row)  # a fault of the scorer should show now, not after all the answers
     check_examples(examples, context)
-    model = models.load_trained(config.model, device)
+    model = models.load_trained(config.model, config.model.path, device)
     name = "eval.max_new_tokens" if config.eval.max_new_tokens else "rollout.max_new_tokens"
     new = config.eval.max_new_tokens or config.rollout.max_new_tokens
     models.check_positions(model, [getattr(example, context) for example in examples], {name: new})

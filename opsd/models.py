@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from opsd.errors import ConfigError, DataError, config_error
 from opsd.options import LoraConfig, ModelConfig
+from opsd.weights import check_finite, check_loaded, damaged_file, report_held
 from opsd_kernels.packing.vet import outside_adapter
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -47,12 +48,22 @@ def hub_notes(model_path: str | None, teacher_path: str | None = None) -> list[s
     ]
 
 
-def _loading(what: str, path: str | None, option: str) -> AbstractContextManager:
-    """Errors of transformers as a ConfigError that `what` of `path`, which is called `option`, cannot be loaded."""
+@contextmanager
+def _loading(what: str, path: str | None, option: str) -> Iterator[None]:
+    """Errors of transformers as a ConfigError of one line that `what` of `path`, called `option`, cannot be loaded.
+
+    The files are a stranger's, and what their many readers raise at a damaged one varies.
+    """
     where = f"{option} {path!r}:"
     if path and not Path(path).exists():
         where = f"{option}: there is no directory {path}, and from the hub"
-    return config_error(f"{where} no {what} can be loaded", OSError, ValueError, KeyError, ImportError)
+    try:
+        yield
+    except (ConfigError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{where} no {what} can be loaded: {damaged_file(path)}{said}") from error
 
 
 def _check_path(path: str, option: str) -> None:
@@ -82,27 +93,37 @@ def load_weights(options: ModelConfig, path: str | None, option: str = "model.pa
     """The causal language model of `path`, in the types of `options`; errors call the path `option`.
 
     Raises:
-        ConfigError: no model can be loaded.
+        ConfigError: no model can be loaded: a file is damaged, a tensor is missing or of another shape, say.
     """
-    with _loading("model", path, option):
-        return AutoModelForCausalLM.from_pretrained(
-            path,  # type: ignore[arg-type]
-            dtype=getattr(torch, options.dtype),
-            attn_implementation=options.attn_implementation,
-        )
+    with report_held():
+        with _loading("model", path, option):
+            if (Path(path or "") / "generation_config.json").is_file():
+                GenerationConfig.from_pretrained(str(path))  # below, one that cannot be read would be passed over
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,  # type: ignore[arg-type]
+                dtype=getattr(torch, options.dtype),
+                attn_implementation=options.attn_implementation,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # to be named below
+            )
+        model, info = loaded
+        check_loaded(info, f"{option} {path!r}")
+    return model
 
 
 def load_model(options: ModelConfig, lora: LoraConfig, device: torch.device) -> nn.Module:
     """The model to train, on `device` and with adapters where asked for.
 
     Raises:
-        ConfigError: no model can be loaded from `model.path`, it is an adapter, or the adapters do not fit it.
+        ConfigError: no model can be loaded from `model.path`, its weights are not finite, it is an adapter, or the
+            adapters do not fit it.
     """
     path = options.path
     _refuse_adapter(path, (Path(path or "") / ADAPTER).is_file())
     model: Any = load_weights(options, path)
     _refuse_adapter(path, bool(getattr(model, "peft_config", None)))  # of a hub id it only shows now
     model.to(device)
+    check_finite(model, f"model.path {path!r}")
     if lora.enabled:
         model = _add_adapters(model, lora)
     if options.gradient_checkpointing:
@@ -149,30 +170,38 @@ def _refuse_adapter(path: str | None, adapter: bool) -> None:
         )
 
 
-def load_trained(options: ModelConfig, device: torch.device) -> nn.Module:
-    """The model in `model.path` as it is, on `device`: one of transformers, or an adapter on the base that it names.
+def load_trained(options: ModelConfig, path: str | None, device: torch.device, option: str = "model.path") -> nn.Module:
+    """The model in `path` as it is, on `device`: one of transformers, or an adapter on the base that it names; errors
+    call the path `option`.
 
     Raises:
-        ConfigError: no model can be loaded from there, or not the base of the adapter, or the adapter acts outside the
-            model's layers.
+        ConfigError: no model can be loaded from there, or not the base of the adapter, the weights are not finite, or
+            the adapter acts outside the model's layers.
     """
-    path = options.path or ""
-    adapter = Path(path) / ADAPTER
-    if not adapter.is_file():
-        return load_weights(options, path).to(device)
+    where, adapter = f"{option} {path!r}", Path(path or "") / ADAPTER
+    if adapter.is_file():
+        model = _load_adapted(options, path or "", adapter, device, option)
+    else:
+        model = load_weights(options, path, option).to(device)
+    check_finite(model, where)
+    with config_error(where, ConfigError):
+        causal_lm(model)
+    return model
+
+
+def _load_adapted(options: ModelConfig, path: str, adapter: Path, device: torch.device, option: str) -> nn.Module:
+    """The base model that the file `adapter` names, with the adapter of `path` on it."""
     with config_error(f"{adapter}: cannot be read", OSError, ValueError, AttributeError):
         base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
         raise ConfigError(f"{adapter} does not name its base model (base_model_name_or_path)")
     with config_error(f"{adapter} names a base model that cannot be loaded", ConfigError):
         model = load_weights(options, base, "base_model_name_or_path").to(device)
-    peft = _peft(f"model.path {path!r} is an adapter, which")
-    kinds = (OSError, ValueError, KeyError, TypeError, RuntimeError)
-    with config_error(f"model.path {path!r}: the adapter cannot be loaded onto {base!r}", *kinds), _renamed():
-        adapted = peft.PeftModel.from_pretrained(model, path).to(device)
-    with config_error(f"model.path {path!r}", ConfigError):
-        causal_lm(adapted)
-    return adapted
+    peft = _peft(f"{option} {path!r} is an adapter, which")
+    with _loading(f"adapter onto {base!r}", path, option), _renamed(), warnings.catch_warnings():
+        # peft only warns of tensors that the file lacks, and goes on with those of an untrained adapter.
+        warnings.filterwarnings("error", ".*Found missing adapter keys")
+        return peft.PeftModel.from_pretrained(model, path).to(device)
 
 
 def pick_device(device: str) -> torch.device:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from opsd.config import Config
 from opsd.errors import ConfigError
-from opsd.models import body, is_adapted, load_tokenizer, load_weights
+from opsd.models import body, is_adapted, load_tokenizer, load_trained
 from opsd.options import ModelConfig
 from opsd.run import Teacher
 from opsd.scoring import rollout_hidden
@@ -125,7 +125,7 @@ def _other_model(options: ModelConfig, path: str | None, model: nn.Module, token
             f"teacher.path {path!r} has another vocabulary than model.path: {len(theirs)} and {len(ours)} tokens, "
             f"{_first_difference(theirs, ours)}"
         )
-    other = load_weights(options, path, "teacher.path").to(next(model.parameters()).device)
+    other = load_trained(options, path, next(model.parameters()).device, "teacher.path")
     teacher = _ModelTeacher(other.eval().requires_grad_(False), other)
     # Published sizes of one family pad the vocabulary differently.
     rows, wanted = teacher.head.weight.shape[0], lm_head_of(model).weight.shape[0]

@@ -49,11 +49,11 @@ def test_an_adapter_is_not_trained_from(adapter, tmp_path, monkeypatch, capsys, 
 
 def test_adapters_are_loaded_to_be_evaluated_and_to_teach(adapter, monkeypatch):
     config = load_config(None, [("model.path", adapter), ("data.eval", "e")], training=False)
-    expected = logits(models.load_trained(config.model, CPU))
+    expected = logits(models.load_trained(config.model, config.model.path, CPU))
     assert not torch.equal(expected, logits(model()))
-    assert torch.equal(logits(models.load_weights(config.model, str(adapter), "teacher.path")), expected)
+    assert torch.equal(logits(models.load_trained(config.model, str(adapter), CPU, "teacher.path")), expected)
     monkeypatch.setattr(models, "ADAPTER", "absent.json")  # as of a hub id
-    assert torch.equal(logits(models.load_trained(config.model, CPU)), expected)
+    assert torch.equal(logits(models.load_trained(config.model, config.model.path, CPU)), expected)
 
 
 def test_an_adapter_whose_base_is_gone_cannot_be_evaluated(adapter):
@@ -61,7 +61,7 @@ def test_an_adapter_whose_base_is_gone_cannot_be_evaluated(adapter):
     (adapter / "adapter_config.json").write_text(json.dumps(described))
     config = load_config(None, [("model.path", adapter), ("data.eval", "e")], training=False)
     with pytest.raises(ConfigError, match=r"does not name its base model"):
-        models.load_trained(config.model, CPU)
+        models.load_trained(config.model, config.model.path, CPU)
 
 
 def test_prompt_learning_is_refused_wherever_the_wrapper_is_left(tmp_path):
@@ -83,7 +83,7 @@ def test_prompt_learning_is_refused_wherever_the_wrapper_is_left(tmp_path):
     tuned.save_pretrained(tmp_path / "tuned")
     config = load_config(None, [("model.path", tmp_path / "tuned"), ("data.eval", "e")], training=False)
     with pytest.raises(ConfigError, match=f"model.path '.*tuned': {reason}"):
-        models.load_trained(config.model, CPU)
+        models.load_trained(config.model, config.model.path, CPU)
 
 
 @pytest.mark.parametrize("path", ["absent/of/all", "./absent", "../absent", "/absent", "~/absent", "absent/", "a b"])
