@@ -25,7 +25,7 @@ ADAPTER = "adapter_config.json"
 """What makes a directory that of an adapter."""
 
 
-def load_tokenizer(path: str | None, option: str = "model.path") -> Any:
+def load_tokenizer(path: str | None, option: str = "model.path", *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of `path`, which errors call `option`.
 
     Raises:
@@ -35,7 +35,7 @@ def load_tokenizer(path: str | None, option: str = "model.path") -> Any:
     if path:
         _check_path(path, option)
     with _loading("tokenizer", path, option):
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
 def hub_notes(model_path: str | None, teacher_path: str | None = None) -> list[str]:
@@ -47,12 +47,19 @@ def hub_notes(model_path: str | None, teacher_path: str | None = None) -> list[s
     ]
 
 
-def _loading(what: str, path: str | None, option: str) -> AbstractContextManager:
+@contextmanager
+def _loading(what: str, path: str | None, option: str) -> Iterator[None]:
     """Errors of transformers as a ConfigError that `what` of `path`, which is called `option`, cannot be loaded."""
     where = f"{option} {path!r}:"
     if path and not Path(path).exists():
         where = f"{option}: there is no directory {path}, and from the hub"
-    return config_error(f"{where} no {what} can be loaded", OSError, ValueError, KeyError, ImportError)
+    with config_error(f"{where} no {what} can be loaded", OSError, ValueError, KeyError, ImportError):
+        try:
+            yield
+        except ValueError as error:
+            if "trust_remote_code=True" not in str(error):
+                raise
+            raise ValueError("it comes with code of its own, which model.trust_remote_code true would run") from error
 
 
 def _check_path(path: str, option: str) -> None:
@@ -89,6 +96,7 @@ def load_weights(options: ModelConfig, path: str | None, option: str = "model.pa
             path,  # type: ignore[arg-type]
             dtype=getattr(torch, options.dtype),
             attn_implementation=options.attn_implementation,
+            trust_remote_code=options.trust_remote_code,
         )
 
 

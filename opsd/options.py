@@ -81,6 +81,9 @@ class ModelConfig(Section):
     attn_implementation: str | None = option(
         None, "as in transformers: sdpa, eager, flash_attention_2 ...; none: its choice"
     )
+    trust_remote_code: bool = option(
+        False, "run code that comes with the model, its tokenizer or the teacher; it can do whatever you can"
+    )
 
 
 class LoraConfig(Section):

@@ -2,6 +2,7 @@
 traceback, and nothing of a run is lost."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -109,3 +110,47 @@ def test_without_standard_streams(setup, tmp_path, monkeypatch):
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)
     assert main(["train", *words({**setup, "run.dir": tmp_path / "out"})]) == 0
+
+
+CODE = {
+    "configuration_odd.py": "class OddConfig(LlamaConfig):\n    model_type = 'odd'\n",
+    "modeling_odd.py": "from .configuration_odd import OddConfig\n\n"
+    "class OddForCausalLM(LlamaForCausalLM):\n    config_class = OddConfig\n",
+}
+
+
+def with_code(directory):
+    """A model of whose kind transformers knows nothing, with the code that makes it."""
+    write_model(directory)
+    for name, text in CODE.items():
+        (directory / name).write_text(f"from transformers import LlamaConfig, LlamaForCausalLM\n{text}")
+    config = json.loads((directory / "config.json").read_text())
+    classes = {"AutoConfig": "configuration_odd.OddConfig", "AutoModelForCausalLM": "modeling_odd.OddForCausalLM"}
+    config |= {"model_type": "odd", "architectures": ["OddForCausalLM"], "auto_map": classes}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.fixture
+def own_modules(tmp_path, monkeypatch):
+    """Where transformers puts code that comes with a model."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
+@pytest.mark.parametrize("option", ["model.path", "teacher.path"])
+def test_code_that_comes_with_a_model_is_run_where_it_is_asked_for(option, setup, tmp_path, capsys, own_modules):
+    odd, out = with_code(tmp_path / "odd"), tmp_path / "out"
+    teacher = {"teacher.kind": "model"} if option == "teacher.path" else {}
+    argv = ["train", *words({**setup, **teacher, option: odd, "run.dir": out})]
+    capsys.readouterr()  # of writing the model
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert "it comes with code of its own, which model.trust_remote_code true would run" in said
+    assert said.startswith(f"opsd: {option} '{odd}': no ")
+    assert said.count("\n") == 1
+    assert main([*argv, "--model.trust-remote-code"]) == 0
+    evaluation = ["eval", f"--model={out / 'model'}", f"--data={setup['data.train']}"]
+    if option == "model.path":  # the trained model comes with it, too, and its run does not vouch for it
+        assert main(evaluation) == 2
+        assert main([*evaluation, "--model.trust-remote-code"]) == 0
