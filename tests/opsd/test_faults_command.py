@@ -4,14 +4,18 @@ traceback, and nothing of a run is lost."""
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+import torch
 from _models import write_model, write_rows
 
 from opsd import train
 from opsd.cli import main
+from opsd.config import load_config
+from opsd.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +158,48 @@ def test_code_that_comes_with_a_model_is_run_where_it_is_asked_for(option, setup
     if option == "model.path":  # the trained model comes with it, too, and its run does not vouch for it
         assert main(evaluation) == 2
         assert main([*evaluation, "--model.trust-remote-code"]) == 0
+
+
+@pytest.mark.parametrize(("name", "value", "takes"), [
+    ("run.seed", 2**64, "int >= 0 and <= 18446744073709551615"),
+    ("run.threads", 100000, r"int >= 1 and <= 1024\|none"),
+    ("lora.r", 10**30, r"int >= 1, below 2\*\*63"),
+    ("eval.max_problems", 10**30, r"int >= 1\|none, below 2\*\*63"),
+    ("rollout.temperature", 1e-40, r"float >= 1e-06 and <= 1e\+06"),
+    ("objective.temperature", 1e40, r"float >= 1e-06 and <= 1e\+06"),
+    ("eval.temperature", 1e-40, r"0, or 1e-06 to 1e\+06"),
+    ("run.dir", "x" * 300, "a path that the system can take; this one is too long"),
+    ("model.path", "x" * 300, "a path that the system can take; this one is too long"),
+    ("data.eval", "x" * 300, "a path that the system can take; this one is too long"),
+    ("data.train", "a\0b", "a path without null characters"),
+])  # fmt: skip
+def test_values_beyond_what_can_be_held_are_named_at_once(name, value, takes):
+    with pytest.raises(ConfigError, match=f"^{name} is {re.escape(repr(value))}; accepted: {takes}$"):
+        load_config(None, [(name, value)], complete=False)
+
+
+def test_the_largest_values_still_are():
+    values = [("run.seed", str(2**64 - 1)), ("rollout.temperature", "1e-6"), ("eval.temperature", "0")]
+    config = load_config(None, values, complete=False)
+    assert torch.Generator().manual_seed(config.run.seed).initial_seed() == 2**64 - 1
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    (f"optim: {{steps: {'9' * 5000}}}", r"^optim.steps is '9+ \.\.\. \(5002 characters\); accepted: int >= 1$"),
+    (f"optim: {{lr: {'9' * 5000}}}", r"^optim.lr is '9+ \.\.\. \(5002 characters\); accepted: float > 0\|none$"),
+    ("optim: {steps: 2026-99-99}", r"^optim.steps is '2026-99-99'; accepted: int >= 1$"),
+    ("optim: {steps: 0x_}", r"^optim.steps is '0x_'; accepted: int >= 1$"),
+    ("[" * 5000, "cannot be read as YAML"),
+])  # fmt: skip
+def test_yaml_that_python_cannot_hold_is_named(text, said, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=said) as caught:
+        load_config(path)
+    assert len(str(caught.value)) < 700
+
+
+def test_a_number_too_long_to_be_written_is_refused():
+    for name in ("optim.steps", "optim.lr", "rollout.temperature"):
+        with pytest.raises(ConfigError, match=f"^{name} is an int of more digits than can be shown; accepted: "):
+            load_config(None, [(name, 10**5000)])
