@@ -16,11 +16,23 @@ from opsd.config import describe, is_flag, load_config, to_yaml
 from opsd.errors import CheckpointError, ConfigError, Interrupted, RunError
 from opsd.evaluate_model import check_output, evaluate_model, evaluation_config, is_used
 from opsd.models import hub_notes, progress_bars
+from opsd.output import all_shown, drop_rest
 from opsd.report import write_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 1 for a run that stopped, 2 for one that could not start."""
+    """Run the command line; returns the exit code: 0, 1 for a run that stopped, 2 for one that could not start.
+
+    Output that cannot be shown changes neither the run nor the code.
+    """
+    try:
+        with all_shown():
+            return _main(argv)
+    finally:
+        drop_rest()
+
+
+def _main(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="opsd", description="On-policy self-distillation of a language model.")
     parser.add_argument("--version", action="version", version=f"opsd {_version()}")
     parser.set_defaults(advice="")  # on memory; a command may have its own
@@ -29,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         add(commands)
     known, rest = parser.parse_known_args(argv)
     try:
-        with progress_bars(sys.stderr.isatty()):
+        with progress_bars(sys.stderr is not None and sys.stderr.isatty()):
             known.run(known, rest)
         return 0
     except ConfigError as error:

@@ -17,9 +17,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from opsd import options as sections
-from opsd.errors import ConfigError, config_error
+from opsd.errors import ConfigError, brief
+from opsd.limits import beyond
 from opsd.options import Section, accepted
 from opsd.presets import PRESETS, TINY
+from opsd.strict_yaml import read_yaml
 
 ABBREVIATED = {"learning-rate": "lr", "learnrate": "lr", "rank": "r"}
 """Names of options that one would expect, too far from ours to be found by their letters."""
@@ -109,12 +111,16 @@ def load_config(
 
 def _checked(section: str, option: str, value: Any) -> Any:
     """`value` in the type of the option."""
+    takes: Any
     try:
-        return getattr(SECTIONS[section](**{option: value}), option)
+        checked = getattr(SECTIONS[section](**{option: value}), option)
+        takes = beyond(SECTIONS[section], f"{section}.{option}", checked)
     except ValidationError as error:
         first = error.errors()[0]
         takes = first["ctx"]["error"] if first["type"] == "value_error" else accepted(SECTIONS[section], option)
-        raise ConfigError(f"{section}.{option} is {value!r}; accepted: {takes}") from None
+    if takes is not None:
+        raise ConfigError(f"{section}.{option} is {brief(value)}; accepted: {takes}") from None
+    return checked
 
 
 def _preset_settings(
@@ -246,26 +252,11 @@ def _read(source: str | Path | Mapping[str, Any] | None) -> tuple[str | None, li
         name, loaded = "config", dict(source)
     elif isinstance(source, str | os.PathLike):
         name = str(source)
-        with config_error(f"{source}: cannot be read as YAML", OSError, UnicodeDecodeError, yaml.YAMLError):
-            loaded = yaml.load(Path(source).read_text(encoding="utf-8"), _Loader)
-        loaded = {} if loaded is None else loaded
+        loaded = read_yaml(source)
     else:
         raise ConfigError(f"config is {source!r}; accepted: the path of a YAML file, or a mapping of sections")
     preset = loaded.pop("preset", None) if isinstance(loaded, dict) else None
     return preset, _flatten(loaded, name)
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping, where YAML's last one would silently win."""
-
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return node
 
 
 def _flatten(nested: Any, source: str) -> list[tuple[str, Any]]:

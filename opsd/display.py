@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
 
 from opsd.evaluation import Evaluation
+from opsd.output import all_shown
 
 
 class Display:
-    """Progress: a bar in a terminal, else a plain line every so many steps. `quiet` shows nothing."""
+    """Progress: a bar in a terminal, else a plain line every so many steps. `quiet` shows nothing.
+
+    While open, whatever is printed can be lost but ends no run, be it by a bar of another package.
+    """
 
     def __init__(self, *, every: int = 1, steps: int = 0, quiet: bool = False):
         self.console, self.every, self.steps, self.quiet = Console(highlight=False), every, steps, quiet
@@ -23,15 +28,17 @@ class Display:
         )
         self.progress = Progress(*start, "{task.fields[text]}", *end, console=self.console, disable=not self.live)
         self.tasks: dict[str, TaskID] = {}
+        self.held = ExitStack()
 
     def __enter__(self) -> Display:
+        self.held.enter_context(all_shown())
         if self.live:  # rich before 14.3 ends even a disabled bar with an empty line
             self.progress.start()
+            self.held.callback(self.progress.stop)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.live:
-            self.progress.stop()
+        self.held.close()
 
     def note(self, text: str, *, style: str | None = None) -> None:
         """A line of its own, above the bar; `style`, as rich spells it, shows in a terminal only."""

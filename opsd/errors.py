@@ -19,6 +19,15 @@ def config_error(where: str, *kinds: type[Exception]) -> Iterator[None]:
         raise ConfigError(f"{where}: {error}") from error
 
 
+def brief(value: object, most: int = 500) -> str:
+    """`value` as a message shows it: of what is long the beginning, and how long it is."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write an integer of so many digits
+        return f"an {type(value).__name__} of more digits than can be shown"
+    return text if len(text) <= most else f"{text[: most - 50]} ... ({len(text)} characters)"
+
+
 class DataError(ConfigError):
     """A row that cannot be used, named by file, line and reason."""
 

@@ -32,7 +32,8 @@ UNUSED = {
     "eval.keep_best",
     "eval.patience",
 }
-# Those whose defaults a run's own model takes from its run, so that its evaluation is the run's own.
+# Those whose defaults a run's own model takes from its run, so that its evaluation is the run's own. Whether code is
+# trusted is not among them: the run may be another's.
 FROM_RUN = {"prompts", "rollout", "eval", "model.dtype", "model.autocast", "model.attn_implementation", "run.seed"}
 
 
@@ -154,7 +155,7 @@ def evaluate_model(config: Config, context: Context = "student") -> Report:
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     scorer = scorer_of(config.eval)
-    tokenizer = models.load_tokenizer(config.model.path)
+    tokenizer = models.load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     prompter = Prompter(tokenizer, config.prompts)
     most = config.eval.max_problems
     data = read_examples(config.data, prompter, config.data.eval or "", required=("problem", "answer"), most=most)

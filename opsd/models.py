@@ -26,7 +26,7 @@ ADAPTER = "adapter_config.json"
 """What makes a directory that of an adapter."""
 
 
-def load_tokenizer(path: str | None, option: str = "model.path") -> Any:
+def load_tokenizer(path: str | None, option: str = "model.path", *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of `path`, which errors call `option`.
 
     Raises:
@@ -36,7 +36,7 @@ def load_tokenizer(path: str | None, option: str = "model.path") -> Any:
     if path:
         _check_path(path, option)
     with _loading("tokenizer", path, option):
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
 def hub_notes(model_path: str | None, teacher_path: str | None = None) -> list[str]:
@@ -63,6 +63,8 @@ def _loading(what: str, path: str | None, option: str) -> Iterator[None]:
         raise
     except Exception as error:
         said = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code=True" in said:
+            said = "it comes with code of its own, which model.trust_remote_code true would run"
         raise ConfigError(f"{where} no {what} can be loaded: {damaged_file(path)}{said}") from error
 
 
@@ -103,6 +105,7 @@ def load_weights(options: ModelConfig, path: str | None, option: str = "model.pa
                 path,  # type: ignore[arg-type]
                 dtype=getattr(torch, options.dtype),
                 attn_implementation=options.attn_implementation,
+                trust_remote_code=options.trust_remote_code,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # to be named below
             )

@@ -62,9 +62,13 @@ def _in_words(schema: Mapping[str, Any]) -> str:
         return " ".join([",".join([kind] * len(schema["prefixItems"])), *limits])
     kinds = {"string": "text", "boolean": "true|false", "integer": "int", "number": "float", "null": "none"}
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<="}
-    limits = [f"{sign} {schema[limit]:g}" for limit, sign in signs.items() if limit in schema]
+    limits = [f"{sign} {_number(schema[limit])}" for limit, sign in signs.items() if limit in schema]
     kind = kinds.get(schema["type"], "text, several separated by commas")
     return f"{kind} {' and '.join(limits)}".strip()
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 class ModelConfig(Section):
@@ -80,6 +84,9 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     attn_implementation: str | None = option(
         None, "as in transformers: sdpa, eager, flash_attention_2 ...; none: its choice"
+    )
+    trust_remote_code: bool = option(
+        False, "run code that comes with the model, its tokenizer or the teacher; it can do whatever you can"
     )
 
 
@@ -166,6 +173,9 @@ class PromptsConfig(Section):
         return text
 
 
+_TEMPERATURES = {"ge": 1e-6, "le": 1e6}
+"""Logits divided by less, or more, are infinite or all the same in float32."""
+
 _TOP_P = option(1.0, "nucleus sampling; 1: off", gt=0, le=1)
 _TOP_K = option(0, "sample among the k likeliest tokens; 0: off", ge=0)
 _MIN_P = option(0.0, "drop tokens below this share of the likeliest; 0: off", ge=0, le=1)
@@ -174,7 +184,7 @@ _MIN_P = option(0.0, "drop tokens below this share of the likeliest; 0: off", ge
 class RolloutConfig(Section):
     max_new_tokens: int = option(1024, "longest rollout", ge=1)
     per_prompt: int = option(1, "rollouts of each prompt in a step", ge=1)
-    temperature: float = option(1.0, "sampling temperature", gt=0)
+    temperature: float = option(1.0, "sampling temperature", **_TEMPERATURES)
     top_p: float = option(
         1.0, "nucleus sampling; 1: off, so that rollouts come from the student's own distribution", gt=0, le=1
     )
@@ -210,7 +220,7 @@ class ObjectiveConfig(Section):
     beta: float = option(
         0.5, "0: forward KL; 1: reverse KL; between: JSD, bounded and so safe without a clip", ge=0, le=1
     )
-    temperature: float = option(1.0, "of both distributions in the loss", gt=0)
+    temperature: float = option(1.0, "of both distributions in the loss", **_TEMPERATURES)
     entry_clip: float | None = option(
         None,
         "upper bound of each vocabulary entry's term (nats); made for beta 0: nearer to 1, negative terms "
@@ -256,7 +266,7 @@ class EvalConfig(Section):
     patience: int | None = option(None, "stop after so many evaluations without a better one (needs eval.every)", ge=1)
     max_problems: int | None = option(None, "use the first so many problems; none: all", ge=1)
     samples: int = option(1, "answers per problem: avg@k, and pass@k for k up to this", ge=1)
-    temperature: float = option(0.0, "0: greedy", ge=0)
+    temperature: float = option(0.0, "0: greedy", ge=0, le=_TEMPERATURES["le"])
     top_p: float = _TOP_P
     top_k: int = _TOP_K
     min_p: float = _MIN_P
@@ -266,6 +276,13 @@ class EvalConfig(Section):
         "regular expression with one group; its last match is the answer",
     )
     batch_size: int = option(32, "prompts generated together", ge=1)
+
+    @field_validator("temperature")
+    @classmethod
+    def _greedy_or_warm(cls, temperature: float) -> float:
+        if 0 < temperature < _TEMPERATURES["ge"]:
+            raise ValueError(f"0, or {_TEMPERATURES['ge']:g} to {_TEMPERATURES['le']:g}")
+        return temperature
 
     @field_validator("answer_pattern")
     @classmethod
@@ -281,9 +298,9 @@ class EvalConfig(Section):
 
 class RunConfig(Section):
     dir: str | None = option(None, "output directory, new or empty; none: runs/<model>-<number>")
-    seed: int = option(0, "of everything random", ge=0)
+    seed: int = option(0, "of everything random", ge=0, le=2**64 - 1)
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda if there is one")
-    threads: int | None = option(None, "of the CPU; none: torch's choice, too many on a shared machine", ge=1)
+    threads: int | None = option(None, "of the CPU; none: torch's choice, too many on a shared machine", ge=1, le=1024)
     log_every: int = option(1, "steps between printed lines; every step is in metrics.jsonl", ge=1)
     sample_every: int = option(10, "steps between rollouts written to samples.jsonl; 0: off", ge=0)
     save: bool = option(True, "save the trained model, or the adapter, in <dir>/model")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,4 +85,7 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal = number
         if not self.quiet:  # print would fail where the signal comes in the middle of a print
-            os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
+            with suppress(AttributeError, OSError, ValueError):  # without standard error, or it cannot be written
+                os.write(
+                    sys.stderr.fileno(), b"\nstopping after this step, with a checkpoint; once more stops at once\n"
+                )

@@ -60,7 +60,7 @@ def set_up(config: Config, parts: Parts) -> Setup:
         torch.set_num_threads(config.run.threads)
     scorer = scorer_of(config.eval)
     set_seed(config.run.seed % 2**32)
-    tokenizer = models.load_tokenizer(config.model.path)
+    tokenizer = models.load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     prompter = Prompter(tokenizer, config.prompts)
     data = _read(config, prompter)
     examples, eval_examples = data["train"].examples, data["eval"].examples if "eval" in data else []

@@ -118,7 +118,7 @@ def _frozen_copy(model: nn.Module) -> nn.Module:
 
 def _other_model(options: ModelConfig, path: str | None, model: nn.Module, tokenizer: Any) -> Teacher:
     """The model of `path`, in the types of `options`, as the teacher of `model`."""
-    theirs = load_tokenizer(path, "teacher.path").get_vocab()
+    theirs = load_tokenizer(path, "teacher.path", trust_remote_code=options.trust_remote_code).get_vocab()
     ours = tokenizer.get_vocab()
     if theirs != ours:
         raise ConfigError(

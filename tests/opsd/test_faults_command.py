@@ -1,0 +1,205 @@
+"""What the command is given and cannot use, and where it cannot show what it says: one line, or no word, never a
+traceback, and nothing of a run is lost."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from _models import write_model, write_rows
+
+from opsd import train
+from opsd.cli import main
+from opsd.config import load_config
+from opsd.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory):
+    """Options of a run of one step, by the words of a command line."""
+    directory = tmp_path_factory.mktemp("setup")
+    options = {
+        "model.path": write_model(directory / "model"),
+        "data.train": write_rows(directory / "train.jsonl", 2, teacher_prompt="é"),
+        "optim.steps": 1,
+        "optim.batch_size": 2,
+        "rollout.max_new_tokens": 4,
+        "run.device": "cpu",
+    }
+    return {name: str(value) for name, value in options.items()}
+
+
+def words(options):
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def nobody_reads():
+    reading, writing = os.pipe()
+    os.close(reading)
+    return open(writing, "w", encoding="utf-8")
+
+
+def full():
+    return open("/dev/full", "w", encoding="utf-8")
+
+
+def ascii_only():
+    return io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+
+
+STREAMS = pytest.mark.parametrize("stream", [nobody_reads, full, ascii_only])
+"""Where text cannot be shown."""
+
+
+@STREAMS
+def test_a_run_ends_well_where_its_words_cannot_be_shown(stream, setup, tmp_path, monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, stream())
+    assert main(["train", *words({**setup, "run.dir": tmp_path / "é"})]) == 0
+    assert (tmp_path / "é" / "summary.json").is_file()
+    if stream is ascii_only:
+        sys.stdout.seek(0)
+        assert "\\xe9" in sys.stdout.read()
+
+
+@STREAMS
+def test_so_does_a_run_from_python(stream, setup, tmp_path, monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, stream())
+    assert train({**nested(setup), "run": {"dir": str(tmp_path / "é"), "device": "cpu"}}).summary["steps"] == 1
+
+
+def nested(options):
+    sections: dict[str, dict[str, str]] = {}
+    for name, value in options.items():
+        section, _, option = name.partition(".")
+        sections.setdefault(section, {})[option] = value
+    return sections
+
+
+@STREAMS
+@pytest.mark.parametrize(("argv", "code"), [
+    (["train", "--print-config"], 0),
+    (["train", "--print-config", "--optim.steps", "é"], 2),
+    (["report", "é"], 2),
+])  # fmt: skip
+def test_no_command_changes_its_exit_code(stream, argv, code, monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, stream())
+    assert main(argv) == code
+
+
+def test_what_finds_no_room_is_shown_on_standard_error(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", full())
+    assert main(["train", "--print-config"]) == 0
+    assert "keep_checkpoints: 2" in capsys.readouterr().err
+
+
+def test_python_ends_with_the_commands_own_exit_code():
+    # Its last flush fails after the command has returned, which no test within the process sees.
+    for stream in (nobody_reads(), full()):
+        with stream:
+            done = subprocess.run(
+                [sys.executable, "-m", "opsd", "train", "--print-config"], stdout=stream, stderr=subprocess.PIPE
+            )
+        assert done.returncode == 0
+        assert b"Exception" not in done.stderr
+
+
+def test_without_standard_streams(setup, tmp_path, monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert main(["train", *words({**setup, "run.dir": tmp_path / "out"})]) == 0
+
+
+CODE = {
+    "configuration_odd.py": "class OddConfig(LlamaConfig):\n    model_type = 'odd'\n",
+    "modeling_odd.py": "from .configuration_odd import OddConfig\n\n"
+    "class OddForCausalLM(LlamaForCausalLM):\n    config_class = OddConfig\n",
+}
+
+
+def with_code(directory):
+    """A model of whose kind transformers knows nothing, with the code that makes it."""
+    write_model(directory)
+    for name, text in CODE.items():
+        (directory / name).write_text(f"from transformers import LlamaConfig, LlamaForCausalLM\n{text}")
+    config = json.loads((directory / "config.json").read_text())
+    classes = {"AutoConfig": "configuration_odd.OddConfig", "AutoModelForCausalLM": "modeling_odd.OddForCausalLM"}
+    config |= {"model_type": "odd", "architectures": ["OddForCausalLM"], "auto_map": classes}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.fixture
+def own_modules(tmp_path, monkeypatch):
+    """Where transformers puts code that comes with a model."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
+@pytest.mark.parametrize("option", ["model.path", "teacher.path"])
+def test_code_that_comes_with_a_model_is_run_where_it_is_asked_for(option, setup, tmp_path, capsys, own_modules):
+    odd, out = with_code(tmp_path / "odd"), tmp_path / "out"
+    teacher = {"teacher.kind": "model"} if option == "teacher.path" else {}
+    argv = ["train", *words({**setup, **teacher, option: odd, "run.dir": out})]
+    capsys.readouterr()  # of writing the model
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert "it comes with code of its own, which model.trust_remote_code true would run" in said
+    assert said.startswith(f"opsd: {option} '{odd}': no ")
+    assert said.count("\n") == 1
+    assert main([*argv, "--model.trust-remote-code"]) == 0
+    evaluation = ["eval", f"--model={out / 'model'}", f"--data={setup['data.train']}"]
+    if option == "model.path":  # the trained model comes with it, too, and its run does not vouch for it
+        assert main(evaluation) == 2
+        assert main([*evaluation, "--model.trust-remote-code"]) == 0
+
+
+@pytest.mark.parametrize(("name", "value", "takes"), [
+    ("run.seed", 2**64, "int >= 0 and <= 18446744073709551615"),
+    ("run.threads", 100000, r"int >= 1 and <= 1024\|none"),
+    ("lora.r", 10**30, r"int >= 1, below 2\*\*63"),
+    ("eval.max_problems", 10**30, r"int >= 1\|none, below 2\*\*63"),
+    ("rollout.temperature", 1e-40, r"float >= 1e-06 and <= 1e\+06"),
+    ("objective.temperature", 1e40, r"float >= 1e-06 and <= 1e\+06"),
+    ("eval.temperature", 1e-40, r"0, or 1e-06 to 1e\+06"),
+    ("run.dir", "x" * 300, "a path that the system can take; this one is too long"),
+    ("model.path", "x" * 300, "a path that the system can take; this one is too long"),
+    ("data.eval", "x" * 300, "a path that the system can take; this one is too long"),
+    ("data.train", "a\0b", "a path without null characters"),
+])  # fmt: skip
+def test_values_beyond_what_can_be_held_are_named_at_once(name, value, takes):
+    with pytest.raises(ConfigError, match=f"^{name} is {re.escape(repr(value))}; accepted: {takes}$"):
+        load_config(None, [(name, value)], complete=False)
+
+
+def test_the_largest_values_still_are():
+    values = [("run.seed", str(2**64 - 1)), ("rollout.temperature", "1e-6"), ("eval.temperature", "0")]
+    config = load_config(None, values, complete=False)
+    assert torch.Generator().manual_seed(config.run.seed).initial_seed() == 2**64 - 1
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    (f"optim: {{steps: {'9' * 5000}}}", r"^optim.steps is '9+ \.\.\. \(5002 characters\); accepted: int >= 1$"),
+    (f"optim: {{lr: {'9' * 5000}}}", r"^optim.lr is '9+ \.\.\. \(5002 characters\); accepted: float > 0\|none$"),
+    ("optim: {steps: 2026-99-99}", r"^optim.steps is '2026-99-99'; accepted: int >= 1$"),
+    ("optim: {steps: 0x_}", r"^optim.steps is '0x_'; accepted: int >= 1$"),
+    ("[" * 5000, "cannot be read as YAML"),
+])  # fmt: skip
+def test_yaml_that_python_cannot_hold_is_named(text, said, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=said) as caught:
+        load_config(path)
+    assert len(str(caught.value)) < 700
+
+
+def test_a_number_too_long_to_be_written_is_refused():
+    for name in ("optim.steps", "optim.lr", "rollout.temperature"):
+        with pytest.raises(ConfigError, match=f"^{name} is an int of more digits than can be shown; accepted: "):
+            load_config(None, [(name, 10**5000)])
