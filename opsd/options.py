@@ -255,6 +255,9 @@ class OptimConfig(Section):
     max_grad_norm: float | None = option(1.0, "clip the gradient's norm to this; none: off", gt=0)
 
 
+BOXED = "boxed"  # of eval.answer_pattern
+
+
 class EvalConfig(Section):
     every: int = option(0, "evaluate every so many steps, besides before and after; 0: off", ge=0)
     scorer: str = option(
@@ -272,8 +275,9 @@ class EvalConfig(Section):
     min_p: float = _MIN_P
     max_new_tokens: int | None = option(None, "none: that of rollout", ge=1)
     answer_pattern: str = option(
-        r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}",
-        "regular expression with one group; its last match is the answer",
+        BOXED,
+        "where the answer is. boxed: the last \\boxed{}, braces counted; none if that is empty or not closed; else a "
+        "regular expression with one group, whose last match it is",
     )
     batch_size: int = option(32, "prompts generated together", ge=1)
 
@@ -287,12 +291,14 @@ class EvalConfig(Section):
     @field_validator("answer_pattern")
     @classmethod
     def _one_group(cls, pattern: str) -> str:
+        if pattern == BOXED:
+            return pattern
         try:
             groups = re.compile(pattern).groups
         except re.error as error:
-            raise ValueError(f"a regular expression, which this is not: {error}") from error
+            raise ValueError(f"boxed, or a regular expression, which this is not: {error}") from error
         if groups != 1:
-            raise ValueError(f"a regular expression with exactly 1 group, this one has {groups} groups")
+            raise ValueError(f"boxed, or a regular expression with exactly 1 group, this one has {groups} groups")
         return pattern
 
 

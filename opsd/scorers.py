@@ -5,13 +5,13 @@ import importlib
 import importlib.util
 import inspect
 import operator
-import re
 import sys
 import threading
 from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
 
+from opsd.answers import extract
 from opsd.data import Row
 from opsd.errors import ConfigError, ScorerError, Undecided
 from opsd.options import EvalConfig
@@ -33,7 +33,7 @@ SECONDS = 5  # for math_verify to read or to compare one expression
 def scorer_of(options: EvalConfig) -> Scorer:
     """The scorer that `eval.scorer` names. Needs no model, so call it before one is loaded.
 
-    - "exact": the text of `eval.answer_pattern` equals `row.answer`, blanks around either aside.
+    - "exact": the answer found by `eval.answer_pattern` equals `row.answer`, blanks around either aside.
     - "math_verify": the two are mathematically equal, by the package math-verify; see `math_verify_scorer`.
     - "module:function" or "path/to/file.py:function": a `Scorer` of the user's. The file is run anew at each call of
       `scorer_of`, its neighbours are not importable from it. What it returns is checked: a `bool`, or a finite number
@@ -49,12 +49,6 @@ def scorer_of(options: EvalConfig) -> Scorer:
     if name == "math_verify":
         return math_verify_scorer(pattern)
     return _own_scorer(name)
-
-
-def extract(text: str, pattern: str) -> str | None:
-    """The one group of the last match of `pattern` in `text`, stripped, or None without a match."""
-    matches = re.findall(pattern, text)
-    return matches[-1].strip() if matches else None
 
 
 def math_verify_scorer(pattern: str) -> Scorer:

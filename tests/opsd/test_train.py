@@ -20,7 +20,6 @@ from opsd.evaluation import Evaluation, wilson
 from opsd.optim import learning_rate, make_optimizer
 from opsd.options import OptimConfig
 from opsd.run import StepResult
-from opsd.scorers import extract
 from opsd.scoring import supervised_loss
 from opsd.setup import choose_packing
 from opsd.step import opsd_step
@@ -374,17 +373,11 @@ def test_quiet_prints_nothing(setup, extra):
     assert (Path(setup["run.dir"]) / "model").is_dir()
 
 
-def test_answers_and_intervals():
-    assert extract("a \\boxed{1} then \\boxed{ \\frac{1}{2} } end", load_config_pattern()) == "\\frac{1}{2}"
-    assert extract("nothing", load_config_pattern()) is None
+def test_intervals():
     low, high = wilson(0.5, 10)
     assert (low, high) == pytest.approx((0.2366, 0.7634), abs=1e-4)
     assert wilson(0.0, 10)[0] == 0
     assert 0.2 < wilson(0.0, 10)[1] < 0.3
-
-
-def load_config_pattern():
-    return load_config(None, [("model.path", "m"), ("data.train", "t")]).eval.answer_pattern
 
 
 @pytest.mark.parametrize(("kind", "packing", "code", "said"), [
