@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor, library
 from . import backends
 from .across import Across, across_group
 from .gemm import Products, accumulation_dtype
+from .mixture import Mixer, Mixture
 from .objective import LogitTransform, Objective
 from .rows import DROPPED, Column
 from .rows.support import cached_rows, support_width
@@ -49,6 +50,7 @@ class Spec:
     backend: str = "torch"  # as asked for: resolved where the device is known and code runs, within the operators
     gradient_filter: float | None = None
     group: str = ""  # name of the process group over which the vocabulary is split
+    mixture: Mixture | None = None  # what the teacher's logits are made of, in place of a second model's
 
     @property
     def accumulate(self) -> torch.dtype:
@@ -66,7 +68,7 @@ class Spec:
         return _decoded(options)
 
 
-_PLAIN_FIELDS = ("kind", "columns", "vocab", "budget", "backend", "gradient_filter", "group")
+_PLAIN_FIELDS = ("kind", "columns", "vocab", "budget", "backend", "gradient_filter", "group", "mixture")
 _OBJECTIVE_FIELDS = tuple(field.name for field in dataclasses.fields(Objective))
 
 
@@ -90,7 +92,7 @@ def _decoded(options: str) -> Spec:
     objective = fields.pop("objective")
     for model in ("student", "teacher"):
         objective[model] = LogitTransform(*objective[model])
-    fields["compute"] = getattr(torch, fields["compute"])
+    fields["compute"], fields["mixture"] = getattr(torch, fields["compute"]), Mixture.decoded(fields["mixture"])
     return Spec(objective=Objective(**objective), **fields)
 
 
@@ -108,9 +110,13 @@ class Inputs:
     mask: Tensor | None = None  # (N,) bool
     targets: Tensor | None = None  # (N,) int64
     row_weight: Tensor | None = None  # (N,); given, the gradients are those of Σ row_weight·loss
+    mixed: list[Tensor] = field(default_factory=list)  # what the parts of a mixture speak of, constants
 
-    def all(self) -> list[Tensor | None]:
+    def all(self) -> list[Any]:
         return [getattr(self, f.name) for f in dataclasses.fields(self)]
+
+
+_ALONE = len(dataclasses.fields(Inputs)) - 2  # the tensors but for the weights of rows and the list of a mixture
 
 
 def fused_linear_loss(inputs: Inputs, spec: Spec) -> tuple[Tensor, Tensor]:
@@ -140,6 +146,7 @@ def _fused_linear(
     mask: Tensor | None,
     targets: Tensor | None,
     row_weight: Tensor | None,
+    mixed: Sequence[Tensor],
     options: str,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -148,7 +155,9 @@ def _fused_linear(
     The arguments are the fields of `Inputs`, a `Spec` encoded, and which of the three gradients are wanted. A schema is
     flat; everything else in this module passes the two objects.
     """
-    inputs = Inputs(x, weight, bias, teacher, teacher_weight, teacher_bias, support, mask, targets, row_weight)
+    inputs = Inputs(
+        x, weight, bias, teacher, teacher_weight, teacher_bias, support, mask, targets, row_weight, list(mixed)
+    )
     spec, now = Spec.decoded(options), Wanted(*wanted).now(row_weight)
     size: Tensor | None = None
     if row_weight is not None and x.shape[0] and spec.compute == torch.float16:
@@ -166,7 +175,7 @@ def _fused_linear(
 
 
 @_fused_linear.register_fake
-def _(x, weight, bias, teacher, tw, tb, support, mask, targets, row_weight, options, wanted):
+def _(x, weight, bias, teacher, tw, tb, support, mask, targets, row_weight, mixed, options, wanted):
     spec, now, make = Spec.decoded(options), Wanted(*wanted).now(row_weight), x.new_empty
     return (
         make((), dtype=spec.accumulate),
@@ -178,24 +187,27 @@ def _(x, weight, bias, teacher, tw, tb, support, mask, targets, row_weight, opti
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.options, wanted = inputs
+    *tensors, mixed, ctx.options, wanted = inputs
+    ctx.mixed = len(mixed)
     ctx.wanted, ctx.dtypes = wanted, [t.dtype if t is not None else None for t in tensors[:3]]
     ctx.scalar = tensors[-1] is not None
     ctx.recompute = Wanted(*wanted).later(tensors[-1])
     if ctx.recompute:  # a teacher from inference mode cannot be saved as it is
         kept = [t.clone() if t is not None and t.is_inference() else t for t in tensors[:-1]]
+        kept += [t.clone() if t.is_inference() else t for t in mixed]
     ctx.save_for_backward(*(kept if ctx.recompute else output[2:]))
     ctx.set_materialize_grads(False)  # zeros of the size of dX and dW, for outputs that nobody differentiates
 
 
-def _backward(ctx: Any, total: Tensor | None, table: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, total: Tensor | None, table: Tensor | None, *_: None) -> tuple[Any, ...]:
     upstream = total if ctx.scalar or table is None else table[0]
     if upstream is None:
-        return (None,) * 12
+        return (*[None] * 10, [None] * ctx.mixed, None, None)
     if ctx.recompute:
         options = dataclasses.replace(Spec.decoded(ctx.options), columns=1).encoded()
         wanted = [asked and need for asked, need in zip(ctx.wanted, ctx.needs_input_grad, strict=False)]
-        _, _, *gradients = _fused_linear(*ctx.saved_tensors, upstream, options, wanted)
+        tensors, mixed = ctx.saved_tensors[:_ALONE], list(ctx.saved_tensors[_ALONE:])
+        _, _, *gradients = _fused_linear(*tensors, upstream, mixed, options, wanted)
         upstream = None
     else:
         gradients, wanted = ctx.saved_tensors, ctx.wanted
@@ -203,7 +215,7 @@ def _backward(ctx: Any, total: Tensor | None, table: Tensor | None, *_: None) ->
         scaled(gradient, upstream, dtype) if computed else None
         for gradient, computed, dtype in zip(gradients, wanted, ctx.dtypes, strict=True)
     ]
-    return (*results, *[None] * 9)
+    return (*results, *[None] * 7, [None] * ctx.mixed, None, None)
 
 
 _fused_linear.register_autograd(_backward, setup_context=_setup_context)
@@ -295,9 +307,12 @@ class _Sweep:
         self.tokens = x.shape[0] if self.rows is None else self.rows.shape[0]
         self.vocab = self.across.columns
         self.weight, self.bias = self._head(inputs.weight, inputs.bias)
-        self.second = teacher is not None and spec.kind == "divergence"  # a second model is projected
-        self.shared = self.second and inputs.teacher_weight is None
-        if self.second:
+        self.mixer: Mixer | None = None
+        if spec.mixture is not None:
+            self.mixer = Mixer(spec.mixture, inputs.mixed, self._head, (self.weight, self.bias))
+        self.second = self.mixer is not None or (teacher is not None and spec.kind == "divergence")
+        self.shared = self.second and self.mixer is None and inputs.teacher_weight is None
+        if self.second and self.mixer is None:
             self.teacher_weight, self.teacher_bias = self._head(inputs.teacher_weight, inputs.teacher_bias)
         self.filter = None
         if spec.gradient_filter is not None and wanted:
@@ -335,13 +350,15 @@ class _Sweep:
 
     def _plan(self) -> ChunkPlan:
         spec, own_dz = self.spec, self._own_dz()
-        streams = 2 if self.second else 1
+        streams = self._streams()
         element = spec.accumulate.itemsize
         stride = row_stride(self.across.widest, self.inputs.x.device)
         row_bytes = stride * (streams * element + own_dz * spec.compute.itemsize)
         widths = self.inputs.x.shape[1]
         if self.second and self.inputs.teacher is not None:
             widths += self.inputs.teacher.shape[1]
+        if self.mixer is not None:
+            widths += self.mixer.width
         # the gathered inputs, and their widened copies where the device has no mixed-precision product
         row_bytes += widths * (spec.compute.itemsize + own_dz * element)
         budget = max(self.across.budget - self.products.bytes, self.across.budget // 2)
@@ -354,9 +371,14 @@ class _Sweep:
             width = max(support_width(k, element), width if in_torch else 0)
             row_bytes += math.ceil(self.across.widest / 8)  # Triton marks the support by a bit for each column
             in_torch = True
+        in_torch = in_torch or self.mixer is not None
         # a collective for each block of a few rows would cost more than it saves
         temporaries = ("chunk" if spec.group else "block") if in_torch else "none"
         return plan_chunks(self.tokens, width, self.inputs.x.device, element, row_bytes, budget, temporaries)
+
+    def _streams(self) -> int:
+        """Rows of logits for a token: the student's, then the teacher's, then what a mixture needs."""
+        return (2 if self.second else 1) + (0 if self.spec.mixture is None else self.spec.mixture.buffers)
 
     def _own_dz(self) -> bool:
         """Whether dz has a buffer of its own; in the logits' dtype it takes the student logits' place."""
@@ -367,7 +389,7 @@ class _Sweep:
         """For n tokens: their logits, the student's above the teacher's, and dz where it has a buffer of its own."""
         spec, device = self.spec, self.inputs.x.device
         stride = row_stride(self.vocab, device)
-        buffers = [(((2 if self.second else 1) * n, stride), spec.accumulate)]
+        buffers = [((self._streams() * n, stride), spec.accumulate)]
         if self._own_dz():
             buffers.append(((n, stride), spec.compute))
         buffers.append(((1, self.products.bytes if self.products.native else 0), torch.uint8))
@@ -509,6 +531,12 @@ class _Sweep:
         """Fills both models' rows of logits; returns the chunk's student inputs (n, H)."""
         n = chunk.stop - chunk.start
         x = gathered[0][:n].copy_(self._rows_of(self.inputs.x, chunk))
+        if self.mixer is not None:
+            student, target, *scratch = (logits[i * n : (i + 1) * n] for i in range(self._streams()))
+            self.products.project(student, x, self.weight, self.bias)
+            temperature = self.spec.objective.temperature
+            self.mixer.fill(target, scratch, lambda t: self._rows_of(t, chunk), self.products, temperature)
+            return x
         if not self.second or self.inputs.teacher is None:
             self.products.project(logits[:n], x, self.weight, self.bias)
             return x

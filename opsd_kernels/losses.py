@@ -181,7 +181,7 @@ def jsd_loss(
     Raises:
         TypeError, ValueError: naming the argument, what it was and what is accepted, before any work is done.
     """
-    weight, bias, teacher_weight, teacher_bias = (_whole(t) for t in (weight, bias, teacher_weight, teacher_bias))
+    weight, bias, teacher_weight, teacher_bias = (whole(t) for t in (weight, bias, teacher_weight, teacher_bias))
     checks.projection("student_hidden", student_hidden, weight, bias)
     checks.floating("teacher_hidden", teacher_hidden)
     if teacher_weight is weight:  # one product then serves both
@@ -216,7 +216,7 @@ def jsd_loss(
     flag("return_stats", return_stats)
     if gradient_filter is not None:
         gradient_filter = positive("gradient_filter", gradient_filter)
-    spec = _spec(
+    spec = make_spec(
         "divergence", objective, student_hidden, vocab, backend, workspace_bytes, process_group,
         columns=len(Column) + (gradient_filter is not None) if return_stats else 1,
         gradient_filter=gradient_filter,
@@ -231,10 +231,10 @@ def jsd_loss(
         weight,
         bias,
         teacher=teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
-        teacher_weight=_constant(teacher_weight),
-        teacher_bias=_constant(bias if teacher_weight is None and teacher_bias is None else teacher_bias),
+        teacher_weight=constant(teacher_weight),
+        teacher_bias=constant(bias if teacher_weight is None and teacher_bias is None else teacher_bias),
     )
-    return _loss(inputs, spec, tokens, return_stats)
+    return loss_of(inputs, spec, tokens, return_stats)
 
 
 def jsd_loss_from_logits(
@@ -268,7 +268,7 @@ def jsd_loss_from_logits(
     checks.support(objective, vocab)
     checks.unsupported("for given logits", **{k: options.get(k) for k in ("gradient_filter", "process_group")})
     return_stats = flag("return_stats", options.get("return_stats", False))
-    spec = _spec(
+    spec = make_spec(
         "divergence", objective, student_logits, vocab, options.get("backend", "auto"), options.get("workspace_bytes"),
         None, columns=len(Column) if return_stats else 1, compute=student_logits.dtype,
     )  # fmt: skip
@@ -321,13 +321,13 @@ def token_logprobs(
     Raises:
         TypeError, ValueError: naming the argument, what it was and what is accepted, before any work is done.
     """
-    weight, bias = _whole(weight), _whole(bias)
+    weight, bias = whole(weight), whole(bias)
     checks.projection("hidden", hidden, weight, bias)
     checks.int64("target_ids", target_ids)
     vocab = checks.vocabulary(valid_vocab, {"weight": weight.shape[0]}, split=process_group is not None)
     objective = Objective.checked(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
     flag("return_entropy", return_entropy)
-    spec = _spec(
+    spec = make_spec(
         "logprob", objective, hidden, vocab, backend, workspace_bytes, process_group,
         columns=len(LogprobColumn) if return_entropy else 1,
     )  # fmt: skip
@@ -369,14 +369,14 @@ def top_k_logprobs(
     Raises:
         TypeError, ValueError: naming the argument, what it was and what is accepted, before any work is done.
     """
-    weight, bias = _whole(weight), _whole(bias)
+    weight, bias = whole(weight), whole(bias)
     checks.projection("hidden", hidden, weight, bias)
     vocab = checks.vocabulary(valid_vocab, {"weight": weight.shape[0]}, split=process_group is not None)
     top_k = integer("k", k, high=math.inf if vocab == WHOLE else vocab)
     objective = Objective.checked(temperature=temperature, logit_scale=logit_scale, softcap=softcap, top_k=top_k)
-    spec = _spec("top_k", objective, hidden, vocab, backend, workspace_bytes, process_group, columns=1)
+    spec = make_spec("top_k", objective, hidden, vocab, backend, workspace_bytes, process_group, columns=1)
     tokens = Tokens.checked(hidden, spec.accumulate, mask=mask, reduction="none")
-    inputs = Inputs(hidden.detach().reshape(-1, hidden.shape[-1]), weight.detach(), _constant(bias), mask=tokens.mask)
+    inputs = Inputs(hidden.detach().reshape(-1, hidden.shape[-1]), weight.detach(), constant(bias), mask=tokens.mask)
     logprobs, ids, log_z = top_k_of(inputs, spec)
     lead = tokens.lead
     return logprobs.reshape(*lead, k), ids.reshape(*lead, k), log_z.reshape(lead)
@@ -424,7 +424,7 @@ def jsd_loss_from_top_k(
 
     Returns and raises as `jsd_loss` does.
     """
-    weight, bias = _whole(weight), _whole(bias)
+    weight, bias = whole(weight), whole(bias)
     checks.projection("student_hidden", student_hidden, weight, bias)
     checks.int64("teacher_ids", teacher_ids)
     checks.floating("teacher_logprobs", teacher_logprobs)
@@ -441,7 +441,7 @@ def jsd_loss_from_top_k(
         tail_bucket=tail_bucket, logit_scale=logit_scale, softcap=softcap,
     )  # fmt: skip
     flag("return_stats", return_stats)
-    spec = _spec("cached", objective, student_hidden, vocab, backend, workspace_bytes, process_group,
+    spec = make_spec("cached", objective, student_hidden, vocab, backend, workspace_bytes, process_group,
                  columns=len(Column) if return_stats else 1)  # fmt: skip
     tokens = Tokens.checked(
         student_hidden, spec.accumulate, mask=mask, token_weight=token_weight, sequence_ids=sequence_ids,
@@ -454,10 +454,10 @@ def jsd_loss_from_top_k(
         teacher=teacher_logprobs.detach().reshape(-1, k),
         support=teacher_ids.reshape(-1, k),
     )
-    return _loss(inputs, spec, tokens, return_stats)
+    return loss_of(inputs, spec, tokens, return_stats)
 
 
-def _spec(
+def make_spec(
     kind: str,
     objective: Objective,
     like: Tensor,
@@ -471,13 +471,13 @@ def _spec(
     gradient_filter: float | None = None,
 ) -> Spec:
     """`like`: the student's hidden states, whose device and dtype (or autocast's) the call has."""
-    compute = _compute_dtype(like) if compute is None else compute
+    compute = compute_dtype(like) if compute is None else compute
     group = "" if process_group is None else _group_name(process_group)
     budget = budget_bytes(like.device, workspace_bytes)
     return Spec(kind, objective, columns, vocab, compute, budget, backends.known(backend), gradient_filter, group)
 
 
-def _loss(inputs: Inputs, spec: Spec, tokens: Tokens, return_stats: bool) -> Tensor | tuple[Tensor, TokenStats]:
+def loss_of(inputs: Inputs, spec: Spec, tokens: Tokens, return_stats: bool) -> Tensor | tuple[Tensor, TokenStats]:
     inputs.mask, inputs.targets = tokens.mask, tokens.targets
     head = (inputs.weight, inputs.bias)
     trainable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head)
@@ -501,7 +501,7 @@ def _stats(table: Tensor, tokens: Tokens) -> TokenStats:
     return TokenStats(**columns)
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
+def compute_dtype(hidden: Tensor) -> torch.dtype:
     device = hidden.device.type
     if _has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -513,11 +513,11 @@ def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
-def _constant(tensor: Tensor | None) -> Tensor | None:
+def constant(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
 
 
-def _whole(tensor: Any) -> Any:
+def whole(tensor: Any) -> Any:
     """A tensor sharded as a DTensor (FSDP2) is gathered, once a call.
 
     Its gradient goes back to the shards as the mean over ranks, which is what data parallelism does.
