@@ -82,18 +82,26 @@ def answers_path(output: Path) -> Path:
 
 
 def check_output(output: Path) -> None:
-    """Makes the directory of the summary `output`.
+    """Makes the directory of the summary `output`, and tries to write there.
 
     Raises:
-        ConfigError: it cannot be made, or the summary or its answers are there already.
+        ConfigError: it cannot be made or written, or the summary or its answers are there already.
     """
-    for path in (output, answers_path(output)):
-        if path.exists():
-            raise ConfigError(f"--output {path} exists; name a new file, an evaluation never overwrites another")
+    if not output.name or os.path.isdir(output):
+        raise ConfigError(f"--output {output} is a directory; name a new file")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--output {output}: the directory cannot be made: {error.strerror}") from error
+    for path in (output, answers_path(output)):
+        try:
+            path.open("x").close()
+            path.unlink()
+        except FileExistsError:
+            advice = "name a new file, an evaluation never overwrites another"
+            raise ConfigError(f"--output {path} exists; {advice}") from None
+        except OSError as error:
+            raise ConfigError(f"--output {path} cannot be written: {error.strerror}") from error
 
 
 def is_used(name: str) -> bool:

@@ -160,7 +160,7 @@ class UserLoss:
             shown = f"statistic {name!r} of shape {tuple(value.shape)}"
             accepted = f"(R,), one value for each rollout token, here ({rows},)"
             expect(value.shape == (rows,), f"{what} {shown}", accepted)
-        ours, before = ", ".join(stats) or "nothing", ", ".join(self.names or ()) or "nothing"
+        ours, before = (", ".join(sorted(names or ())) or "nothing" for names in (stats, self.names))
         said = f"{what} statistics called {ours}, for another micro-batch {before}"
         expect(self.names in (None, set(stats)), said, "the same names in every call")
         self.names = set(stats)

@@ -179,7 +179,7 @@ def _changes(began: Config, config: Config) -> set[str]:
     """The options in which a resumed run differs, if all of them may; else a ConfigError."""
     now = config.options()
     changed = {name for name, value in began.options().items() if now[name] != value}
-    for name in changed:
+    for name in sorted(changed):
         free = name.startswith(("eval.", "run.")) or name == "optim.steps" or name in PATHS
         if not free or name in ("run.seed", "run.dir"):
             raise ConfigError(

@@ -203,3 +203,22 @@ def test_a_number_too_long_to_be_written_is_refused():
     for name in ("optim.steps", "optim.lr", "rollout.temperature"):
         with pytest.raises(ConfigError, match=f"^{name} is an int of more digits than can be shown; accepted: "):
             load_config(None, [(name, 10**5000)])
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("x" * 300, "cannot be written: File name too long"),
+    ("x" * 245 + ".json", "cannot be written: File name too long"),  # the answers' name is longer
+    ("/proc/eval.json", "cannot be written: "),
+    (".", "is a directory; name a new file"),
+    ("there", "is a directory; name a new file"),
+])  # fmt: skip
+def test_where_an_evaluation_goes_is_tried_before_any_answer(name, said, setup, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    monkeypatch.setattr("opsd.cli.evaluate_model", lambda *_: pytest.fail("answers were generated"))
+    assert main(["eval", f"--model={setup['model.path']}", f"--data={setup['data.train']}", f"--output={name}"]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.startswith("opsd: --output ")
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
