@@ -177,6 +177,10 @@ def _check_together(config: Config, complete: bool) -> None:
             raise ConfigError(f"eval.{name} is {value:g} with eval.temperature 0: {then}")
 
 
+DIVERGENCE = tuple(f"objective.{name}" for name in ("form", "beta", "entry_", "token_", "top_k", "tail_"))
+"""How the names begin of what a recipe has its own options for."""
+
+
 def unused_options(config: Config) -> list[str]:
     """Options that the user has set and that change nothing, since what they belong to is off: a line for each.
 
@@ -190,6 +194,7 @@ def unused_options(config: Config) -> list[str]:
         "teacher.reason_first": (teacher.reason_first, ("teacher.reason_max_", "prompts.reason", "prompts.analysis")),
         "objective.top_k": (config.objective.top_k, ("objective.top_k_from",)),
         "objective.form": (config.objective.form != "sampled_token", ("objective.beta",)),
+        "objective.recipe": (config.objective.recipe is None, DIVERGENCE),
         "data.eval": (config.data.eval or not config.model.path, ("eval.",)),  # the embedded set-up has its own
     }
     values, default = config.options(), Config().options()

@@ -19,6 +19,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
+def json_text(value: Any) -> Any:
+    """A mapping as JSON, which is how an option holds it."""
+    if isinstance(value, Mapping):
+        with suppress(TypeError):
+            return json.dumps(dict(value))
+    return value
+
+
 class Section(BaseModel):
     """Options that belong together. A validator's ValueError says what it accepts."""
 
@@ -156,10 +164,7 @@ class PromptsConfig(Section):
     @field_validator("student_chat_args", "teacher_chat_args", mode="before")
     @classmethod
     def _json(cls, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            with suppress(TypeError):
-                return json.dumps(dict(value))
-        return value
+        return json_text(value)
 
     @field_validator("student", "teacher", "reason", "analysis")
     @classmethod
@@ -217,6 +222,10 @@ class ObjectiveConfig(Section):
     form: Literal["full", "sampled_token"] = option(
         "full", "divergence over the vocabulary, or on the sampled token only"
     )
+    recipe: str | None = option(
+        None, "a method of the family by its name, in place of form and of the divergence's options; see opsd recipes"
+    )
+    recipe_options: str | None = option(None, 'JSON object of its options: {"beta": 0.5}; in YAML also a mapping')
     beta: float = option(
         0.5, "0: forward KL; 1: reverse KL; between: JSD, bounded and so safe without a clip", ge=0, le=1
     )
@@ -236,6 +245,11 @@ class ObjectiveConfig(Section):
     )
     backend: Literal["auto", "torch", "triton", "native", "cluster"] = option("auto", "of opsd_kernels")
     workspace_bytes: int | None = option(None, "memory bound of the loss's workspace; none: opsd_kernels decides", ge=1)
+
+    @field_validator("recipe_options", mode="before")
+    @classmethod
+    def _json(cls, value: Any) -> Any:
+        return json_text(value)
 
 
 _Beta = Annotated[float, Field(ge=0, le=0.999999)]

@@ -1,5 +1,6 @@
 """From a configuration to all that a run works with: data, model, teacher, and how they are scored."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -22,6 +23,7 @@ from opsd.options import ModelConfig
 from opsd.plugins import Evaluate, Parts, UserEngine, UserLoss, UserTeacher
 from opsd.prompts import Encoded, Example, Prompter, read_examples
 from opsd.recipes.importance import ImportanceWeighted
+from opsd.recipes.in_loop import InLoop, lacking
 from opsd.run import Recipe, Run, Step, Stream, Teacher
 from opsd.scorers import scorer_of
 from opsd.step import opsd_step
@@ -55,6 +57,7 @@ def set_up(config: Config, parts: Parts) -> Setup:
         ConfigError: something does not fit (`DataError` for a row).
         TypeError, ValueError: `parts.teacher` gave no teacher; the message says what is wrong.
     """
+    recipe = make_recipe(config)
     device = models.pick_device(config.run.device)
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
@@ -78,7 +81,7 @@ def set_up(config: Config, parts: Parts) -> Setup:
         teacher = UserTeacher(teacher)
     packed, how = choose_packing(config.model, model, teacher)
     engine = GenerateEngine.of(model, tokenizer, config.model)
-    run = Run(config, model, tokenizer, head, teacher, engine, make_recipe(config), device, packed)
+    run = Run(config, model, tokenizer, head, teacher, engine, recipe, device, packed)
     if parts.rollouts is not None:
         run = replace(run, engine=UserEngine(parts.rollouts, engine))
     if parts.loss is None:
@@ -136,10 +139,28 @@ def _warnings(config: Config, data: Mapping[str, Encoded]) -> list[str]:
 
 
 def make_recipe(config: Config) -> Recipe:
-    """The recipe of the options of `objective`, with the weights of `rollout.importance_cap` where it is on."""
+    """The recipe of the options of `objective`, with the weights of `rollout.importance_cap` where it is on.
+
+    Raises:
+        ConfigError: `objective.recipe` is no recipe that the loop has all for, or its options are wrong.
+    """
     objective, cap = config.objective, config.rollout.importance_cap
-    names = [option.name for option in fields(recipes.RECIPES[objective.form])]
-    recipe = recipes.make(objective.form, **{name: getattr(objective, name) for name in names})
+    names = [option.name for option in fields(recipes.FORMS[objective.form])]
+    recipe: Any = recipes.FORMS[objective.form](**{name: getattr(objective, name) for name in names})
+    if objective.recipe is not None:
+        with config_error("objective.recipe_options", ValueError, TypeError):
+            options = json.loads(objective.recipe_options or "{}")
+            if not isinstance(options, dict):
+                raise ValueError(f"got {objective.recipe_options!r}; accepted: a JSON object")
+        with config_error("objective.recipe", ValueError, TypeError):
+            shared = {"backend": objective.backend, "workspace_bytes": objective.workspace_bytes}
+            found = recipes.make(objective.recipe, **{**shared, **options})
+        if missing := lacking(found):
+            raise ConfigError(
+                f"objective.recipe {objective.recipe} needs {', '.join(missing)}, which the training loop does not "
+                "supply; opsd.recipes.make gives its token loss for a trainer of your own"
+            )
+        recipe = InLoop(found, objective.temperature, objective.reduction)
     return recipe if cap is None else ImportanceWeighted(recipe, cap)
 
 

@@ -147,7 +147,7 @@ def clip1(values: Tensor, width: float) -> Tensor:
 
 def linear_decay(start: float, step: float | Tensor, steps: int) -> Tensor:
     """start·max(0, 1 − step/steps). CEPO (arXiv 2605.19436) takes its coefficient to 0 in 25 steps."""
-    return start * (1 - torch.as_tensor(step) / steps).clamp(0, 1)
+    return start * (1 - torch.as_tensor(step, dtype=torch.float64) / steps).clamp(0, 1)
 
 
 def phi(difference: Tensor) -> Tensor:

@@ -135,8 +135,10 @@ def opsd(s, t, *, beta, entry_clip=None):
     return div(s, t, beta, entry_clip=entry_clip)
 
 
-def sdpo(s, t, y, old, feedback, *, beta=0.5, top_k=100, limit=2.0):
+def sdpo(s, t, y, old, feedback, *, sampler=None, beta=0.5, top_k=100, limit=2.0):
     ratio = (at(s, y).detach() - old).exp().clamp(max=limit)
+    if sampler is not None:
+        ratio = ratio * (old - sampler).exp().clamp(max=limit)
     return div(s, t, beta, top_k=top_k, by="student", tail=True) * ratio * feedback
 
 
@@ -153,10 +155,10 @@ def nca(s, t, s_c, *, coefficient, top_k=256):
     return div(s, t, 1, top_k=top_k) + coefficient * div(s_c, s.detach(), 0, top_k=top_k)
 
 
-def mad_opd(s, ts, confidences, *, beta=0.5, temperature=1.0):
-    """K teachers; confidences (K, N) out of 100."""
-    w = torch.softmax(confidences / 100 / temperature, 0)
-    return sum(w[k] * div(s, t, beta) for k, t in enumerate(ts))
+def mad_opd(s, ts, confidence, *, beta=0.5, temperature=1.0, top_k=None):
+    """Confidences (N, teachers) out of 100."""
+    w = torch.softmax(confidence / 100 / temperature, -1)
+    return sum(w[:, k] * div(s, t, beta, top_k=top_k) for k, t in enumerate(ts))
 
 
 def rock(s, t, y, ids):
@@ -174,8 +176,21 @@ def distil(s, t, y, seq):
     return ce + later(ce, seq).detach() * at(s, y)
 
 
+def d_opsd(s, t, decoded, *, beta):
+    return div(s, t, beta) * decoded
+
+
 def tad(s, t, y, near):
-    return torch.where(near, -at(s, y), div(s, t, 0))
+    """`near` from 0 to 1."""
+    return near * -at(s, y) + (1 - near) * div(s, t, 0)
+
+
+def oprd(layers, seq, *, last=None):
+    loss = sum(w * (a - b).square().sum(-1) / a.shape[-1] for a, b, w in layers) / len(layers)
+    if last is None:
+        return loss
+    left = torch.tensor([sum(1 for j in range(i + 1, len(seq)) if seq[j] == seq[i]) for i in range(len(seq))])
+    return loss * (left < last)
 
 
 # -- sampled tokens ---------------------------------------------------------------------------------------------------
@@ -185,10 +200,12 @@ def lightning(s, y, l_t):
     return pg(l_t - at(s, y), s, y)
 
 
-def opd_plus(s, t, y, *, divergence, beta=0.5):
+def opd_plus(s, t, y, *, beta=0.5):
+    """p_S·g(ρ) has the weight ρ·g'(ρ) − g(ρ); of reverse KL less its baseline −1."""
     rho = (at(t, y) - at(s, y)).detach().exp()
-    w = {"forward_kl": rho, "reverse_kl": rho.log() - 1, "jsd": (1 - beta) * ((1 - beta) + beta * rho).log()}
-    return pg(w[divergence], s, y)
+    if beta == 0:
+        return pg(rho, s, y)
+    return pg(rho.log() - 1 if beta == 1 else (1 - beta) * ((1 - beta) + beta * rho).log(), s, y)
 
 
 def edge_opd(s, t, b, y, *, t_plain=None, coefficient=0.05):
@@ -198,14 +215,18 @@ def edge_opd(s, t, b, y, *, t_plain=None, coefficient=0.05):
 
 
 def ta_opd_kept(s, t, seq, *, fraction=0.05, k=16):
+    """The best ⌈fraction·N⌉; a sequence without one keeps its best by the soft-or of entropy and divergence·mass."""
     k = min(k, s.shape[-1])
-    score = unit(union_kl(t, s, k)) * unit(mass(t, s, k))
-    rank = sorted(range(len(score)), key=lambda i: (-score[i].item(), i))
+    d, c = union_kl(t, s, k), mass(t, s, k)
+    score = unit(d) * unit(c)
     kept = torch.zeros(len(score), dtype=torch.bool)
-    kept[rank[: math.ceil(fraction * len(score))]] = True
+    kept[sorted(range(len(score)), key=lambda i: (-score[i].item(), i))[: math.ceil(fraction * len(score))]] = True
+    h, both = unit(top_entropy(s, k) / math.log(k)), unit(d * c)
+    second = h + both - h * both
     for one in seq.unique():
-        if not kept[seq == one].any():
-            kept[next(i for i in rank if seq[i] == one)] = True
+        rows = (seq == one).nonzero()[:, 0].tolist()
+        if not kept[rows].any():
+            kept[max(rows, key=lambda i: (second[i].item(), -i))] = True
     return kept
 
 
@@ -249,7 +270,7 @@ def anti_sd_plain(s, t, y, advantage, *, lam):
     return pg(advantage - lam * phi(at(t, y) - at(s, y)), s, y)
 
 
-def anti_sd(s, t, y, seq, advantage, *, sigma, median, scale=0.1):
+def anti_sd(s, t, y, seq, advantage, *, sigma, median, highest=3.0):
     """After the warm-up that measured sigma and the median of the teacher's perplexities."""
     limit = min(5.0, 2 * sigma)
     shape = -phi((at(t, y) - at(s, y)).detach().clamp(-limit, limit))
@@ -258,7 +279,7 @@ def anti_sd(s, t, y, seq, advantage, *, sigma, median, scale=0.1):
         rows = seq == one
         z = (shape[rows] - shape[rows].mean()) / shape[rows].std(correction=0)
         perplexity = math.exp(-at(t, y)[rows].mean())
-        lam = min(max(scale * 2 * math.log(perplexity / (0.93 * median)), 0.0), 0.5) if perplexity <= 3 else 0.0
+        lam = min(max(0.1 * 2 * math.log(perplexity / (0.93 * median)), 0.0), 0.5) if perplexity <= highest else 0.0
         w[rows] += lam * z.clamp(-5, 5)
     return pg(w, s, y)
 
@@ -272,22 +293,37 @@ def copd(s, t, y, advantage, cross, *, coefficient):
     return pg(torch.where(cross, coefficient * (at(t, y) - at(s, y)), advantage), s, y)
 
 
+def temporal(s, y, seq, advantage, *, share):
+    """Only the last `share` of each sequence counts: positions whose percentile from the end is below it."""
+    m = torch.zeros_like(advantage)
+    for one in seq.unique():
+        rows = (seq == one).nonzero()[:, 0]
+        for i, row in enumerate(rows.flip(0).tolist()):
+            m[row] = float((i + 0.5) / len(rows) < share)
+    return pg(advantage * m, s, y)
+
+
 def ratio_pg(s, y, advantage, old):
-    """The mixed-policy form: the ratio to what sampled, whose gradient is pg's at ratio 1."""
+    """The mixed-policy form: with the ratio to what sampled, whose gradient is pg's at ratio 1."""
     return -advantage * (at(s, y) - old).exp()
 
 
-def pbsd(s, y, seq, good, reference, pairs, *, b):
-    """One loss per pair of sequences; `pairs` has the pair of each token, `good` which of the two it belongs to."""
+def pbsd(s, y, preferred, reference, pairs, *, b=0.1):
+    """The loss of a pair of sequences, spread evenly over its tokens."""
     gain = at(s, y) - reference
-    both = torch.stack([gain[(pairs == p) & good].sum() - gain[(pairs == p) & ~good].sum() for p in pairs.unique()])
-    return torch.nn.functional.softplus(-b * both)
+    losses = []
+    for p in pairs:
+        of_pair = pairs == p
+        both = gain[of_pair & preferred].sum() - gain[of_pair & ~preferred].sum()
+        losses.append(torch.nn.functional.softplus(-b * both) / of_pair.sum())
+    return torch.stack(losses)
 
 
-def spear(s, y, seq, good):
+def spear(s, y, seq, correct):
+    """Wrong sequences are unlearned at their last quarter, times the student's probability."""
     logp = at(s, y)
-    tail = torch.zeros_like(good)
+    tail = torch.zeros_like(correct)
     for one in seq.unique():
         rows = (seq == one).nonzero()[:, 0]
-        tail[rows[len(rows) - math.ceil(len(rows) / 4) :]] = True
-    return torch.where(good, -logp, tail * logp.detach().exp() * -torch.log(-torch.expm1(logp)))
+        tail[rows[len(rows) - len(rows) // 4 :]] = True
+    return torch.where(correct, -logp, tail * logp.detach().exp() * -torch.log(-torch.expm1(logp)))
