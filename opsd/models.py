@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from opsd.errors import ConfigError, DataError, config_error
@@ -235,8 +236,21 @@ def _add_adapters(model: nn.Module, options: LoraConfig) -> nn.Module:
         target_modules="all-linear" if targets == ("all-linear",) else list(targets),
         task_type="CAUSAL_LM",
     )
+    layers = {
+        n.rpartition(".")[2]
+        for n, m in causal_lm(model).base_model.named_modules()
+        if isinstance(m, nn.Linear | Conv1D)
+    }
     with config_error(f"lora.target_modules {','.join(targets)}", ValueError), _renamed():
-        return peft.get_peft_model(model, adapters)
+        adapted = peft.get_peft_model(model, adapters)
+    found = [f".{name}" for name in adapted.base_model.targeted_module_names]
+    lost = [t for t in targets if t != "all-linear" and not any(name.endswith(f".{t}") for name in found)]
+    if lost:  # peft is content with one that matches
+        raise ConfigError(
+            f"lora.target_modules: {', '.join(lost)} match no layer of {type(model).__name__}; accepted: all-linear, "
+            f"or names among {', '.join(sorted(layers))}"
+        )
+    return adapted
 
 
 def causal_lm(model: nn.Module) -> Any:

@@ -267,3 +267,11 @@ def test_columns_without_a_token_take_no_part_in_the_loss(tmp_path):
     with torch.no_grad():
         run.model.lm_head.weight[:121].normal_(std=5)
     assert loss() != before
+
+
+def test_target_modules_that_match_no_layer_are_named(tmp_path, capsys):
+    model, data = write(tmp_path / "m", "phi3", bos_token_id=3), rows(tmp_path)
+    line = refused(command(model, data, "--preset=paper"), capsys)
+    assert "lora.target_modules: q_proj, k_proj, v_proj, gate_proj, up_proj match no layer of Phi3ForCausalLM" in line
+    assert "accepted: all-linear, or names among down_proj, gate_up_proj, o_proj, qkv_proj" in line
+    assert main(command(model, data, "--preset=paper", "--lora.target-modules=qkv_proj,o_proj")) == 0
