@@ -19,6 +19,7 @@ from opsd.errors import ConfigError, Undecided
 from opsd.evaluation import Answer, Context, Evaluation, Evaluator, check_examples, summarise
 from opsd.prompts import Prompter, read_examples
 from opsd.scorers import scorer_of
+from opsd.vocabulary import check_prompts
 
 # The options that change an evaluation, a whole section or one option, and those of the sections that do not.
 USED = {"model", "data", "prompts", "rollout.max_new_tokens", "eval", "run.seed", "run.device", "run.threads"}
@@ -175,6 +176,7 @@ def evaluate_model(config: Config, context: Context = "student") -> Report:
     name = "eval.max_new_tokens" if config.eval.max_new_tokens else "rollout.max_new_tokens"
     new = config.eval.max_new_tokens or config.rollout.max_new_tokens
     models.check_positions(model, [getattr(example, context) for example in examples], {name: new})
+    check_prompts(models.causal_lm(model), tokenizer, examples)
     engine = GenerateEngine.of(model, tokenizer, config.model)
     evaluator = Evaluator.of(config.eval, new, config.run.seed, tokenizer, engine, scorer)
     answers = evaluator.answers(model, examples, context)

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from opsd.errors import ConfigError, DataError, config_error
 from opsd.options import LoraConfig, ModelConfig
+from opsd.vocabulary import pad_id
 from opsd.weights import check_finite, check_loaded, damaged_file, report_held
 from opsd_kernels.packing.vet import outside_adapter
 
@@ -237,8 +239,21 @@ def _add_adapters(model: nn.Module, options: LoraConfig) -> nn.Module:
         target_modules="all-linear" if targets == ("all-linear",) else list(targets),
         task_type="CAUSAL_LM",
     )
+    layers = {
+        n.rpartition(".")[2]
+        for n, m in causal_lm(model).base_model.named_modules()
+        if isinstance(m, nn.Linear | Conv1D)
+    }
     with config_error(f"lora.target_modules {','.join(targets)}", ValueError), _renamed():
-        return peft.get_peft_model(model, adapters)
+        adapted = peft.get_peft_model(model, adapters)
+    found = [f".{name}" for name in adapted.base_model.targeted_module_names]
+    lost = [t for t in targets if t != "all-linear" and not any(name.endswith(f".{t}") for name in found)]
+    if lost:  # peft is content with one that matches
+        raise ConfigError(
+            f"lora.target_modules: {', '.join(lost)} match no layer of {type(model).__name__}; accepted: all-linear, "
+            f"or names among {', '.join(sorted(layers))}"
+        )
+    return adapted
 
 
 def causal_lm(model: nn.Module) -> Any:
@@ -275,18 +290,6 @@ def autocast(options: ModelConfig, device: torch.device) -> AbstractContextManag
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def end_ids(model: nn.Module, tokenizer: Any) -> list[int]:
-    """Every token id that ends an answer: those of the model's generation config and the tokenizer's."""
-    configured = getattr(causal_lm(model).generation_config, "eos_token_id", None)
-    ids = set(configured if isinstance(configured, list | tuple) else [configured]) | {tokenizer.eos_token_id}
-    return sorted(i for i in ids if i is not None)
-
-
-def pad_id(tokenizer: Any, ends: Sequence[int]) -> int:
-    """What fills a batch: the tokenizer's padding, without one an end of `ends`; any will do, since it is masked."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
-
-
 def save_model(model: nn.Module, tokenizer: Any, ends: Sequence[int], directory: Path) -> None:
     """Writes the model, or its adapter, and the tokenizer to `directory`, for `from_pretrained`."""
     lm = causal_lm(model)
@@ -294,7 +297,9 @@ def save_model(model: nn.Module, tokenizer: Any, ends: Sequence[int], directory:
         lm.generation_config.validate(strict=True)
     except ValueError:
         # Some published models carry generation settings that load and then refuse to be saved.
-        lm.generation_config = GenerationConfig(eos_token_id=list(ends) or None, pad_token_id=pad_id(tokenizer, ends))
+        lm.generation_config = GenerationConfig(
+            eos_token_id=list(ends) or None, pad_token_id=pad_id(lm, tokenizer, ends)
+        )
     model.save_pretrained(directory)  # type: ignore[operator]
     tokenizer.save_pretrained(directory)
 

@@ -105,9 +105,10 @@ def top_k_overlap(student: Stream, teacher: Stream, k: int = 8, rows: int = 256)
     Both tops cost a product with the head, so they are taken on at most `rows` tokens, spread evenly.
     """
     every = -(-len(student.hidden) // rows)
-    k = min(k, vocabulary_size(student.head), vocabulary_size(teacher.head))
+    valid = min(vocabulary_size(student.head), vocabulary_size(teacher.head))
+    k = min(k, valid)
     (_, ours, _), (_, theirs, _) = (
-        top_k_logprobs(stream.hidden[::every], stream.head.weight, k, **stream.head.options())
+        top_k_logprobs(stream.hidden[::every], stream.head.weight, k, **stream.head.options() | {"valid_vocab": valid})
         for stream in (student, teacher)
     )
     return (theirs[:, :, None] == ours[:, None, :]).any(-1).double().mean()

@@ -28,6 +28,7 @@ from opsd.run import Recipe, Run, Step, Stream, Teacher
 from opsd.scorers import scorer_of
 from opsd.step import opsd_step
 from opsd.teachers import make_teacher
+from opsd.vocabulary import check_prompts, without_padding
 from opsd_kernels import lm_head_of
 from opsd_kernels.packing import plan_passes
 
@@ -74,13 +75,14 @@ def set_up(config: Config, parts: Parts) -> Setup:
         added["teacher.reason_max_new_tokens"] = config.teacher.reason_max_new_tokens
     prompts = [ids for e in [*examples, *eval_examples] for ids in (e.student, e.teacher, e.reason)]
     models.check_positions(model, prompts, added)
+    check_prompts(models.causal_lm(model), tokenizer, [*examples, *eval_examples])
+    engine = GenerateEngine.of(model, tokenizer, config.model)
     with config_error(f"model.path {config.model.path!r}", TypeError, ValueError):
-        head = lm_head_of(model)
+        head = without_padding(lm_head_of(model), tokenizer)
     teacher: Any = (parts.teacher or make_teacher)(config, model, tokenizer)
     if parts.teacher is not None:
         teacher = UserTeacher(teacher)
     packed, how = choose_packing(config.model, model, teacher)
-    engine = GenerateEngine.of(model, tokenizer, config.model)
     run = Run(config, model, tokenizer, head, teacher, engine, recipe, device, packed)
     if parts.rollouts is not None:
         run = replace(run, engine=UserEngine(parts.rollouts, engine))

@@ -18,11 +18,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from opsd.models import autocast, causal_lm, end_ids, pad_id
+from opsd.models import autocast, causal_lm
 from opsd.options import ModelConfig
 from opsd.prompts import Example
 from opsd.rollouts import Rollout, Sampling, derive_seed, first_end
 from opsd.run import Run
+from opsd.vocabulary import end_ids, pad_id, token_columns
 from opsd_kernels.probe import evaluating
 
 
@@ -31,18 +32,26 @@ class GenerateEngine:
     """Writes with `generate`, in the types of `options`.
 
     `end_ids`: any of these ends a rollout, which keeps the first one and nothing after it. `pad_id` fills a batch; it
-    may equal an end id, or be any token: what tells padding is its position, not its id.
+    may equal an end id, or be any token: what tells padding is its position, not its id. Columns of the logits from
+    `vocabulary` on are no tokens and never written; None: all are.
     """
 
     end_ids: Sequence[int]
     pad_id: int
     options: ModelConfig
+    vocabulary: int | None = None
 
     @classmethod
     def of(cls, model: nn.Module, tokenizer: Any, options: ModelConfig) -> GenerateEngine:
-        """With the end tokens of `model` and `tokenizer`."""
-        ends = end_ids(model, tokenizer)
-        return cls(ends, pad_id(tokenizer, ends), options)
+        """With the end tokens of `model` and `tokenizer`, and the tokens of `tokenizer`.
+
+        Raises:
+            ConfigError: an end token has no row in the embedding.
+        """
+        lm = causal_lm(model)
+        ends = end_ids(lm, tokenizer)
+        columns = lm.get_output_embeddings().weight.shape[0]
+        return cls(ends, pad_id(lm, tokenizer, ends), options, token_columns(columns, tokenizer))
 
     def rollouts(self, run: Run, examples: Sequence[Example], number: int) -> list[Rollout]:
         """As `opsd.run.Engine` says. Each rollout depends on run.seed, the step's number, the example's place in the
@@ -106,11 +115,17 @@ class GenerateEngine:
                 pad_token_id=self.pad_id,
                 use_cache=True,  # even where training turned it off for gradient checkpointing
             ),
-            logits_processor=LogitsProcessorList([sampler] if sampler else []),
+            logits_processor=LogitsProcessorList([self._tokens_alone, *([sampler] if sampler else [])]),
         )
         logprobs = sampler.logprobs() if sampler else [None] * len(prompts)
         rows = zip(output[:, width:].tolist(), logprobs, strict=True)
         return [first_end(row, self.end_ids, row_logprobs) for row, row_logprobs in rows]
+
+    def _tokens_alone(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """A logits processor that leaves what is no token no chance."""
+        if self.vocabulary is None or self.vocabulary >= scores.shape[-1]:
+            return scores
+        return scores.index_fill(1, torch.arange(self.vocabulary, scores.shape[-1], device=scores.device), -torch.inf)
 
 
 class _Sampler:

@@ -1,6 +1,7 @@
 """Models, teachers and adapters that are damaged or do not fit: one line that names what is wrong, before any work."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,15 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from opsd.cli import main
+from opsd.cli import main, parse_overrides
+from opsd.config import load_config
+from opsd.engines import GenerateEngine
+from opsd.options import ModelConfig
+from opsd.plugins import Parts
+from opsd.rollouts import Rollout, Sampling
+from opsd.scoring import score, top_k_overlap
+from opsd.setup import set_up
+from opsd.step import micro_batches
 
 TOKENS = ["<pad>", "<end>", "<unk>", "<bos>", *map(chr, range(10, 127))]
 
@@ -185,3 +194,84 @@ def test_the_base_of_an_adapter_is_looked_at_too(whole, tmp_path, capsys):
     other = write(tmp_path / "other")
     given = command(other, data, "--teacher.kind=model", f"--teacher.path={tmp_path / 'adapter'}")
     assert told in refused(given, capsys)
+
+
+def test_padding_without_a_row_in_the_embedding_is_not_used(tmp_path):
+    tokenizer = words(pad=None, added={"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == len(TOKENS)
+    model, data = write(tmp_path / "m", tokenizer=tokenizer), tmp_path / "d.jsonl"
+    row = {"problem": "1", "solution": "a solution", "answer": "2"}
+    data.write_text(json.dumps(row) + "\n" + json.dumps(row | {"problem": "longer"}) + "\n")
+    assert main(command(model, data)) == 0
+    assert main(command(model, data, evaluate=True)) == 0
+
+
+def test_prompts_with_a_token_that_the_embedding_lacks_are_named(tmp_path, capsys):
+    chat = "{% for m in messages %}{{ m.content }}{% endfor %}<|new|>"
+    model, data = write(tmp_path / "m", tokenizer=words(chat=chat, added=["<|new|>"])), rows(tmp_path)
+    told = "d.jsonl:1: the student's prompt has id 121, '<|new|>', which has no row in the model's embedding; "
+    for evaluate in (False, True):
+        line = refused(command(model, data, evaluate=evaluate), capsys)
+        assert f"{told}accepted: 0 to 120" in line
+
+
+@pytest.mark.parametrize("end", [-1, 121, [1, 500], "x"])
+def test_end_ids_that_no_answer_can_have_are_named(whole, tmp_path, capsys, end):
+    change_json(whole / "generation_config.json", eos_token_id=end)
+    named = repr(end[-1] if isinstance(end, list) else end)
+    for evaluate in (False, True):
+        line = refused(command(whole, rows(tmp_path), evaluate=evaluate), capsys)
+        assert str(whole) in line
+        assert f"eos_token_id {named} of generation_config.json has no row" in line
+        assert "accepted: 0 to 120" in line
+
+
+def test_an_end_token_of_the_tokenizer_alone_is_named(tmp_path, capsys):
+    model = write(tmp_path / "m", tokenizer=words(added={"eos_token": "<|new|>"}))
+    line = refused(command(model, rows(tmp_path)), capsys)
+    assert "eos_token_id 121 of its tokenizer has no row" in line
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_columns_without_a_token_are_never_written(temperature):
+    model = build(vocab_size=160)
+    with torch.no_grad():  # the likeliest by far, whatever the prompt
+        model.lm_head.weight[121:] = 0
+        model.model.norm.weight.zero_()
+        model.lm_head.bias = torch.nn.Parameter(torch.zeros(160).index_fill(0, torch.arange(121, 160), 20.0))
+    engine = GenerateEngine.of(model, words(), ModelConfig())
+    written = engine.write(model, [[5, 6], [7]], Sampling(8, temperature), [0, 1], 2)
+    assert max(max(rollout.ids) for rollout in written) < 121
+    if temperature:
+        assert all(math.isclose(p, -math.log(121), rel_tol=1e-4) for rollout in written for p in rollout.logprobs)
+
+
+def test_columns_without_a_token_take_no_part_in_the_loss(tmp_path):
+    model = write(tmp_path / "m", vocab_size=160)
+    words_of = command(model, rows(tmp_path))[1:]
+    setup = set_up(load_config(None, parse_overrides(words_of)), Parts())
+    run = setup.run
+    rollouts = [Rollout([5, 6, 7], True)] * 2
+    (batch,) = micro_batches(run, setup.examples, rollouts)
+
+    def loss():
+        student, teachers = score(run, batch)
+        value, _ = run.recipe.loss(student, teachers, batch, 6)
+        return value.item(), top_k_overlap(student, teachers["teacher"]).item()
+
+    before = loss()
+    assert before[0] > 0
+    with torch.no_grad():
+        run.model.lm_head.weight[121:].normal_(std=5)
+    assert loss() == before
+    with torch.no_grad():
+        run.model.lm_head.weight[:121].normal_(std=5)
+    assert loss() != before
+
+
+def test_target_modules_that_match_no_layer_are_named(tmp_path, capsys):
+    model, data = write(tmp_path / "m", "phi3", bos_token_id=3), rows(tmp_path)
+    line = refused(command(model, data, "--preset=paper"), capsys)
+    assert "lora.target_modules: q_proj, k_proj, v_proj, gate_proj, up_proj match no layer of Phi3ForCausalLM" in line
+    assert "accepted: all-linear, or names among down_proj, gate_up_proj, o_proj, qkv_proj" in line
+    assert main(command(model, data, "--preset=paper", "--lora.target-modules=qkv_proj,o_proj")) == 0

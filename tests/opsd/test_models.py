@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from _models import lora, model, run_of, tokenizer, write_model, write_rows
+from _models import VOCAB, lora, model, run_of, tokenizer, write_model, write_rows
 from transformers import AutoTokenizer
 
 from opsd import models
@@ -11,6 +11,7 @@ from opsd.cli import main
 from opsd.config import load_config
 from opsd.errors import ConfigError
 from opsd.scoring import rollout_hidden
+from opsd.vocabulary import pad_id
 
 CPU = torch.device("cpu")
 
@@ -134,6 +135,9 @@ def test_the_model_of_a_run_that_has_none_is_explained(tmp_path, monkeypatch):
         models.load_tokenizer("x/model")
 
 
-@pytest.mark.parametrize(("own", "ends", "expected"), [(0, [5], 0), (7, [], 7), (None, [5, 6], 5), (None, [], 0)])
+@pytest.mark.parametrize(
+    ("own", "ends", "expected"),
+    [(0, [5], 0), (7, [], 7), (None, [5, 6], 5), (None, [], 0), (VOCAB, [5], 5), (-1, [], 0)],
+)
 def test_what_pads_a_batch(own, ends, expected):
-    assert models.pad_id(SimpleNamespace(pad_token_id=own), ends) == expected
+    assert pad_id(model(), SimpleNamespace(pad_token_id=own), ends) == expected
