@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -48,8 +49,10 @@ class Setup:
     warnings: list[str]
 
 
-def set_up(config: Config, parts: Parts) -> Setup:
+def set_up(config: Config, parts: Parts, date: datetime | None = None) -> Setup:
     """Reads the data, loads the model and makes its teacher. Fixes the global random state by `run.seed`.
+
+    `date` is when the run began, for prompts that hold it; None: now.
 
     Raises:
         ConfigError: something does not fit (`DataError` for a row).
@@ -61,7 +64,7 @@ def set_up(config: Config, parts: Parts) -> Setup:
     scorer = scorer_of(config.eval)
     set_seed(config.run.seed % 2**32)
     tokenizer = models.load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    prompter = Prompter(tokenizer, config.prompts)
+    prompter = Prompter(tokenizer, config.prompts, date)
     data = _read(config, prompter)
     examples, eval_examples = data["train"].examples, data["eval"].examples if "eval" in data else []
 
