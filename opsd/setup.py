@@ -98,7 +98,7 @@ def set_up(config: Config, parts: Parts, date: datetime | None = None) -> Setup:
         eval_examples,
         _counts(data),
         [how],
-        _warnings(config, data),
+        [*_warnings(config, data), *_ignored(config, parts)],
     )
 
 
@@ -136,6 +136,14 @@ def _warnings(config: Config, data: Mapping[str, Encoded]) -> list[str]:
     if without:
         warnings.append(f"the teacher is not evaluated: {without} rows of data.eval have nothing for it to read")
     return warnings
+
+
+def _ignored(config: Config, parts: Parts) -> list[str]:
+    """Options in place of which the user has put a part."""
+    cap = config.rollout.importance_cap
+    if parts.loss is None or cap is None:
+        return []
+    return [f"rollout.importance_cap is {cap:g}, which weights no token, since the loss function (loss) is your own"]
 
 
 def make_recipe(config: Config) -> Recipe:
@@ -231,4 +239,4 @@ def choose_packing(options: ModelConfig, model: nn.Module, teacher: Teacher) -> 
             raise ConfigError(f"model.packing is on, but {error}") from error
         return False, f"scoring: padded, since {error}"
     how = f"scoring: packed rows, student and teacher in {'one pass' if plan.passes == 'joint' else 'two passes'}"
-    return True, f"{how} ({plan.reason})" if options.packing == "on" else how
+    return True, f"{how} ({plan.reason})"

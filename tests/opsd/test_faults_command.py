@@ -242,3 +242,15 @@ def test_a_run_keeps_the_date_of_its_prompts(setup, tmp_path, capsys):
         patch.setattr("transformers.utils.chat_template_utils.datetime", Later)
         assert main(["train", "--resume", str(out), "--optim.steps", "2"]) == 0, capsys.readouterr().err
     assert f"\n{datetime.now():%Y-%m-%d}[user]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_cap_that_ones_own_loss_ignores_is_said(own, setup, capsys, tmp_path):
+    def loss(run, student, teacher, rollouts, denominator):
+        return student.square().sum() / denominator, {}
+
+    config = {**nested(setup), "run": {"dir": str(tmp_path / "out"), "device": "cpu"}}
+    config["rollout"] = {"max_new_tokens": 4, "importance_cap": 2}
+    train(config, loss=loss if own else None)
+    said = "rollout.importance_cap is 2, which weights no token, since the loss function (loss) is your own"
+    assert (said in capsys.readouterr().out) == own
