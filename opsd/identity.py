@@ -6,7 +6,6 @@ import json
 import platform
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime, timezone
 from importlib import metadata
 from typing import Any
 
@@ -33,8 +32,8 @@ def digest_inputs(setup: Setup) -> dict[str, str]:
 
 def describe(setup: Setup) -> dict[str, Any]:
     """What `run.json` holds: the run's own id, when it was started, on what, and the digests of `digest_inputs`."""
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    described = {"id": uuid.uuid4().hex, "created": now, **_environment(setup.run.device)}
+    created = setup.prompter.date.isoformat()  # as the prompts have it
+    described = {"id": uuid.uuid4().hex, "created": created, **_environment(setup.run.device)}
     return {**described, "identity": digest_inputs(setup)}
 
 

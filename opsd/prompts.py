@@ -5,9 +5,11 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
 from opsd.data import Messages, Row, name_rows, read_rows
+from opsd.dates import template_date
 from opsd.errors import ConfigError, DataError
 from opsd.options import DataConfig, PromptsConfig
 
@@ -51,13 +53,16 @@ class Prompter:
     the message that quotes it. Such a row is an error. With prompts.chat "off" the text is the user's own rendering,
     and special tokens in it are meant.
 
+    A chat template that asks for the date gets `date`, by default that of now, each time.
+
     Raises:
         ConfigError: `prompts.chat` is "on" and the tokenizer has no chat template; or chat arguments that are no JSON
             object, that no chat template is there for, or that it does not read.
     """
 
-    def __init__(self, tokenizer: Any, config: PromptsConfig):
+    def __init__(self, tokenizer: Any, config: PromptsConfig, date: datetime | None = None):
         self.tokenizer, self.config = tokenizer, config
+        self.date = date or datetime.now().astimezone()
         has_template = getattr(tokenizer, "chat_template", None) is not None
         if config.chat == "on" and not has_template:
             raise ConfigError("prompts.chat is 'on' but the tokenizer has no chat template")
@@ -142,9 +147,10 @@ class Prompter:
                 )
             return list(self.tokenizer(messages[0]["content"])["input_ids"])
         try:
-            rendered = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False, **self._chat_args[who]
-            )
+            with template_date(self.tokenizer.chat_template, self.date):
+                rendered = self.tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, tokenize=False, **self._chat_args[who]
+                )
         except Exception as error:  # a template is a program: it refuses roles by raising, and what it raises varies
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(

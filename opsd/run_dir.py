@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def read_description(directory: Path) -> dict[str, Any]:
     """
     try:
         described = json.loads((directory / "run.json").read_text(encoding="utf-8"))
-        described["id"]
+        described["id"], datetime.fromisoformat(described["created"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{directory} is no run that can be resumed: its run.json cannot be read: {error}") from error
     return described

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -51,8 +52,10 @@ class Setup:
     warnings: list[str]
 
 
-def set_up(config: Config, parts: Parts) -> Setup:
+def set_up(config: Config, parts: Parts, date: datetime | None = None) -> Setup:
     """Reads the data, loads the model and makes its teacher. Fixes the global random state by `run.seed`.
+
+    `date` is when the run began, for prompts that hold it; None: now.
 
     Raises:
         ConfigError: something does not fit (`DataError` for a row).
@@ -65,7 +68,7 @@ def set_up(config: Config, parts: Parts) -> Setup:
     scorer = scorer_of(config.eval)
     set_seed(config.run.seed % 2**32)
     tokenizer = models.load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    prompter = Prompter(tokenizer, config.prompts)
+    prompter = Prompter(tokenizer, config.prompts, date)
     data = _read(config, prompter)
     examples, eval_examples = data["train"].examples, data["eval"].examples if "eval" in data else []
 
@@ -100,7 +103,7 @@ def set_up(config: Config, parts: Parts) -> Setup:
         eval_examples,
         _counts(data),
         [how],
-        _warnings(config, data),
+        [*_warnings(config, data), *_ignored(config, parts)],
     )
 
 
@@ -138,6 +141,14 @@ def _warnings(config: Config, data: Mapping[str, Encoded]) -> list[str]:
     if without:
         warnings.append(f"the teacher is not evaluated: {without} rows of data.eval have nothing for it to read")
     return warnings
+
+
+def _ignored(config: Config, parts: Parts) -> list[str]:
+    """Options in place of which the user has put a part."""
+    cap = config.rollout.importance_cap
+    if parts.loss is None or cap is None:
+        return []
+    return [f"rollout.importance_cap is {cap:g}, which weights no token, since the loss function (loss) is your own"]
 
 
 def make_recipe(config: Config) -> Recipe:
@@ -251,4 +262,4 @@ def choose_packing(options: ModelConfig, model: nn.Module, teacher: Teacher) -> 
             raise ConfigError(f"model.packing is on, but {error}") from error
         return False, f"scoring: padded, since {error}"
     how = f"scoring: packed rows, student and teacher in {'one pass' if plan.passes == 'joint' else 'two passes'}"
-    return True, f"{how} ({plan.reason})" if options.packing == "on" else how
+    return True, f"{how} ({plan.reason})"

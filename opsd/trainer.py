@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,8 @@ def resume(
         display = Display(every=config.run.log_every, steps=config.optim.steps, quiet=quiet)
         with display, models.progress_bars(not quiet):
             check_trackers(config.run.trackers)
-            setup = set_up(config, Parts(rollouts, teacher, loss, evaluate, step))
+            began_at = datetime.fromisoformat(described["created"])
+            setup = set_up(config, Parts(rollouts, teacher, loss, evaluate, step), began_at)
             digests = digest_inputs(setup)  # of the initial weights
             same_rows = "eval.max_problems" not in changed
             setup.warnings.extend(check_identity(digests, described, setup.run.device, same_evaluation=same_rows))

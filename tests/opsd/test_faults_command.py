@@ -7,10 +7,11 @@ import os
 import re
 import subprocess
 import sys
+from datetime import datetime, timedelta
 
 import pytest
 import torch
-from _models import write_model, write_rows
+from _models import tokenizer, write_model, write_rows
 
 from opsd import train
 from opsd.cli import main
@@ -222,3 +223,34 @@ def test_where_an_evaluation_goes_is_tried_before_any_answer(name, said, setup, 
     assert error.startswith("opsd: --output ")
     assert error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_run_keeps_the_date_of_its_prompts(setup, tmp_path, capsys):
+    words_of_it, out = tokenizer(chat=True), tmp_path / "out"
+    words_of_it.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + words_of_it.chat_template
+    model = write_model(tmp_path / "model")
+    words_of_it.save_pretrained(model)
+    assert main(["train", *words({**setup, "model.path": model, "run.dir": out, "run.checkpoint_every": 1})]) == 0
+    assert f"\n{datetime.now():%Y-%m-%d}[user]" in capsys.readouterr().out
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.now(tz) + timedelta(days=400)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.utils.chat_template_utils.datetime", Later)
+        assert main(["train", "--resume", str(out), "--optim.steps", "2"]) == 0, capsys.readouterr().err
+    assert f"\n{datetime.now():%Y-%m-%d}[user]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_cap_that_ones_own_loss_ignores_is_said(own, setup, capsys, tmp_path):
+    def loss(run, student, teacher, rollouts, denominator):
+        return student.square().sum() / denominator, {}
+
+    config = {**nested(setup), "run": {"dir": str(tmp_path / "out"), "device": "cpu"}}
+    config["rollout"] = {"max_new_tokens": 4, "importance_cap": 2}
+    train(config, loss=loss if own else None)
+    said = "rollout.importance_cap is 2, which weights no token, since the loss function (loss) is your own"
+    assert (said in capsys.readouterr().out) == own

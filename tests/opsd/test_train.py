@@ -381,7 +381,7 @@ def test_intervals():
 
 
 @pytest.mark.parametrize(("kind", "packing", "code", "said"), [
-    ("llama", "auto", 0, "scoring: packed rows, student and teacher in two passes\n"),
+    ("llama", "auto", 0, "scoring: packed rows, student and teacher in two passes ("),
     ("llama", "on", 0, "scoring: packed rows, student and teacher in two passes ("),
     ("llama", "off", 0, "scoring: padded, as asked"),
     ("gpt2", "auto", 0, "in training; accepted: 0, to be set in the model's config.json\n"),
