@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from opsd import options as sections
 from opsd.errors import ConfigError, brief
 from opsd.limits import beyond
-from opsd.options import Section, accepted
 from opsd.presets import PRESETS, TINY
+from opsd.section import Section, accepted
 from opsd.strict_yaml import read_yaml
 
 ABBREVIATED = {"learning-rate": "lr", "learnrate": "lr", "rank": "r"}

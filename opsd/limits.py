@@ -4,7 +4,7 @@ import os
 from errno import ENAMETOOLONG
 from typing import Any
 
-from opsd.options import Section, accepted
+from opsd.section import Section, accepted
 
 PATHS = ("model.path", "teacher.path", "data.train", "data.eval", "run.dir")
 
