@@ -56,9 +56,8 @@ def _loading(what: str, path: str | None, option: str) -> Iterator[None]:
 
     The files are a stranger's, and what their many readers raise at a damaged one varies.
     """
-    where = f"{option} {path!r}:"
-    if path and not Path(path).exists():
-        where = f"{option}: there is no directory {path}, and from the hub"
+    here = not path or Path(path).exists()
+    where = f"{option} {path!r}:" if here else f"{option}: there is no directory {path}, and from the hub"
     try:
         yield
     except (ConfigError, torch.OutOfMemoryError):
@@ -125,9 +124,8 @@ def load_model(options: ModelConfig, lora: LoraConfig, device: torch.device) -> 
     """
     path = options.path
     _refuse_adapter(path, (Path(path or "") / ADAPTER).is_file())
-    model: Any = load_weights(options, path)
+    model: Any = load_weights(options, path).to(device)
     _refuse_adapter(path, bool(getattr(model, "peft_config", None)))  # of a hub id it only shows now
-    model.to(device)
     check_finite(model, f"model.path {path!r}")
     if lora.enabled:
         model = _add_adapters(model, lora)
@@ -146,8 +144,7 @@ def _ignoring(message: str, category: type[Warning]) -> Iterator[None]:
 
 def _renamed() -> AbstractContextManager:
     """Silences that transformers renames gradient checkpointing: peft and older versions have the old names only."""
-    names = "`(is_gradient_checkpointing|gradient_checkpointing_enable)`"
-    return _ignoring(f"{names} is deprecated", FutureWarning)
+    return _ignoring("`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated", FutureWarning)
 
 
 @contextmanager
