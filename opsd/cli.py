@@ -1,4 +1,4 @@
-"""The command line: `opsd train`, `opsd eval` and `opsd report`."""
+"""The command line: `opsd train`, `opsd eval`, `opsd report` and `opsd recipes`."""
 
 import argparse
 import sys
@@ -11,12 +11,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from opsd import trainer
+from opsd import recipes, trainer
 from opsd.config import describe, is_flag, load_config, to_yaml
 from opsd.errors import CheckpointError, ConfigError, Interrupted, RunError
 from opsd.evaluate_model import check_output, evaluate_model, evaluation_config, is_used
 from opsd.models import hub_notes, progress_bars
 from opsd.output import all_shown, drop_rest
+from opsd.recipes.in_loop import lacking
 from opsd.report import write_report
 
 
@@ -37,7 +38,7 @@ def _main(argv: Sequence[str] | None) -> int:
     parser.add_argument("--version", action="version", version=f"opsd {_version()}")
     parser.set_defaults(advice="")  # on memory; a command may have its own
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_train, _add_eval, _add_report):
+    for add in (_add_train, _add_eval, _add_report, _add_recipes):
         add(commands)
     known, rest = parser.parse_known_args(argv)
     try:
@@ -218,3 +219,18 @@ def _report(known: argparse.Namespace, rest: Sequence[str]) -> None:
     if known.samples < 0:
         raise ConfigError(f"--samples is {known.samples}; accepted: integer >= 0")
     print(f"report: {write_report(known.runs, known.output, max_samples=known.samples)}")
+
+
+def _add_recipes(commands: Any) -> None:
+    parser = commands.add_parser("recipes", help="list the methods of the family: what each needs, and its source")
+    parser.set_defaults(run=_recipes)
+
+
+def _recipes(known: argparse.Namespace, rest: Sequence[str]) -> None:
+    if rest:
+        raise ConfigError(f"unexpected {rest[0]!r}; accepted: nothing")
+    for name, recipe in ((name, recipes.make(name)) for name in recipes.names()):
+        missing = lacking(recipe)
+        loop = f"in a trainer of your own: the loop has no {', '.join(missing)}" if missing else "in the loop too"
+        print(f"{name}  ({f'arXiv {recipe.paper}' if recipe.paper else 'no paper found'}; {recipe.source})")
+        print(f"  reads {', '.join(recipe.contexts) or 'no other context'}; {loop}")

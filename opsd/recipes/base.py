@@ -85,6 +85,7 @@ class TokenRecipe:
     source = ""  # how well the formula is known: "primary", "notes", "secondary" or "unsettled", and from where
     contexts: ClassVar[Any] = ("teacher",)  # names of the constant streams
     needs: ClassVar[Any] = ()  # names of the batch's fields that must be given
+    batch_wide: ClassVar[bool] = False  # what a token weighs depends on the other rollouts of the same call
 
     def __post_init__(self) -> None:
         for one in fields(self):

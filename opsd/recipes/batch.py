@@ -17,7 +17,7 @@ class Stream:
     head: Head
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class TokenBatch:
     """N sampled tokens, rollout after rollout, and what recipes need to know of them.
 
@@ -26,14 +26,14 @@ class TokenBatch:
 
     target_ids: Tensor  #: (N,) int64
     sequence_ids: Tensor  #: (N,) int64, the number of the rollout that each belongs to
-    sampler_logprobs: Tensor | None = None  #: (N,), log-probabilities under what they were sampled from
-    sampler_temperature: float = 1.0
-    token_weight: Tensor | None = None  #: (N,), what the caller multiplies the tokens' losses by; no recipe applies it
     advantage: Tensor | None = None  #: (N,), of the user's reward, a rollout's at each of its tokens
     correct: Tensor | None = None  #: (N,) bool or 0 and 1: the token's rollout is right
+    sampler_logprobs: Tensor | None = None  #: (N,), log-probabilities under what they were sampled from
+    reference_logprobs: Tensor | None = None  #: (N,), under a frozen reference model
+    sampler_temperature: float = 1.0
+    token_weight: Tensor | None = None  #: (N,), what the caller multiplies the tokens' losses by; no recipe applies it
     has_feedback: Tensor | None = None  #: (N,) bool or 0 and 1: the teacher had feedback to read on the rollout
     old_logprobs: Tensor | None = None  #: (N,), under the weights at sampling, by the scoring pass; not the sampler's
-    reference_logprobs: Tensor | None = None  #: (N,), under a frozen reference model
     teacher_logprobs: Tensor | None = None  #: (N,), under the teacher, computed once and kept
     confidence: Tensor | None = None  #: (N, teachers), 0 to 100; -inf: that teacher is missing there
     chunk_score: Tensor | None = None  #: (N,), a chunk's score at each of its tokens

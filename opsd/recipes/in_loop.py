@@ -19,7 +19,8 @@ SUPPLIED = ("sampler_logprobs",)
 def lacking(recipe: TokenRecipe) -> list[str]:
     """What `recipe` needs and the loop cannot give it; nothing where it can train with it."""
     contexts = [name for name in recipe.contexts if name != "teacher"]
-    return [f"context {name!r}" for name in contexts] + [f"{name!r}" for name in recipe.needs if name not in SUPPLIED]
+    found = [f"context {name!r}" for name in contexts] + [f"{name!r}" for name in recipe.needs if name not in SUPPLIED]
+    return found + ["all rollouts of a step in one call"] * recipe.batch_wide
 
 
 @dataclass(frozen=True)

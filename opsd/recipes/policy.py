@@ -119,6 +119,7 @@ class TAOPD(SampledToken):
     """
 
     paper, source = "2605.26844", "primary: official code as in ckjsuperhh/taopd-baseline, tip_compat.py"
+    batch_wide = True
     share: float = fraction(0.05)
     top_k: int = count(16)
     low_quantile: float = fraction(0.05)

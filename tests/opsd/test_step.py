@@ -7,6 +7,7 @@ import pytest
 import torch
 from _models import examples, lora, model, run_of
 
+from opsd.errors import ConfigError
 from opsd.plugins import UserEngine, UserLoss
 from opsd.rollouts import Rollout
 from opsd.scoring import rollout_hidden, rollout_index, supervised_loss
@@ -469,3 +470,31 @@ def test_groups_hold_every_rollout_once_longest_first():
 )
 def test_groups_keep_the_rollouts_of_a_prompt_together(size, expected):
     assert group_rollouts([3, 4, 5, 9, 8, 1], size, together=2) == expected
+
+
+@pytest.mark.parametrize("recipe", ["gkd", "sdft", "opd_plus", "distil"])
+def test_a_recipe_of_the_family_in_the_loop(fixed_rollouts, recipe):
+    """Its loss is the mean of the token losses whatever the micro-batches; GKD's is that of the loop's own JSD."""
+    student = model("qwen3").double()
+    whole, expected = gradients(student, objective__recipe=recipe, optim__micro_batch_size=5)
+    parts, actual = gradients(student, objective__recipe=recipe, optim__micro_batch_size=1)
+    torch.testing.assert_close(parts.loss, whole.loss, rtol=1e-6, atol=1e-9)
+    same_gradients(actual, expected)
+    if recipe == "gkd":
+        own, actual = gradients(student)
+        torch.testing.assert_close(own.loss, whole.loss, rtol=1e-6, atol=1e-9)
+        same_gradients(actual, expected)
+        assert {"divergence", "student_entropy", "sampler_mismatch"} <= whole.metrics.keys()
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({"objective__recipe": "opd"}, "recipe is 'opd'; accepted: act_guide"),
+    ({"objective__recipe": "purified"}, "needs context 'reference', context 'base', which the training loop does not"),
+    ({"objective__recipe": "ta_opd"}, "needs all rollouts of a step in one call, which"),
+    ({"objective__recipe": "opsd", "objective__recipe_options": "[1]"}, "accepted: a JSON object"),
+    ({"objective__recipe": "opsd", "objective__recipe_options": '{"tau": 1}'}, "no option 'tau'; accepted: "),
+    ({"objective__recipe": "opsd", "objective__recipe_options": '{"beta": 2}'}, "beta is 2; accepted: "),
+])  # fmt: skip
+def test_a_recipe_that_cannot_be_is_refused(options, said):
+    with pytest.raises(ConfigError, match=said):
+        run_of(model(), **options)

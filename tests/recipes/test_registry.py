@@ -2,12 +2,15 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 import opsd_kernels
+from benchmarks.recipes import table
 from opsd import recipes
+from opsd.cli import main
 
 NAMES = [
     "opsd",
@@ -338,3 +341,16 @@ def test_edge_with_a_live_teacher_needs_no_stream_of_its_own_prompt():
     same(live, given)
     assert (given[1]["weight"] == 0).any()
     assert (given[1]["weight"] > 0).any()
+
+
+def test_the_readme_lists_the_recipes_as_they_are():
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert f"<!-- recipes -->\n{table()}\n<!-- /recipes -->" in readme
+
+
+def test_the_command_lists_each_with_what_it_needs(capsys):
+    assert main(["recipes"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n{name}  (" in f"\n{shown}" for name in recipes.names())
+    assert "reads teacher, reference, base; in a trainer of your own: the loop has no context 'reference'" in shown
+    assert main(["recipes", "more"]) == 2
