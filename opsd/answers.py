@@ -9,7 +9,7 @@ _TOKENS = re.compile(r"\\+boxed(?![A-Za-z])\s*(\{)?|\\.|[{}]", re.DOTALL)
 
 
 def extract(text: str, pattern: str) -> str | None:
-    """The answer in `text`, stripped, or None: `last_box` for "boxed", else the group of a last match."""
+    """The answer in `text`, stripped, or None: `last_box` for "boxed", else the group of the last match."""
     if pattern == BOXED:
         return last_box(text)
     matches = re.findall(pattern, text)

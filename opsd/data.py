@@ -1,7 +1,6 @@
 """Problems and their reference solutions, read from JSON lines, Parquet or a directory of `datasets`."""
 
 import itertools
-import json
 import math
 import random
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from opsd.errors import ConfigError, DataError
+from opsd.json_lines import ACCEPTED, COMPRESSED, json_lines, parse_object
 
 FIELDS = ("problem", "solution", "answer", "teacher_prompt")
 SYNONYMS = {"prompt": "problem", "privileged_context": "solution"}
@@ -84,7 +84,7 @@ def read_rows(
     present: dict[str, None] = {}  # the names of the file's columns, in order
     for source, raw in _records(Path(path), use):
         try:
-            record = _parse(raw) if isinstance(raw, bytes) else raw
+            record = parse_object(raw) if isinstance(raw, bytes) else raw
             present.update(dict.fromkeys(record))
             rows.append(_row(record, source, required, mapped))
         except ValueError as error:
@@ -126,25 +126,28 @@ def _parse_columns(columns: Iterable[str]) -> dict[str, str]:
 
 def _records(path: Path, use: str) -> Iterator[tuple[str, Any]]:
     """(source, row) for each row of `path`: bytes of a line, or what a library made of it."""
-    if path.is_dir():
-        if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
+    try:
+        files = [file.name for file in path.iterdir()] if path.is_dir() else None
+    except OSError as error:  # no permission, or a name that is too long
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if files is not None:
+        if "dataset_dict.json" in files or "dataset_info.json" in files:
             yield from _dataset_records(path, use)
         else:
-            for part in _parts(path):
+            for part in _parts(path, files):
                 yield from _records(part, use)
     elif path.suffix == ".parquet":
         yield from _parquet_records(path)
     else:
-        try:
-            lines = path.read_bytes().split(b"\n")
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-        yield from ((f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip())
+        yield from ((f"{path}:{number}", line) for number, line in json_lines(path))
 
 
-def _parts(path: Path) -> list[Path]:
-    """The `.jsonl` and `.parquet` files in `path`, numbered parts of one data set."""
-    parts = sorted(part for part in path.iterdir() if part.suffix in (".jsonl", ".parquet"))
+def _parts(path: Path, files: Iterable[str]) -> list[Path]:
+    """The `.jsonl` and `.parquet` ones of the `files` in `path`, numbered parts of one data set."""
+    parts = sorted(path / name for name in files if name.endswith((".jsonl", ".parquet")))
+    packed = sorted(name for name in files if name.endswith(COMPRESSED))
+    if packed:  # which would be left out
+        raise DataError(f"{path}: holds {packed[0]}, which is compressed; {ACCEPTED}")
     if not parts:
         raise DataError(f"{path}: neither a directory saved by datasets nor one of .jsonl or .parquet files")
     # train-00000-of-00002 and test-00000-of-00001 side by side must not become one training set.
@@ -162,9 +165,12 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
         raise ConfigError(f"{path}: Parquet needs the package pyarrow: pip install 'opsd[data]'") from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+                raise DataError(f"{path}: the column {twice[0]!r} is there twice; accepted: each column once")
             records = (record for batch in file.iter_batches() for record in batch.to_pylist())
             yield from ((f"{path}:row {number}", record) for number, record in enumerate(records, start=1))
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:  # text that is not UTF-8, or a date
         raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
 
 
@@ -193,22 +199,6 @@ def _dataset_records(path: Path, use: str) -> Iterator[tuple[str, Any]]:
             yield f"{path}:row {number}", record
     except Exception as error:  # decoding: images need another package, say
         raise DataError(f"{path}:row {number + 1}: cannot be read by datasets: {error}") from error
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    array = line.lstrip().startswith(b"[")  # the first line of one large array
-    hint = "; accepted: one object per line (JSONL), no array around them" if array else ""
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except json.JSONDecodeError as error:  # which would name the line, of the one that it was given
-        raise ValueError(f"not JSON: {error.msg}, column {error.colno}{hint}") from None
-    except ValueError as error:
-        raise ValueError(f"not JSON: {error}") from None
-    except RecursionError:
-        raise ValueError("not JSON: nested too deeply") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object, got {type(record).__name__}{hint}")
-    return record
 
 
 def _row(record: Mapping[str, Any], source: str, required: Sequence[str], mapped: Mapping[str, str]) -> Row:
@@ -248,7 +238,7 @@ def _value(name: str, label: str, value: Any) -> str | Messages | None:
     if name == "answer" and isinstance(value, int | float | Decimal) and not isinstance(value, bool):
         return _number(label, value)
     if not isinstance(value, str):
-        expected = "text or a list of chat messages" if chat else "text"
+        expected = {"answer": "text or a number"}.get(name, "text or a list of chat messages" if chat else "text")
         raise ValueError(f"{label} is {type(value).__name__}, expected {expected}")
     _check_text(label, value)
     return value if value.strip() else None
@@ -273,7 +263,9 @@ def _messages(label: str, value: list[Any]) -> Messages:
             if not isinstance(text, str):
                 kind = "missing" if text is None else type(text).__name__
                 raise ValueError(f"{label}: the {key} of message {number} is {kind}, expected text")
-            _check_text(label, text)
+        for part in message.values():  # the chat template may show any of them
+            if isinstance(part, str):
+                _check_text(label, part)
         # A column of structs gives each message every key that any message has.
         messages.append({key: part for key, part in message.items() if part is not None})
     asked = [message["content"] for message in messages if message["role"] == "user"]
