@@ -145,7 +145,7 @@ class Prompter:
                     f"{row.source}: a chat of more than one user message needs a chat template, and "
                     + ("prompts.chat is 'off'" if self.config.chat == "off" else "the tokenizer has none")
                 )
-            return list(self.tokenizer(messages[0]["content"])["input_ids"])
+            return self._plain_ids(messages[0]["content"])
         try:
             with template_date(self.tokenizer.chat_template, self.date):
                 rendered = self.tokenizer.apply_chat_template(
@@ -158,6 +158,15 @@ class Prompter:
             ) from error
         # The chat template writes the special tokens itself; a second BOS would be a different prompt.
         return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+    def _plain_ids(self, text: str) -> list[int]:
+        """Text as the tokenizer has it, but with one BOS where the text begins with its own, and without an end token
+        that the tokenizer puts after it: the rollout goes on from there."""
+        ids, own = (list(self.tokenizer(text, add_special_tokens=add)["input_ids"]) for add in (True, False))
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if bos is not None and own[:1] == [bos] and ids[:2] == [bos, bos]:
+            ids = ids[1:]
+        return ids[:-1] if own and eos is not None and ids[-len(own) - 1 :] == [*own, eos] else ids
 
     def _parse_chat_args(self, option: str, text: str | None) -> dict[str, Any]:
         if text is None:

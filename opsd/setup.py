@@ -1,7 +1,7 @@
 """From a configuration to all that a run works with: data, model, teacher, and how they are scored."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from functools import partial
@@ -103,7 +103,7 @@ def set_up(config: Config, parts: Parts, date: datetime | None = None) -> Setup:
         eval_examples,
         _counts(data),
         [how],
-        [*_warnings(config, data), *_ignored(config, parts)],
+        [*_warnings(config, data), *_ignored(config, parts), *_ended(data, engine.end_ids)],
     )
 
 
@@ -149,6 +149,17 @@ def _ignored(config: Config, parts: Parts) -> list[str]:
     if parts.loss is None or cap is None:
         return []
     return [f"rollout.importance_cap is {cap:g}, which weights no token, since the loss function (loss) is your own"]
+
+
+def _ended(data: Mapping[str, Encoded], end_ids: Sequence[int]) -> list[str]:
+    """A line for each kind of prompt that a chat template or a row's own text brings to an end."""
+    lines = []
+    for name, (examples, _, _) in data.items():
+        for who in ("student", "teacher"):
+            count = sum(getattr(example, who)[-1:] in [[end] for end in end_ids] for example in examples)
+            if count:
+                lines.append(f"{count} {who} prompts of data.{name} end with an end token, after which a model stops")
+    return lines
 
 
 def make_recipe(config: Config) -> Recipe:

@@ -14,9 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from opsd.cli import main, parse_overrides
 from opsd.config import load_config
+from opsd.data import Row
 from opsd.engines import GenerateEngine
-from opsd.options import ModelConfig
+from opsd.options import ModelConfig, PromptsConfig
 from opsd.plugins import Parts
+from opsd.prompts import Prompter
 from opsd.rollouts import Rollout, Sampling
 from opsd.scoring import score, top_k_overlap
 from opsd.setup import set_up
@@ -275,3 +277,29 @@ def test_target_modules_that_match_no_layer_are_named(tmp_path, capsys):
     assert "lora.target_modules: q_proj, k_proj, v_proj, gate_proj, up_proj match no layer of Phi3ForCausalLM" in line
     assert "accepted: all-linear, or names among down_proj, gate_up_proj, o_proj, qkv_proj" in line
     assert main(command(model, data, "--preset=paper", "--lora.target-modules=qkv_proj,o_proj")) == 0
+
+
+@pytest.mark.parametrize(("post", "text", "ids"), [
+    ("<bos> $A", "1+1", [3, None]),
+    ("<bos> $A", "<bos>1+1", [3, None]),
+    ("$A <end>", "1+1", [None]),
+    ("<bos> $A <end>", "<bos>1+1", [3, None]),
+    ("$A", "<bos>1+1", [3, None]),
+    ("$A <end>", "1+1<end>", [None, 1]),  # the text's own stays
+])  # fmt: skip
+def test_a_prompt_begins_once_and_does_not_end(post, text, ids):
+    tokenizer = words(post)
+    config = PromptsConfig(student="{problem}", chat="off")
+    example = Prompter(tokenizer, config).encode(Row(text, "s", "2", None, "d:1"))
+    digits = tokenizer.convert_tokens_to_ids(["1", "+", "1"])
+    assert example.student == [token for one in ids for token in (digits if one is None else [one])]
+
+
+def test_prompts_that_a_template_brings_to_an_end_are_warned_of(tmp_path):
+    template = "{% for message in messages %}{{ message['content'] }}<end>{% endfor %}"
+    model = write(tmp_path / "m", tokenizer=words(chat=template))
+    options = [("model.path", str(model)), ("data.train", str(rows(tmp_path))), ("prompts.student", "{problem}")]
+    options += [("prompts.teacher", "{problem}{solution}")]
+    warnings = set_up(load_config(None, options), Parts()).warnings
+    assert "2 student prompts of data.train end with an end token, after which a model stops" in warnings
+    assert "2 teacher prompts of data.train end with an end token, after which a model stops" in warnings
