@@ -69,7 +69,9 @@ def tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
 def model(kind: str = "llama", seed: int = 0, **changes):
     torch.manual_seed(seed)
     if kind == "gpt2":
-        return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, **changes))
+        return GPT2LMHeadModel(
+            GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1, **changes)
+        )
     config, cls = {
         "llama": (LlamaConfig, LlamaForCausalLM),
         "nemotron": (NemotronConfig, NemotronForCausalLM),

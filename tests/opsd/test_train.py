@@ -411,7 +411,7 @@ def test_the_header_says_what_kind_of_training_it_is(setup, capsys):
     said = capsys.readouterr().out
     assert "\nfull training; lr 0.001\n" in said
     assert "preset" not in said
-    assert "student and teacher in one pass\n" in said
+    assert "student and teacher in one pass (" in said
     assert "\n2 steps, " in said
 
 
