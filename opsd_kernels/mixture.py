@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .gemm import Products
 from .objective import LogitTransform
-from .rows.torch_backend import transformed
+from .rows.torch_backend import HERE, blocks_of, transformed
 from .workspace import block_rows
 
 ROLES = ("linear", "residual", "difference", "arithmetic")
@@ -76,7 +76,6 @@ class Mixer:
                 made[key] = head(own[0] if part.weight < 0 else tensors[part.weight], self._bias_of(part, own[1]))
         self.heads = made
         self.masks = any(bias is not None for _, bias in made.values())  # a bias of −inf: no such token
-        self.normalised = mixture.bound is not None and not mixture.centre  # constants of a row matter
 
     def _bias_of(self, part: Part, own: Tensor | None) -> Tensor | None:
         return own if part.bias == -1 else None if part.bias < 0 else self.tensors[part.bias]
@@ -93,7 +92,7 @@ class Mixer:
 
         `rows_of` takes a chunk's rows of a tensor; `scratch` has `Mixture.buffers` tensors like `target`.
         """
-        mixture, residual = self.mixture, scratch[-1]
+        mixture, residual, blocks = self.mixture, scratch[-1], blocks_of(target, block_rows(target), HERE)
         begun: set[str] = set()  # the buffers that hold something
         for part in sorted(mixture.parts, key=lambda part: ROLES.index(part.role)):
             weight, bias = self.heads[part.weight, part.bias]
@@ -105,13 +104,13 @@ class Mixer:
             factor = self._factor(part.factor, part.factors, rows_of)
             bias_factor = self._factor(part.bias_factor, part.bias_factors, rows_of)
             transform = LogitTransform(part.logit_scale, part.softcap)
-            for block in _blocks(target):
+            for block in blocks:
                 y = _with_bias(logits[block], bias, _of(bias_factor, block))
                 y = transformed(y, transform, part.temperature)
                 self._add(part.role, into[block], target[block], y, _of(factor, block), new=new)
             begun.add(name)
         if "residual" in begun:
-            for block in _blocks(target):
+            for block in blocks:
                 self._add_residual(target[block], residual[block], fresh="target" not in begun)
         if temperature != 1.0:
             target *= temperature
@@ -131,7 +130,7 @@ class Mixer:
             before = torch.logsumexp(target, -1, keepdim=True)
             torch.sub(y, torch.logsumexp(target + y, -1, keepdim=True) - before, out=out)
         else:
-            if self.normalised:
+            if not self.mixture.centre:  # then constants of a row matter
                 y = y - torch.logsumexp(y, -1, keepdim=True)
             part = _times(y, factor, 0.0 if self.masks else None)
             if part is not out:
@@ -145,21 +144,17 @@ class Mixer:
             counted = target != -math.inf
             total = residual.masked_fill(~counted, 0.0).sum(-1, keepdim=True)
             residual -= total / counted.sum(-1, keepdim=True).clamp(min=1)
-        scale = mixture.scale
-        if mixture.bound is not None and mixture.smooth:
-            residual.mul_(1 / mixture.bound).tanh_()
-            scale *= mixture.bound
-        elif mixture.bound is not None:
-            residual.clamp_(-mixture.bound, mixture.bound)
+        scale, bound = mixture.scale, mixture.bound
+        assert bound is not None  # without, the residual is part of the linear sum
+        if mixture.smooth:
+            residual.mul_(1 / bound).tanh_()
+            scale *= bound
+        else:
+            residual.clamp_(-bound, bound)
         torch.mul(residual, scale, out=target) if fresh else target.add_(residual, alpha=scale)
 
     def _factor(self, constant: float, place: int, rows_of: Callable) -> float | Tensor:
         return constant if place < 0 else rows_of(self.tensors[place]).unsqueeze(-1) * constant
-
-
-def _blocks(rows: Tensor) -> list[slice]:
-    step = block_rows(rows)
-    return [slice(start, start + step) for start in range(0, rows.shape[0], step)]
 
 
 def _of(factor: float | Tensor, block: slice) -> float | Tensor:

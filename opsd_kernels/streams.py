@@ -7,7 +7,7 @@ divergence of one with a gradient to a target mixed of the others.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,8 +59,8 @@ class Stream:
 
     def same_head(self, other: Stream) -> bool:
         """Whether both read their rows alike, so that a mixture of logits is a mixture of rows."""
-        names = ("weight", "bias", "softcap", "valid_vocab")
-        return all(getattr(self, name) is getattr(other, name) for name in names)
+        same = self.weight is other.weight and self.bias is other.bias
+        return same and (self.softcap, self.valid_vocab) == (other.softcap, other.valid_vocab)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,27 +123,28 @@ def divergence(
     Raises:
         TypeError, ValueError: naming the argument, what it was and what is accepted, before any work is done.
     """
+    gather = _Gather()
+    student = gather("student", student)
     _check_stream("student", student)
     if value not in VALUES or (value == "ce" and beta != 0):
         raise ValueError(f"value must be 'kl', or 'ce' with beta 0, got {value!r} with beta {beta!r}")
-    head = {name: whole(getattr(student, name)) for name in ("weight", "bias")}
-    target = _checked(Target(linear=[(1.0, target)]) if isinstance(target, Stream) else target, student)
+    target = _checked(Target(linear=[(1.0, target)]) if isinstance(target, Stream) else target, student, gather)
     alone = target.streams[0] if len(target.streams) == 1 and not target.residual else None
     if alone is not None and (target.arithmetic or target.linear[0][0] == 1.0):
         scale = student.temperature / alone.temperature  # both are divided by the student's
         transform = alone.logit_scale * scale, math.inf if alone.softcap is None else alone.softcap * scale
         own = alone.weight is student.weight and alone.bias is student.bias
         inputs = Inputs(
-            student.hidden, head["weight"], head["bias"],
+            student.hidden, student.weight, student.bias,
             teacher=alone.hidden.detach(),
-            teacher_weight=None if own else whole(alone.weight).detach(),
-            teacher_bias=constant(head["bias"] if own else alone.bias),
+            teacher_weight=None if own else alone.weight.detach(),
+            teacher_bias=constant(alone.bias),
         )  # fmt: skip
         mixture = None
     else:
         mixture, tensors = _planned(target, student)
         transform = 1.0, math.inf
-        inputs = Inputs(student.hidden, head["weight"], head["bias"], mixed=tensors)
+        inputs = Inputs(student.hidden, student.weight, student.bias, mixed=tensors)
     objective = Objective.checked(
         beta=beta, temperature=student.temperature, entry_clip=entry_clip, token_clip=token_clip, top_k=top_k,
         top_k_from=top_k_from, tail_bucket=tail_bucket, logit_scale=student.logit_scale, softcap=student.softcap,
@@ -174,6 +175,7 @@ def logprob(
     workspace_bytes: int | None = None,
 ) -> Tensor:
     """`token_logprobs` of a stream: (N,) log p(target), with a gradient where its tensors require one."""
+    stream = _Gather()("stream", stream)
     _check_stream("stream", stream)
     options: Any = {"mask": mask, "backend": backend, "workspace_bytes": workspace_bytes}
     found = token_logprobs(stream.hidden, stream.weight, target_ids, **stream.options(), **options)
@@ -197,7 +199,9 @@ def statistics(
     """
     found = {}
     options: Any = {"backend": backend, "workspace_bytes": workspace_bytes}
+    gather = _Gather()
     for name, stream in streams.items():
+        stream = gather(f"streams[{name!r}]", stream)
         _check_stream(f"streams[{name!r}]", stream)
         head = {**stream.options(), **options}
         logprobs, entropy = token_logprobs(stream.hidden, stream.weight, target_ids, return_entropy=True, **head)
@@ -214,6 +218,7 @@ def statistics(
 def logits_at(stream: Stream, ids: Tensor) -> Tensor:
     """The tempered logits of a few tokens of each row: ids (N, k) int64 in [0, V) → (N, k), by looking up their rows of
     the head."""
+    stream = _Gather()("stream", stream)
     _check_stream("stream", stream)
     checks.int64("ids", ids)
     checks.shape("ids", ids, (stream.hidden.shape[0], None), "(N, k), N of the stream's rows")
@@ -238,7 +243,13 @@ def union_kl(
 ) -> Tensor:
     """(N,) KL(p_T‖p_S) on the union of both models' k likeliest tokens, each renormalised there; a constant."""
     options: Any = {"backend": backend, "workspace_bytes": workspace_bytes}
-    ids = torch.cat([top_k_logprobs(s.hidden, s.weight, k, **s.options(), **options)[1] for s in (teacher, student)], 1)
+    found = [top_k_logprobs(s.hidden, s.weight, k, **s.options(), **options)[1] for s in (teacher, student)]
+    return kl_at(teacher, student, torch.cat(found, 1))
+
+
+@torch.no_grad()
+def kl_at(teacher: Stream, student: Stream, ids: Tensor) -> Tensor:
+    """(N,) KL(p_T‖p_S) on the tokens `ids` (N, k) int64 of each row, each once, both renormalised there; a constant."""
     ids, _ = ids.sort(-1)
     again = torch.zeros_like(ids, dtype=torch.bool)
     again[:, 1:] = ids[:, 1:] == ids[:, :-1]
@@ -254,7 +265,13 @@ def top_k_mass(
     options: Any = {"backend": backend, "workspace_bytes": workspace_bytes}
     _, ids, _ = top_k_logprobs(student.hidden, student.weight, k, **student.options(), **options)
     _, _, log_z = top_k_logprobs(teacher.hidden, teacher.weight, 1, **teacher.options(), **options)
-    return (logits_at(teacher, ids) - log_z.unsqueeze(-1)).exp().sum(-1)
+    return mass_at(teacher, ids, log_z)
+
+
+@torch.no_grad()
+def mass_at(stream: Stream, ids: Tensor, logsumexp: Tensor) -> Tensor:
+    """(N,) probability of the tokens `ids` (N, k) int64, none twice; `logsumexp` (N,) is of the tempered logits."""
+    return (logits_at(stream, ids) - logsumexp.unsqueeze(-1)).exp().sum(-1)
 
 
 def layer_mse(pairs: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
@@ -273,10 +290,31 @@ def layer_mse(pairs: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
     return total / len(pairs)
 
 
-def _check_stream(name: str, stream: Any, like: Stream | None = None) -> None:
-    if not isinstance(stream, Stream):
-        raise TypeError(f"{name} must be an opsd_kernels.Stream, got {type(stream).__name__}")
-    checks.projection(f"{name}.hidden", stream.hidden, whole(stream.weight), whole(stream.bias))
+class _Gather:
+    """Streams whose heads are whole: a head that FSDP2 has sharded is gathered once for all that share it."""
+
+    def __init__(self) -> None:
+        self.made: dict[int, tuple[Any, Any]] = {}  # by the identity of what is kept beside it
+
+    def __call__(self, name: str, stream: Any) -> Stream:
+        if not isinstance(stream, Stream):
+            raise TypeError(f"{name} must be an opsd_kernels.Stream, got {type(stream).__name__}")
+        weight, bias = self._whole(stream.weight), self._whole(stream.bias)
+        if weight is stream.weight and bias is stream.bias:
+            return stream
+        return self._once(stream, lambda: replace(stream, weight=weight, bias=bias))
+
+    def _whole(self, tensor: Any) -> Any:
+        return self._once(tensor, lambda: whole(tensor)) if checks.is_dtensor(tensor) else tensor
+
+    def _once(self, given: Any, make: Callable[[], Any]) -> Any:
+        if id(given) not in self.made:
+            self.made[id(given)] = (given, make())
+        return self.made[id(given)][1]
+
+
+def _check_stream(name: str, stream: Stream, like: Stream | None = None) -> None:
+    checks.projection(f"{name}.hidden", stream.hidden, stream.weight, stream.bias)
     checks.shape(f"{name}.hidden", stream.hidden, (None, None), "(N, H)")
     for option in ("temperature", "logit_scale"):
         positive(f"{name}.{option}", getattr(stream, option))
@@ -287,8 +325,8 @@ def _check_stream(name: str, stream: Any, like: Stream | None = None) -> None:
         checks.same_device(like.hidden, **{f"{name}.hidden": stream.hidden})
 
 
-def _checked(target: Any, student: Stream) -> Target:
-    """`target` with every factor a number, or an (N,) tensor; raises where it is no target."""
+def _checked(target: Any, student: Stream, gather: _Gather) -> Target:
+    """`target` with whole heads, every factor a number or an (N,) tensor; raises where it is no target."""
     if not isinstance(target, Target):
         raise TypeError(f"target must be an opsd_kernels.Stream or Target, got {type(target).__name__}")
     if bool(target.arithmetic) == bool(target.linear or target.residual):
@@ -300,16 +338,19 @@ def _checked(target: Any, student: Stream) -> Target:
             positive(f"target.{name}", getattr(target, name))
     number("target.scale", target.scale, "a finite number", low=-1e300, high=1e300)
     lowest = {"linear": -1e300, "residual": -1e300, "arithmetic": 0.0}
+    roles: dict[str, Any] = {role: [] for role in lowest}
     for role, low in lowest.items():
-        for i, (factor, stream) in enumerate(getattr(target, role)):
+        for i, (factor, given) in enumerate(getattr(target, role)):
             name = f"target.{role}[{i}]"
+            stream = gather(name, given)
             _check_stream(name, stream, student)
+            roles[role].append((factor, stream))
             if isinstance(factor, Tensor):
                 checks.floating(f"{name}'s factor", factor)
                 checks.shape(f"{name}'s factor", factor, (student.hidden.shape[0],), "(N,)")
             else:
                 number(f"{name}'s factor", factor, f"an (N,) tensor or a number >= {low:g}", low=low, high=1e300)
-    return target
+    return replace(target, **roles)
 
 
 def _planned(target: Target, student: Stream) -> tuple[Mixture, list[Tensor]]:
@@ -319,10 +360,7 @@ def _planned(target: Target, student: Stream) -> tuple[Mixture, list[Tensor]]:
     for factor, stream in target.arithmetic:
         plan.add("arithmetic", factor, stream)
     bound = target.clip if target.tanh is None else target.tanh
-    if bound is None and not target.centre:  # g is linear, and constants of a row do not matter: one sum
-        linear, residual = linear + [(target.scale * b, stream) for b, stream in residual], []
-    if bound is None and residual:
-        # centred and linear: what centring takes is a constant of the row
+    if bound is None:  # g is linear, and what centring takes is a constant of the row, which does not matter: one sum
         linear, residual = linear + [(target.scale * b, stream) for b, stream in residual], []
     for group in _by_head(linear):
         plan.add_sum("linear", group, exact=True)
@@ -367,28 +405,27 @@ class _Plan:
     def __init__(self, student: Stream):
         self.student = student
         self.parts: list[Part] = []
-        self.tensors: list[Tensor] = []
+        self.given: list[Tensor] = []
         self.compute = compute_dtype(student.hidden)
 
-    def place(self, tensor: Tensor | None, own: Tensor | None) -> int:
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [tensor.detach() for tensor in self.given]
+
+    def place(self, tensor: Tensor | None, own: Tensor | None = None) -> int:
         if tensor is None:
             return -2
         if tensor is own:
             return -1
-        for i, known in enumerate(self.tensors):
+        for i, known in enumerate(self.given):
             if known is tensor:
                 return i
-        self.tensors.append(tensor)
-        return len(self.tensors) - 1
+        self.given.append(tensor)
+        return len(self.given) - 1
 
     def head(self, stream: Stream) -> dict[str, int]:
-        weight = whole(stream.weight)
-        own = self.student.weight
-        return {
-            "weight": -1 if stream.weight is own else self.place(weight.detach(), None),
-            "bias": self.place(constant(stream.bias) if stream.bias is not self.student.bias else stream.bias,
-                               self.student.bias),
-        }  # fmt: skip
+        own = self.student
+        return {"weight": self.place(stream.weight, own.weight), "bias": self.place(stream.bias, own.bias)}
 
     def add(self, role: str, factor: float | Tensor, stream: Stream) -> None:
         """One stream as one product."""
@@ -396,10 +433,10 @@ class _Plan:
         self.parts.append(
             Part(
                 role,
-                self.place(stream.hidden.detach(), None),
+                self.place(stream.hidden),
                 **self.head(stream),
                 factor=1.0 if by_token else float(factor),
-                factors=self.place(factor.detach(), None) if isinstance(factor, Tensor) else -2,
+                factors=self.place(factor) if isinstance(factor, Tensor) else -2,
                 logit_scale=stream.logit_scale,
                 softcap=stream.softcap,
                 temperature=stream.temperature,
@@ -428,12 +465,12 @@ class _Plan:
         self.parts.append(
             Part(
                 role,
-                self.place(high, None),
+                self.place(high),
                 **head,
                 bias_factor=1.0 if by_token else float(constants),
-                bias_factors=self.place(constants.detach(), None) if by_token else -2,
+                bias_factors=self.place(constants) if by_token else -2,
             )
         )
         if exact and narrow:
             low = (rows - high.to(wide)).to(self.compute)
-            self.parts.append(Part(role, self.place(low, None), head["weight"], -2))
+            self.parts.append(Part(role, self.place(low), head["weight"], -2))

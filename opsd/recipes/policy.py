@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from opsd_kernels import Stream, top_k_mass, union_kl
+from opsd_kernels import Stream
+from opsd_kernels.streams import kl_at, mass_at
 
 from .base import Losses, TokenRecipe, columns, count, fraction, kept, number, positive
 from .batch import TokenBatch
@@ -109,7 +111,7 @@ class CoPD(SampledToken):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TAOPD(SampledToken):
+class TAOPD(TokenRecipe):
     """w = d at the ⌈share·N⌉ tokens of the highest n(KL)·n(C); the others do not count, also in the mean ("mask").
 
     KL(T‖S) is over the union of both top-k lists, each renormalised, C the teacher's mass on the student's top k, n
@@ -131,21 +133,17 @@ class TAOPD(SampledToken):
             raise ValueError(f"low_quantile is {self.low_quantile!r}; accepted: below high_quantile")
 
     def _losses(self, student: Stream, teachers: Mapping[str, Stream], batch: TokenBatch) -> Losses:
-        losses, stats = super()._losses(student, teachers, batch)
-        mask = self._mask(student, teachers["teacher"], batch)
-        return kept(losses, mask), stats | {"mask": mask}
-
-    def _weight(self, own: Tensor, teachers: Mapping[str, Stream], batch: TokenBatch) -> Losses:
-        teacher = self._logprobs(teachers, batch)["teacher"]
-        return teacher - own, {"teacher_logprob": teacher}
-
-    def _mask(self, student: Stream, teacher: Stream, batch: TokenBatch) -> Tensor:
-        k = min(self.top_k, columns(student))
-        options: Any = {"backend": self.backend, "workspace_bytes": self.workspace_bytes}
-        kl, mass = union_kl(teacher, student, k, **options), top_k_mass(teacher, student, k, **options)
-        entropy = self._statistics({"student": student}, batch, k)["student"]["top_k_entropy"] / math.log(max(k, 2))
+        teacher, k = teachers["teacher"], min(self.top_k, columns(student))
+        logprob = self._logprob(student, batch)
+        found = self._statistics({"teacher": teacher, "student": student}, batch, k)
+        own, theirs = logprob.detach(), found["teacher"]["logprob"]
+        ids = [found[name]["top_k_ids"] for name in ("teacher", "student")]
+        kl, mass = kl_at(teacher, student, torch.cat(ids, 1)), mass_at(teacher, ids[1], found["teacher"]["logsumexp"])
+        entropy = found["student"]["top_k_entropy"] / math.log(max(k, 2))
         share, divergence, uncertain, product = (
             qnorm(values, self.low_quantile, self.high_quantile) for values in (mass, kl, entropy, kl * mass)
         )
         either = 1 - (1 - uncertain) * (1 - product)
-        return top_fraction(divergence * share, self.share, batch.sequence_ids, fallback=either)
+        mask = top_fraction(divergence * share, self.share, batch.sequence_ids, fallback=either)
+        stats = {"weight": theirs - own, "student_logprob": own, "teacher_logprob": theirs, "mask": mask}
+        return kept(-(theirs - own) * logprob, mask), stats

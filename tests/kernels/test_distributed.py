@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from unittest import mock
 
 import pytest
 import torch
@@ -162,6 +163,26 @@ def check_sharded_weight(rank):
         opsd_kernels.jsd_loss(inputs[0][0], tokens, sharded)
 
 
+def check_streams_share_one_gathering(rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    student, teacher, weight = problem(6, 8, 33)
+    other, base = problem(6, 8, 33, seed=1)[:2]
+    sharded = distribute_tensor(weight.clone(), init_device_mesh("cpu", (2,)), [Shard(0)]).requires_grad_()
+    found, gather = [], DTensor.full_tensor
+    with mock.patch.object(DTensor, "full_tensor", autospec=True, side_effect=gather) as gathered:
+        for head in (leaf(weight), sharded):
+            full, part, start = (opsd_kernels.Stream(hidden, head) for hidden in (teacher, other, base))
+            target = opsd_kernels.Target(linear=[(1, start)], residual=[(1, full), (-1, part)], tanh=1.0, centre=True)
+            losses, _ = opsd_kernels.divergence(opsd_kernels.Stream(student, head), target)
+            losses.sum().backward()
+            found.append((losses, head.grad))
+    assert gathered.call_count == 1
+    assert relative(found[1][0], found[0][0]) < 1e-12
+    assert relative(found[1][1].full_tensor(), found[0][1]) < 1e-12
+
+
 @pytest.mark.parametrize(
     "check",
     [
@@ -171,6 +192,7 @@ def check_sharded_weight(rank):
         check_the_filters_bound,
         check_refusals,
         check_sharded_weight,
+        check_streams_share_one_gathering,
     ],
 )
 def test_in_two_processes(check):
