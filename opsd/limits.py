@@ -6,14 +6,15 @@ from typing import Any
 
 from opsd.section import Section, accepted
 
-PATHS = ("model.path", "teacher.path", "data.train", "data.eval", "run.dir")
+PATHS = ("model.path", "teacher.path", "data.train", "data.eval")
+"""What a run reads."""
 
 
 def beyond(section: type[Section], name: str, value: Any) -> str | None:
     """What is accepted instead of a number that torch, or a path that the system cannot hold; None for others."""
     if type(value) is int and value >= 2**63 and name != "run.seed":
         return f"{accepted(section, name.partition('.')[2])}, below 2**63"
-    if name in PATHS and value is not None:
+    if name in (*PATHS, "run.dir") and value is not None:
         try:
             os.stat(value)
         except ValueError:

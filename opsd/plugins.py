@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from opsd.config import Config
 from opsd.evaluation import Context, Evaluation
 from opsd.prompts import Example
+from opsd.recipes.base import columns
 from opsd.rollouts import Rollout
 from opsd.run import Engine, MicroBatch, Run, Step, StepResult, Stream, Teacher
-from opsd.scoring import vocabulary_size
 from opsd_kernels import Head
 
 OWN_NAMES = ("step", "loss", "grad_norm")
@@ -98,7 +98,7 @@ class UserEngine:
             f"{wanted}, rollout.per_prompt {each} of each, in the order of the examples",
         )
         for i, rollout in enumerate(rollouts):
-            _check_rollout(f"rollout {i % each} of example {i // each}", rollout, vocabulary_size(run.head))
+            _check_rollout(f"rollout {i % each} of example {i // each}", rollout, columns(run.head))
         known = sum(rollout.logprobs is not None for rollout in rollouts)
         expect(known in (0, wanted), f"{known} of {wanted} rollouts have logprobs", "all or none")
         needed = known or run.config.rollout.importance_cap is None

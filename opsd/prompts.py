@@ -162,11 +162,15 @@ class Prompter:
     def _plain_ids(self, text: str) -> list[int]:
         """Text as the tokenizer has it, but with one BOS where the text begins with its own, and without an end token
         that the tokenizer puts after it: the rollout goes on from there."""
-        ids, own = (list(self.tokenizer(text, add_special_tokens=add)["input_ids"]) for add in (True, False))
+        ids = list(self.tokenizer(text)["input_ids"])
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        if bos is not None and own[:1] == [bos] and ids[:2] == [bos, bos]:
+        twice, ended = bos is not None and ids[:2] == [bos, bos], eos is not None and ids[-1:] == [eos]
+        if not twice and not ended:
+            return ids
+        own = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if twice and own[:1] == [bos]:
             ids = ids[1:]
-        return ids[:-1] if own and eos is not None and ids[-len(own) - 1 :] == [*own, eos] else ids
+        return ids[:-1] if own and ended and ids[-len(own) - 1 :] == [*own, eos] else ids
 
     def _parse_chat_args(self, option: str, text: str | None) -> dict[str, Any]:
         if text is None:

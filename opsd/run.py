@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from opsd.clock import Clock
 from opsd.config import Config
 from opsd.prompts import Example
-from opsd.recipes.batch import Recipe, Stream, TokenBatch
+from opsd.recipes.batch import Recipe, TokenBatch
 from opsd.rollouts import Rollout, Sampling
-from opsd_kernels import Head
+from opsd_kernels import Head, Stream
 
 __all__ = ["Engine", "MicroBatch", "Observer", "Recipe", "Run", "Step", "StepResult", "Stream", "Teacher"]
 

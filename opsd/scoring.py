@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from opsd.clock import Clock
 from opsd.models import autocast, body
-from opsd.recipes.batch import Stream
+from opsd.recipes.base import columns
 from opsd.run import MicroBatch, Run
-from opsd_kernels import Head, dual_hidden_states, lm_head_of, pack_dual_context, token_logprobs, top_k_logprobs
+from opsd_kernels import Head, Stream, dual_hidden_states, lm_head_of, pack_dual_context, token_logprobs, top_k_logprobs
 from opsd_kernels.packing import plan_passes
 
 
@@ -33,13 +33,13 @@ def score(run: Run, batch: MicroBatch, clock: Clock | None = None) -> tuple[Stre
             taught = run.model if isinstance(teacher.source, str) else teacher.source
             with clock("score") if joint else teacher_then_student(clock, taught):
                 hidden = dual_hidden_states(run.model, packed, teacher=teacher.source)
-        return Stream(hidden.student, run.head), {"teacher": Stream(hidden.teacher, teacher.head)}
+        return stream_of(hidden.student, run.head), {"teacher": stream_of(hidden.teacher, teacher.head)}
     # Each in an autocast of its own: what the teacher's casts without a gradient must not reach the student.
     with clock("teacher"), autocast(options, run.device):
         teacher_hidden = teacher.hidden(teacher_prompts, ids)
     with clock("student"), autocast(options, run.device):
         student_hidden = rollout_hidden(run.model, prompts, ids)
-    return Stream(student_hidden, run.head), {"teacher": Stream(teacher_hidden, teacher.head)}
+    return stream_of(student_hidden, run.head), {"teacher": stream_of(teacher_hidden, teacher.head)}
 
 
 @contextmanager
@@ -93,9 +93,9 @@ def rollout_index(rollouts: Sequence[Sequence[int]], device: torch.device) -> tu
     return targets, torch.repeat_interleave(torch.arange(len(rollouts), device=device), lengths, output_size=total)
 
 
-def vocabulary_size(head: Head) -> int:
-    """How many columns of the logits are tokens."""
-    return head.weight.shape[0] if head.valid_vocab is None else head.valid_vocab
+def stream_of(hidden: Tensor, head: Head) -> Stream:
+    """(N, H) rows and the head that reads them, at temperature 1."""
+    return Stream(hidden, head.weight, **head.options())
 
 
 @torch.no_grad()
@@ -105,10 +105,10 @@ def top_k_overlap(student: Stream, teacher: Stream, k: int = 8, rows: int = 256)
     Both tops cost a product with the head, so they are taken on at most `rows` tokens, spread evenly.
     """
     every = -(-len(student.hidden) // rows)
-    valid = min(vocabulary_size(student.head), vocabulary_size(teacher.head))
+    valid = min(columns(student), columns(teacher))
     k = min(k, valid)
     (_, ours, _), (_, theirs, _) = (
-        top_k_logprobs(stream.hidden[::every], stream.head.weight, k, **stream.head.options() | {"valid_vocab": valid})
+        top_k_logprobs(stream.hidden[::every], stream.weight, k, **stream.options() | {"valid_vocab": valid})
         for stream in (student, teacher)
     )
     return (theirs[:, :, None] == ours[:, None, :]).any(-1).double().mean()

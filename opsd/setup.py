@@ -19,22 +19,21 @@ from opsd.display import Display
 from opsd.engines import GenerateEngine
 from opsd.errors import ConfigError, config_error
 from opsd.evaluation import Evaluator
+from opsd.limits import PATHS
 from opsd.optim import learning_rate
-from opsd.options import ModelConfig
+from opsd.options import ModelConfig, ObjectiveConfig
 from opsd.plugins import Evaluate, Parts, UserEngine, UserLoss, UserTeacher
 from opsd.prompts import Encoded, Example, Prompter, read_examples
 from opsd.recipes.importance import ImportanceWeighted
 from opsd.recipes.in_loop import InLoop, lacking
-from opsd.run import Recipe, Run, Step, Stream, Teacher
+from opsd.run import Recipe, Run, Step, Teacher
 from opsd.scorers import scorer_of
+from opsd.scoring import stream_of
 from opsd.step import opsd_step
 from opsd.teachers import make_teacher
 from opsd.vocabulary import check_prompts, without_padding
 from opsd_kernels import lm_head_of
 from opsd_kernels.packing import plan_passes
-
-PATHS = ("model.path", "teacher.path", "data.train", "data.eval")
-"""What a run reads."""
 
 
 @dataclass(frozen=True)
@@ -169,23 +168,29 @@ def make_recipe(config: Config) -> Recipe:
         ConfigError: `objective.recipe` is no recipe that the loop has all for, or its options are wrong.
     """
     objective, cap = config.objective, config.rollout.importance_cap
-    names = [option.name for option in fields(recipes.FORMS[objective.form])]
-    recipe: Any = recipes.FORMS[objective.form](**{name: getattr(objective, name) for name in names})
-    if objective.recipe is not None:
-        with config_error("objective.recipe_options", ValueError, TypeError):
-            options = json.loads(objective.recipe_options or "{}")
-            if not isinstance(options, dict):
-                raise ValueError(f"got {objective.recipe_options!r}; accepted: a JSON object")
-        with config_error("objective.recipe", ValueError, TypeError):
-            shared = {"backend": objective.backend, "workspace_bytes": objective.workspace_bytes}
-            found = recipes.make(objective.recipe, **{**shared, **options})
-        if missing := lacking(found):
-            raise ConfigError(
-                f"objective.recipe {objective.recipe} needs {', '.join(missing)}, which the training loop does not "
-                "supply; opsd.recipes.make gives its token loss for a trainer of your own"
-            )
-        recipe = InLoop(found, objective.temperature, objective.reduction)
+    recipe: Any
+    if objective.recipe is None:
+        names = [option.name for option in fields(recipes.FORMS[objective.form])]
+        recipe = recipes.FORMS[objective.form](**{name: getattr(objective, name) for name in names})
+    else:
+        recipe = _of_the_family(objective.recipe, objective)
     return recipe if cap is None else ImportanceWeighted(recipe, cap)
+
+
+def _of_the_family(name: str, objective: ObjectiveConfig) -> InLoop:
+    with config_error("objective.recipe_options", ValueError, TypeError):
+        options = json.loads(objective.recipe_options or "{}")
+        if not isinstance(options, dict):
+            raise ValueError(f"got {objective.recipe_options!r}; accepted: a JSON object")
+    with config_error("objective.recipe", ValueError, TypeError):
+        shared = {"backend": objective.backend, "workspace_bytes": objective.workspace_bytes}
+        recipe = recipes.make(name, **{**shared, **options})
+    if missing := lacking(recipe):
+        raise ConfigError(
+            f"objective.recipe {name} needs {', '.join(missing)}, which the training loop does not supply; "
+            "opsd.recipes.make gives its token loss for a trainer of your own"
+        )
+    return InLoop(recipe, objective.temperature, objective.reduction)
 
 
 def check_recipe(run: Run) -> None:
@@ -195,7 +200,7 @@ def check_recipe(run: Run) -> None:
         ConfigError: the kernels refuse an option of `objective` on this model or machine.
     """
     student, teacher = (
-        Stream(head.weight.new_zeros(2, head.weight.shape[1]), head) for head in (run.head, run.teacher.head)
+        stream_of(head.weight.new_zeros(2, head.weight.shape[1]), head) for head in (run.head, run.teacher.head)
     )
     zeros = torch.zeros(2, dtype=torch.int64, device=run.device)
     batch = recipes.TokenBatch(target_ids=zeros, sequence_ids=zeros, sampler_logprobs=zeros.float())

@@ -14,12 +14,13 @@ from opsd.errors import ConfigError, Interrupted, RunError, config_error
 from opsd.evaluation import Evaluation
 from opsd.files import replace_file
 from opsd.identity import check_identity, describe, digest_inputs
+from opsd.limits import PATHS
 from opsd.loop import Loop
 from opsd.options import EvalConfig
 from opsd.plugins import Divergence, Evaluate, MakeTeacher, Parts, Sampler
 from opsd.run import Step
 from opsd.run_dir import LOCK, RunDir, check_new, check_resumable, locked, make_directory, read_description, write_json
-from opsd.setup import PATHS, absolute_paths, embedded, introduce, set_up
+from opsd.setup import absolute_paths, embedded, introduce, set_up
 from opsd.trackers import check_trackers, make_trackers
 
 MEASURE = {f"eval.{name}" for name in EvalConfig.model_fields} - {

@@ -123,9 +123,9 @@ class GenerateEngine:
 
     def _tokens_alone(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """A logits processor that leaves what is no token no chance."""
-        if self.vocabulary is None or self.vocabulary >= scores.shape[-1]:
-            return scores
-        return scores.index_fill(1, torch.arange(self.vocabulary, scores.shape[-1], device=scores.device), -torch.inf)
+        if self.vocabulary is not None:
+            scores[:, self.vocabulary :] = -torch.inf
+        return scores
 
 
 class _Sampler:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from opsd_kernels import Stream, Target, TokenStats, divergence, logprob, statistics
+from opsd_kernels import Head, Stream, Target, TokenStats, divergence, logprob, statistics
 
 from .batch import TokenBatch
 
@@ -165,8 +165,8 @@ class TokenRecipe:
         return {name: values["logprob"] for name, values in found.items()}
 
 
-def columns(stream: Stream) -> int:
-    """How many entries of the vocabulary take part."""
+def columns(stream: Stream | Head) -> int:
+    """How many columns of the logits are tokens and take part."""
     return stream.weight.shape[0] if stream.valid_vocab is None else stream.valid_vocab
 
 

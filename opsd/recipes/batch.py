@@ -4,17 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from opsd_kernels import Head
-
-
-@dataclass(frozen=True)
-class Stream:
-    """One context's rows, which predict the batch's tokens, and the head that makes logits of them."""
-
-    hidden: Tensor  #: (N, H)
-    head: Head
+from opsd_kernels import Stream
 
 
 @dataclass(frozen=True)
@@ -48,6 +41,15 @@ class TokenBatch:
     discrepancy_std: float | Tensor | None = None  #: standard deviation of log p_T − log p_S in the warm-up; inf in it
     warmup_perplexity: float | Tensor | None = None  #: median of the teacher's perplexity in the warm-up; inf in it
     gate_open: bool | Tensor | None = None  #: whether AntiSD's gate was open after the last step
+
+
+def reduced(losses: Tensor, batch: TokenBatch, reduction: str, denominator: int) -> Tensor:
+    """The share of a step's loss, 0-d, of (N,) losses, with `batch.token_weight`; as `Recipe.loss` says."""
+    if batch.token_weight is not None:
+        losses = losses * batch.token_weight
+    if reduction == "sequence_mean":
+        losses = losses / torch.bincount(batch.sequence_ids)[batch.sequence_ids]
+    return losses.sum() / denominator
 
 
 class Recipe(Protocol):

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from opsd_kernels import jsd_loss
+from opsd_kernels import Stream, jsd_loss
 
-from .batch import Stream, TokenBatch
+from .batch import TokenBatch
 from .importance import sampler_mismatch
 
 STATISTICS = ("divergence", "student_entropy", "teacher_entropy", "entry_clipped", "clipped_amount", "token_clipped")
@@ -37,20 +37,18 @@ class FullDivergence:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         teacher = teachers["teacher"]
         other: dict[str, Any] = {}
-        if teacher.head.weight is not student.head.weight:  # one shared tensor lets the kernels project both at once
+        if teacher.weight is not student.weight:  # one shared tensor lets the kernels project both at once
             other = {
-                "teacher_weight": teacher.head.weight,
-                "teacher_bias": teacher.head.bias,
-                "teacher_logit_scale": teacher.head.logit_scale,
-                "teacher_softcap": math.inf if teacher.head.softcap is None else teacher.head.softcap,
+                "teacher_weight": teacher.weight,
+                "teacher_bias": teacher.bias,
+                "teacher_logit_scale": teacher.logit_scale,
+                "teacher_softcap": math.inf if teacher.softcap is None else teacher.softcap,
             }
         loss, stats = jsd_loss(
             student.hidden,
             teacher.hidden,
-            student.head.weight,
-            **student.head.options(),
-            **other,
-            **vars(self),  # all options, by the names that they have there
+            student.weight,
+            **student.options() | other | vars(self),  # all options, by the names that they have there
             token_weight=batch.token_weight,
             sequence_ids=batch.sequence_ids,
             target_ids=batch.target_ids,

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opsd_kernels import token_logprobs
+from opsd_kernels import Stream, token_logprobs
 
-from .batch import Stream, TokenBatch
+from .batch import TokenBatch
 
 
 def sampler_mismatch(student_logprob: Tensor, batch: TokenBatch, temperature: float) -> dict[str, Tensor]:
@@ -57,10 +57,9 @@ def importance_weights(recipe: Any, student: Stream, batch: TokenBatch, cap: flo
     """
     logprobs = token_logprobs(
         student.hidden,
-        student.head.weight,
+        student.weight,
         batch.target_ids,
-        **student.head.options(),
-        temperature=batch.sampler_temperature,
+        **student.options() | {"temperature": batch.sampler_temperature},
         backend=recipe.backend,
         workspace_bytes=recipe.workspace_bytes,
     )

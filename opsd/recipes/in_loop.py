@@ -1,15 +1,14 @@
 """The family in the training loop: the recipes that ask for no more than a rollout and the teacher's reading of it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
-from opsd_kernels import Stream as RowsAndHead
+from opsd_kernels import Stream
 
 from .base import TokenRecipe
-from .batch import Stream, TokenBatch
+from .batch import TokenBatch, reduced
 from .importance import sampler_mismatch
 
 SUPPLIED = ("sampler_logprobs",)
@@ -46,17 +45,10 @@ class InLoop:
     def loss(
         self, student: Stream, teachers: Mapping[str, Stream], batch: TokenBatch, denominator: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        given = {name: self._rows(teachers[name]) for name in self.recipe.contexts}
-        losses, stats = self.recipe.token_loss(self._rows(student), given, batch)
-        if batch.token_weight is not None:
-            losses = losses * batch.token_weight
-        if self.reduction == "sequence_mean":
-            losses = losses / torch.bincount(batch.sequence_ids)[batch.sequence_ids]
+        tempered = {name: replace(stream, temperature=self.temperature) for name, stream in teachers.items()}
+        losses, stats = self.recipe.token_loss(replace(student, temperature=self.temperature), tempered, batch)
         mismatch: dict[str, Tensor] = {}
         if "student_logprob" in stats:
             mismatch = sampler_mismatch(stats["student_logprob"], batch, self.temperature)
         shown = {name: value for name, value in stats.items() if not name.endswith("logprob")}
-        return losses.sum() / denominator, shown | mismatch
-
-    def _rows(self, stream: Stream) -> RowsAndHead:
-        return RowsAndHead(stream.hidden, stream.head.weight, **stream.head.options(), temperature=self.temperature)
+        return reduced(losses, batch, self.reduction, denominator), shown | mismatch

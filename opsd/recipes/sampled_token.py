@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opsd_kernels import token_logprobs
+from opsd_kernels import Stream, token_logprobs
 
-from .batch import Stream, TokenBatch
+from .batch import TokenBatch, reduced
 from .importance import sampler_mismatch
 
 
@@ -31,21 +31,16 @@ class SampledToken:
             teacher_logp, teacher_entropy = self._logprobs(teachers["teacher"], batch.target_ids)
         student_logp, student_entropy = self._logprobs(student, batch.target_ids)
         advantage = teacher_logp - student_logp.detach()
-        losses = -advantage * student_logp
-        if batch.token_weight is not None:
-            losses = losses * batch.token_weight
-        if self.reduction == "sequence_mean":
-            losses = losses / torch.bincount(batch.sequence_ids)[batch.sequence_ids]
+        loss = reduced(-advantage * student_logp, batch, self.reduction, denominator)
         stats = {"divergence": -advantage, "student_entropy": student_entropy, "teacher_entropy": teacher_entropy}
-        return losses.sum() / denominator, stats | sampler_mismatch(student_logp.detach(), batch, self.temperature)
+        return loss, stats | sampler_mismatch(student_logp.detach(), batch, self.temperature)
 
     def _logprobs(self, stream: Stream, target_ids: Tensor) -> Any:
         return token_logprobs(
             stream.hidden,
-            stream.head.weight,
+            stream.weight,
             target_ids,
-            **stream.head.options(),
-            temperature=self.temperature,
+            **stream.options() | {"temperature": self.temperature},
             return_entropy=True,
             backend=self.backend,
             workspace_bytes=self.workspace_bytes,
