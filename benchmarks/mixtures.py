@@ -1,7 +1,7 @@
-"""Divergences to mixed targets beside plain OPSD, a dense implementation and their own bare products, on a CPU.
+"""Divergences to mixed targets beside plain OPSD, a dense implementation and their own bare products.
 
-`python -m benchmarks.mixtures` measures forward and backward with a frozen head, contenders taking turns, and writes
-results/mixtures-cpu.json; `--table` makes the README's table from the file.
+`python -m benchmarks.mixtures` measures forward and backward on a CPU with a frozen head, contenders taking turns, and
+writes results/mixtures-cpu.json; `--table` makes the README's table from the file. On a GPU, benchmarks.parts does it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from opsd_kernels.gemm import Products
 DATA = Path(__file__).parent / "results" / "mixtures-cpu.json"
 CPU = torch.device("cpu")
 SIZE = (1024, 512, 32768)  # tokens, hidden size, vocabulary
+SIZE_ON_GPU = (4096, 2048, 151936)
 ROUNDS = 7
 
 
@@ -40,7 +41,7 @@ def dense(student: Stream, target: Target, beta: float) -> Tensor:
     """The same losses with all logits in memory."""
 
     def log_p(stream: Stream) -> Tensor:
-        return (stream.hidden @ stream.weight.t()).log_softmax(-1)
+        return (stream.hidden @ stream.weight.t()).float().log_softmax(-1)
 
     residual = student.hidden.new_zeros(())
     for b, stream in target.residual:
@@ -64,23 +65,31 @@ def dense(student: Stream, target: Target, beta: float) -> Tensor:
 
 def bare_products(student: Tensor, weight: Tensor, count: int) -> Callable[[], None]:
     """`count` products with the head and the one of dX, by torch and by the project's own, whichever takes less."""
-    logits, dx = torch.empty(student.shape[0], weight.shape[0]), torch.empty_like(student)
-    own = Products("native", CPU, torch.float32, workspace.budget_bytes(CPU, None))
+    single = torch.float32
+    logits = torch.empty(student.shape[0], weight.shape[0], device=student.device)
+    dx = torch.empty(student.shape, device=student.device)
+    dz = torch.empty(logits.shape, dtype=student.dtype, device=student.device) if student.dtype != single else logits
+    backend = "native" if student.device.type == "cpu" else "torch"
+    own = Products(backend, student.device, student.dtype, workspace.budget_bytes(student.device, None))
 
     def run() -> None:
         for _ in range(count):
             own.project(logits, student, weight, None)
-        own.back_project(dx, logits, weight)
+        own.back_project(dx, dz, weight)
 
     return run
 
 
-def measure() -> dict[str, Any]:
-    tokens, hidden, vocab = SIZE
-    torch.manual_seed(0)
-    weight = torch.randn(vocab, hidden) / hidden**0.5 * 4
-    base = torch.randn(tokens, hidden)
-    rows = [base + 0.1 * torch.randn(tokens, hidden) for _ in range(4)]
+def measure(device: torch.device, dtype: torch.dtype, size: tuple[int, int, int]) -> dict[str, Any]:
+    tokens, hidden, vocab = size
+    draw = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw, device=device)
+
+    weight = (normal(vocab, hidden) / hidden**0.5 * 4).to(dtype)
+    base = normal(tokens, hidden)
+    rows = [(base + 0.1 * normal(tokens, hidden)).to(dtype) for _ in range(4)]
     student = Stream(rows[0].requires_grad_(), weight)
     found: dict[str, Any] = {}
     for name, (target, beta, count) in targets(*(Stream(r, weight) for r in rows[1:])).items():
@@ -98,14 +107,14 @@ def measure() -> dict[str, Any]:
         gradients, peaks = {}, {}
         for key in ("fused", "dense"):
             workspace.release()
-            peaks[key] = peak_bytes(contenders[key], CPU)
+            peaks[key] = peak_bytes(contenders[key], device)
             assert student.hidden.grad is not None
             gradients[key] = student.hidden.grad.clone()
         bare()
         times: dict[str, list[float]] = {key: [] for key in contenders}
         for _ in range(ROUNDS):
             for key, run in contenders.items():
-                times[key].append(seconds_of(run, CPU))
+                times[key].append(seconds_of(run, device))
         found[name] = {
             "products": count + 1,
             "gradient_difference": float((gradients["fused"] - gradients["dense"]).norm() / gradients["dense"].norm()),
@@ -115,7 +124,8 @@ def measure() -> dict[str, Any]:
             "dense_over_fused": median(a / b for a, b in zip(times["dense"], times["fused"], strict=True)),
         }
         print(name, {k: v for k, v in found[name].items() if k != "seconds"}, flush=True)
-    return {"machine": machine(CPU), "size": SIZE, "own_products": native.outruns_torch()[0], "targets": found}
+    own = {"own_products": native.outruns_torch()[0]} if device.type == "cpu" else {}
+    return {"machine": machine(device), "size": size, "dtype": str(dtype)[6:], **own, "targets": found}
 
 
 def table(stored: dict[str, Any]) -> str:
@@ -141,7 +151,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="make the README's table from the file, measure nothing")
     if not parser.parse_args().table:
         torch.set_num_threads(1)
-        write_json(DATA, measure())
+        write_json(DATA, measure(CPU, torch.float32, SIZE))
     replace_section("mixtures", table(json.loads(DATA.read_text(encoding="utf-8"))))
 
 

@@ -4,10 +4,10 @@
     python -m benchmarks.parts --out DIR --only "step/1.7B"  # some only; --list names them
     python -m benchmarks.parts --out DIR --table             # the README's tables
 
-Steps: `step` and `longest` (benchmarks.step), `attention` and `tuning` (benchmarks.attention), `sanitizer` (NVIDIA's
-compute-sanitizer on the kernels, where it is installed), `rollouts` (benchmarks.rollouts), `learning`
-(benchmarks.curves). As in benchmarks.gpu, whose `compile` and `tests` should have run before: everything in a process
-of its own, results added to DIR/gpu.json, nothing measured twice, `--dry-run` for a CPU.
+Steps: `step` and `longest` (benchmarks.step), `attention` and `tuning` (benchmarks.attention), `mixtures`
+(benchmarks.mixtures), `sanitizer` (NVIDIA's compute-sanitizer on the kernels, where it is installed), `rollouts`
+(benchmarks.rollouts), `learning` (benchmarks.curves). As in benchmarks.gpu, whose `compile` and `tests` should have run
+before: everything in a process of its own, results added to DIR/gpu.json, nothing measured twice, `--dry-run` for a CPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import attention, curves, rollouts, step
+from benchmarks import attention, curves, mixtures, rollouts, step
 from benchmarks.cells import Unavailable
 from benchmarks.record import of_step, where
 from benchmarks.runner import Item, Report, main, run_command
@@ -69,11 +69,17 @@ def _sanitizer() -> Iterator[Item]:
             yield Item(f"sanitizer/{program} {tool}", 60, lambda r, t=tool, p=program: sanitized(r, t, p))
 
 
+def _mixtures(device: torch.device) -> Item:
+    on_gpu = device.type == "cuda"
+    size, dtype = (mixtures.SIZE_ON_GPU, torch.bfloat16) if on_gpu else ((64, 32, 503), torch.float32)
+    return Item("mixtures/targets", 40, lambda _: mixtures.measure(device, dtype, size))
+
+
 def items(device: torch.device) -> list[Item]:
     """The most telling first: a step, one size of attention and its likeliest tilings, the longest rollouts of the
     largest model; last all other tilings."""
     steps, layers, tunings = (list(of(device)) for of in (step.items, attention.items, attention.tuning))
-    rest = [*_sanitizer(), *step.longest(device), *rollouts.items(device), *curves.items(device)]
+    rest = [_mixtures(device), *_sanitizer(), *step.longest(device), *rollouts.items(device), *curves.items(device)]
     likely = [item for item in tunings if item.name.endswith(" first")]
     largest = [item for item in rest if item.name.startswith("longest/8B")]
     first = [*steps[:1], *layers[:2], *likely, *largest]
