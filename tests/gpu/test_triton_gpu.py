@@ -20,6 +20,8 @@ else:
 pytestmark = pytest.mark.skipif(not fine, reason=why)
 
 VOCABULARIES = [32003, 50257, 151936, 262144]
+# Of dz. The gradient of such a row is a thousandth of a gap, and a gap's last bit 4e-8 of it.
+SURE_TOLERANCE = 1e-4
 OPTIONS = [
     {},
     {"temperature": 1.7},
@@ -79,7 +81,7 @@ def test_a_student_that_is_sure_of_a_token(top: float, beta: float, clip: float 
         objective = Objective.checked(beta=beta, entry_clip=clip)
         want, want_dz = expected(student, teacher, objective, each)
         table, dz = run(student, teacher, objective, each)
-        assert rms((dz - want_dz).norm(dim=-1) / want_dz.norm(dim=-1)) <= 1e-5
+        assert rms((dz - want_dz).norm(dim=-1) / want_dz.norm(dim=-1)) <= SURE_TOLERANCE
         assert rms((table[0] - want[0]).abs() / want[0].abs()) <= 1e-4
 
 
