@@ -126,7 +126,8 @@ def tested(report: Report, path: str) -> dict[str, Any]:
     """Runs a file of tests. Its workers find what `compile` left in Triton's cache; how much was new to it is told."""
     if path == PEERS and report.device.type == "cuda" and importlib.util.find_spec("liger_kernel") is None:
         raise Unavailable("liger-kernel is not installed")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=line", path, *ONLY.get(path, [])]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=line"]
+    command += [path, *ONLY.get(path, [])]
     if importlib.util.find_spec("xdist") is not None:
         command += ["--numprocesses", str(min(WORKERS, len(os.sched_getaffinity(0))))]
     before, begun = precompile.entries(), time.monotonic()

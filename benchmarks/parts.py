@@ -7,7 +7,8 @@
 Steps: `step` and `longest` (benchmarks.step), `attention` and `tuning` (benchmarks.attention), `mixtures`
 (benchmarks.mixtures), `sanitizer` (NVIDIA's compute-sanitizer on the kernels, where it is installed), `rollouts`
 (benchmarks.rollouts), `learning` (benchmarks.curves). As in benchmarks.gpu, whose `compile` and `tests` should have run
-before: everything in a process of its own, results added to DIR/gpu.json, nothing measured twice, `--dry-run` for a CPU.
+before: everything in a process of its own, results added to DIR/gpu.json, nothing measured twice.
+`--dry-run` needs a CPU only.
 """
 
 from __future__ import annotations
