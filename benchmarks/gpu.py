@@ -136,8 +136,9 @@ def tested(report: Report, path: str) -> dict[str, Any]:
     seconds = round(time.monotonic() - begun, 1)
     ran = report.device.type == "cpu" or "passed" in (lines or [""])[-1]  # with a GPU, all skipped is a fault
     ended = f"stopped after {seconds:.0f} s" if status is None else f"status {status}"
+    shown = -1 if status == 0 else -40
     print("\n".join(f"  {line}" for line in [ended, *failed[:20], *lines[-1:]]), flush=True)
-    return {"status": status, "seconds": seconds, "agree": status == 0 and ran, "failed": failed, "tail": lines[-40:],
+    return {"status": status, "seconds": seconds, "agree": status == 0 and ran, "failed": failed, "tail": lines[shown:],
             "compiled_anew": precompile.entries() - before}  # fmt: skip
 
 

@@ -338,12 +338,12 @@ template <int BETA, bool CLIP, class M = Exact>
 OPSD_HD Level level_at(float p_s, float p_t, float d, Weights weights, float entry_clip) {
     Level level;
     level.sure = p_s > 0.5f;
+    level.apart = BETA == FORWARD && CLIP && p_t < 0.5f * p_s;
     if (!level.sure) return level;
     const Entry<float> top = entry<BETA, true, float, M>(d, d > 0 ? p_s : p_t, weights);
     const bool infinite = BETA != MIXTURE && is_infinite<BETA>(d);
     const bool over = CLIP && (top.plain > entry_clip || infinite);
     if (BETA == FORWARD) {
-        level.apart = CLIP && p_t < 0.5f * p_s;
         const float ratio = p_t / p_s;
         level.taken = level.apart ? (over ? 0.0f : -ratio) : (over ? 1.0f : top.g / p_s);
     } else {

@@ -370,7 +370,9 @@ def token_loss(pair: Pair, objective: Objective, want_grad: bool, across: Across
     if beta == 0.0:  # g = p_S − M·p_T
         grad = pair.r
         if over is not None:  # or −M·p_T: any multiple of p_S cancels, and p_S would swallow a small p_T
-            apart = across.any(((pair.p_s > 0.5) & (pair.p_t < 0.25)).any(-1)).unsqueeze(-1)
+            left = across.add(pair.p_t.masked_fill(over, 0.0).sum(-1))  # of the 1 that p_T sums to
+            apart = across.any(((pair.p_s > 0.5) & (pair.p_t < 0.25)).any(-1)) | (left < 0.5)
+            apart = apart.unsqueeze(-1)
             grad = torch.where(over, pair.p_s.masked_fill(apart, 0.0), torch.where(apart, -pair.p_t, pair.r))
     else:
         direction = pair.d if beta == 1.0 else log_m_over_s * (beta - 1)

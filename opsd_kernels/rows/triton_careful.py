@@ -360,7 +360,8 @@ def _levelled(gradients, KIND: tl.constexpr, CLIP: tl.constexpr):
     p_own = 1.0 - p_rest
     bare = sure & (sure == 0)
     if CLIP and KIND == FORWARD_KL:
-        bare = sure & (-bare_own < 0.5 * p_own)
+        # a row without a sure token: what the clips leave of Σp_T is small beside the 1 that p_S sums to
+        bare = tl.where(sure, -bare_own < 0.5 * p_own, -bare_rest < 0.5)
         rest, own = tl.where(bare, bare_rest, rest), tl.where(bare, bare_own, own)
     level = tl.where(sure, own / p_own, 0.0)
     return rest - level * p_rest, level, tl.where(sure, SURE, NEVER), bare

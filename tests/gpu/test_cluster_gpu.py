@@ -88,8 +88,9 @@ def test_a_student_that_is_sure_of_a_token(top: float, beta: float, clip: float 
         student[each, 7 * each], teacher[each, 7 * each] = top, top + 1e-3
         if other is not None:
             student[each, 7 * each + 1], teacher[each, 7 * each + 1] = top - 10, other
-        # the gradient of such a row is a thousandth of a gap, and a gap's last bit 4e-8 of it
-        check(student, teacher, Objective.checked(beta=beta, entry_clip=clip), 1e-4)
+        # The gradient of such a row is a thousandth of a gap, and a gap's last bit 4e-8 of it; where the top has less
+        # than half of the probability (14), the JSD's y is ln 2 for nearly all tokens but for 1e-4 of it.
+        check(student, teacher, Objective.checked(beta=beta, entry_clip=clip), 1e-3 if top == 14.0 else 1e-4)
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 300])

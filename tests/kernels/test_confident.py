@@ -80,6 +80,14 @@ def test_a_teacher_that_prefers_another_token(top, options, beta, name):
 
 
 @every_backend
+def test_a_teacher_that_is_sure_of_what_the_clip_takes_from_an_unsure_student(name):
+    """What is left of Σp_T, on which the gradient depends, is a millionth of the Σp_S beside it."""
+    for top in (4.0, 6.5):  # 3 % and 25 % of the student's probability
+        student, teacher = rows(top, top + 12, 0.3)
+        check(name, student, teacher, Objective.checked(beta=0.0, entry_clip=0.05))
+
+
+@every_backend
 @every_beta
 @clipped_or_not
 @pytest.mark.parametrize("top", SURE)
