@@ -1,4 +1,4 @@
-"""The command line: `opsd train`, `opsd eval`, `opsd report` and `opsd recipes`."""
+"""The command line: `opsd train`, `opsd eval`, `opsd report`, `opsd compare` and `opsd recipes`."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from opsd import recipes, trainer
+from opsd import compare, recipes, trainer
 from opsd.config import describe, is_flag, load_config, to_yaml
 from opsd.errors import CheckpointError, ConfigError, Interrupted, RunError
 from opsd.evaluate_model import check_output, evaluate_model, evaluation_config, is_used
@@ -38,7 +38,7 @@ def _main(argv: Sequence[str] | None) -> int:
     parser.add_argument("--version", action="version", version=f"opsd {_version()}")
     parser.set_defaults(advice="")  # on memory; a command may have its own
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_train, _add_eval, _add_report, _add_recipes):
+    for add in (_add_train, _add_eval, _add_report, _add_compare, _add_recipes):
         add(commands)
     known, rest = parser.parse_known_args(argv)
     try:
@@ -219,6 +219,46 @@ def _report(known: argparse.Namespace, rest: Sequence[str]) -> None:
     if known.samples < 0:
         raise ConfigError(f"--samples is {known.samples}; accepted: integer >= 0")
     print(f"report: {write_report(known.runs, known.output, max_samples=known.samples)}")
+
+
+def _add_compare(commands: Any) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="train several methods on the same data, seeds and budget; a table and a plot",
+        usage="opsd compare --recipes NAME,NAME,... [--seeds N] [--output DIR] [--preset NAME] [--config FILE] "
+        "[--section.option VALUE ...]",
+        description="Without a model: on the embedded set-up. The same command again goes on where it was stopped.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=describe(),
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=_compare, advice="lower optim.micro_batch_size or rollout.batch_size")
+    parser.add_argument(
+        "--recipes", metavar="NAMES", required=True, help="methods, see opsd recipes; full, sampled_token"
+    )
+    parser.add_argument("--seeds", metavar="N", type=int, default=3, help="runs of each, from run.seed on (3)")
+    parser.add_argument("--output", metavar="DIR", default="runs/compare", help="runs, table and plot (runs/compare)")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of sections and options; the command line wins")
+    parser.add_argument("--preset", metavar="NAME", help="settings below those of the file: paper, sdft or sdpo")
+
+
+def _compare(known: argparse.Namespace, rest: Sequence[str]) -> None:
+    names = [name.strip() for name in known.recipes.split(",")]
+    result = compare.compare(
+        names, known.seeds, known.output, source=known.config, overrides=parse_overrides(rest), preset=known.preset,
+        say=lambda line: print(line, flush=True),
+    )  # fmt: skip
+    shown = Table("", "accuracy", "95 % interval", title=f"{known.seeds} seed(s)")
+    for name, found in [
+        ("before training", result["base"]),
+        ("teacher", result["teacher"]),
+        *result["methods"].items(),
+    ]:
+        if found:
+            shown.add_row(name, f"{found['value']:.1%}", f"{found['low']:.1%} to {found['high']:.1%}")
+    Console().print(shown)
+    drawn = "compare.png" if compare.PLOTS else "no plot, since matplotlib is not installed"
+    print(f"results: {Path(known.output) / 'compare.json'}, compare.md, {drawn}")
 
 
 def _add_recipes(commands: Any) -> None:
