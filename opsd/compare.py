@@ -46,8 +46,8 @@ class Estimate:
 
 
 def estimate(evaluations: Sequence[Mapping[str, Any]]) -> Estimate:
-    """Of evaluations, one for each seed: the mean accuracy with Student's t interval over the seeds, or Wilson's over all
-    of their problems where that is wider, as it is where seeds happen to agree; of one seed, its evaluation's own."""
+    """Of evaluations, one for each seed: the mean accuracy with Student's t interval over the seeds, or Wilson's over
+    all of their problems where that is wider, as where seeds happen to agree; of one seed, its evaluation's own."""
     values = [evaluation["accuracy"] for evaluation in evaluations]
     if len(values) == 1:
         return Estimate(values[0], evaluations[0]["low"], evaluations[0]["high"])

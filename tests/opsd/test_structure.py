@@ -14,11 +14,21 @@ FILES = sorted(path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".j
 ROOMS = {".".join(("opsd", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in FILES
          if path.suffix == ".py"}  # fmt: skip
 
-LONGEST, ALL = 320, 9500
+LONGEST, ALL = 320, 10000
 CORE = {"opsd.step": 170, "opsd.loop": 225, "opsd.run": 130}
 GROUND = ("opsd.errors", "opsd.presets", "opsd.section")
 
-OPTIONAL = {"datasets", "pyarrow", "peft", "math_verify", "wandb", "trackio", "torch.utils.tensorboard", "resource"}
+OPTIONAL = {
+    "datasets",
+    "pyarrow",
+    "peft",
+    "matplotlib",
+    "math_verify",
+    "wandb",
+    "trackio",
+    "torch.utils.tensorboard",
+    "resource",
+}
 """What need not be installed, is not there on every system, or takes seconds and is seldom needed."""
 
 
