@@ -78,7 +78,16 @@ def _digest(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:
         row = example.row
-        read = (example.student, example.teacher, row.problem, row.solution, row.answer, row.teacher_prompt, row.record)
+        read = (
+            example.student,
+            example.teacher,
+            example.contexts,
+            row.problem,
+            row.solution,
+            row.answer,
+            row.teacher_prompt,
+            row.record,
+        )
         digest.update(json.dumps(read, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
 

@@ -104,10 +104,21 @@ class PromptsConfig(Section):
     def _json(cls, value: Any) -> Any:
         return json_text(value)
 
-    @field_validator("student", "teacher", "reason", "analysis")
+    reference: str = option(
+        "A correct solution of a problem that is not shown:\n\n{solution}\n\nAnswer that problem: work through it step "
+        "by step and finish with the final answer in \\boxed{}.",
+        "with a recipe that reads the solution alone, purified say: template of what it reads",
+    )
+
+    @field_validator("student", "teacher", "reason", "analysis", "reference")
     @classmethod
     def _template(cls, text: str, info: ValidationInfo) -> str:
-        needed = {"student": "{problem}", "teacher": "{problem} {solution}", "reason": "{solution}"}
+        needed = {
+            "student": "{problem}",
+            "teacher": "{problem} {solution}",
+            "reason": "{solution}",
+            "reference": "{solution}",
+        }
         for placeholder in needed.get(str(info.field_name), "{teacher} {analysis}").split():
             if placeholder not in text:
                 raise ValueError(f"text with {placeholder}")

@@ -37,7 +37,11 @@ PRESETS: dict[str, Settings] = {
 }
 
 TINY: Settings = {
-    "prompts": {"student": "Q:{problem}\nA:", "teacher": "Q:{problem}\nR:{solution}\nA:"},
+    "prompts": {
+        "student": "Q:{problem}\nA:",
+        "teacher": "Q:{problem}\nR:{solution}\nA:",
+        "reference": "R:{solution}\nA:",
+    },
     "rollout": {"max_new_tokens": 40, "temperature": 1.0, "batch_size": 64},
     "teacher": {"kind": "base"},
     "objective": {"beta": 0.5},

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
+from opsd.contexts import first_half
 from opsd.data import Messages, Row, name_rows, read_rows
 from opsd.dates import template_date
 from opsd.errors import ConfigError, DataError
@@ -20,13 +21,19 @@ Who = Literal["student", "teacher"]
 class Example:
     """A row and the ids of both prompts; `teacher` is empty where an evaluation row has no privileged information.
 
-    `reason` is the prompt under which the teacher analyses the solution; empty where it does not.
+    `reason` is the prompt under which the teacher analyses the solution; empty where it does not. `contexts` are those
+    of `opsd.contexts` that the recipe reads besides; empty where `teacher` is.
     """
 
     row: Row
     student: list[int]
     teacher: list[int]
     reason: list[int] = field(default_factory=list)
+    contexts: dict[str, list[int]] = field(default_factory=dict)
+
+    def read_as(self, context: str) -> list[int]:
+        """The prompt of a constant context that a recipe names."""
+        return self.teacher if context == "teacher" else self.contexts[context]
 
 
 class Encoded(NamedTuple):
@@ -53,15 +60,18 @@ class Prompter:
     the message that quotes it. Such a row is an error. With prompts.chat "off" the text is the user's own rendering,
     and special tokens in it are meant.
 
-    A chat template that asks for the date gets `date`, by default that of now, each time.
+    A chat template that asks for the date gets `date`, by default that of now, each time. `contexts` are the names, of
+    `opsd.contexts`, that every example is to have besides.
 
     Raises:
         ConfigError: `prompts.chat` is "on" and the tokenizer has no chat template; or chat arguments that are no JSON
             object, that no chat template is there for, or that it does not read.
     """
 
-    def __init__(self, tokenizer: Any, config: PromptsConfig, date: datetime | None = None):
-        self.tokenizer, self.config = tokenizer, config
+    def __init__(
+        self, tokenizer: Any, config: PromptsConfig, date: datetime | None = None, contexts: Sequence[str] = ()
+    ):
+        self.tokenizer, self.config, self.contexts = tokenizer, config, contexts
         self.date = date or datetime.now().astimezone()
         has_template = getattr(tokenizer, "chat_template", None) is not None
         if config.chat == "on" and not has_template:
@@ -96,7 +106,23 @@ class Prompter:
         ids = self._ids(row, "student", student)
         if not ids:
             raise DataError(f"{row.source}: the student's prompt has no tokens")
-        return Example(row, ids, [] if teacher is None else self._ids(row, "teacher", teacher))
+        if teacher is None:
+            return Example(row, ids, [])
+        contexts = {name: self._context(row, name, ids) for name in self.contexts}
+        return Example(row, ids, self._ids(row, "teacher", teacher), contexts=contexts)
+
+    def _context(self, row: Row, name: str, student: list[int]) -> list[int]:
+        if name in ("base", "plain"):
+            return student
+        if row.solution is None:
+            raise DataError(f"{row.source}: 'solution' is missing, which the context {name!r} reads")
+        chat = _as_messages(row.problem)
+        if name == "reference":
+            system = [message for message in chat if message["role"] == "system"]
+            alone = fill(self.config.reference, solution=row.solution)
+            return self._ids(row, "teacher", [*system, {"role": "user", "content": alone}])
+        text = fill(self.config.teacher, problem=_text(chat), solution=first_half(row.solution))
+        return self._ids(row, "teacher", _with_text(chat, text))
 
     def reason(self, row: Row) -> list[int]:
         """The token ids of the prompt under which the teacher writes its analysis of the solution of `row`.
@@ -240,6 +266,7 @@ def encode_rows(prompter: Prompter, rows: Iterable[Row], options: DataConfig, *,
             "student's prompt": example.student,
             "teacher's prompt": example.teacher,
             "prompt for the teacher's analysis": example.reason,
+            **{f"prompt of the context {name}": ids for name, ids in example.contexts.items()},
         }
         over = {name: len(ids) for name, ids in prompts.items() if len(ids) > limit}
         if over:

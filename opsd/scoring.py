@@ -1,7 +1,8 @@
 """From prompts and rollouts to the rows of hidden states that predict the rollouts, in both contexts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -15,31 +16,36 @@ from opsd_kernels.packing import plan_passes
 
 
 def score(run: Run, batch: MicroBatch, clock: Clock | None = None) -> tuple[Stream, dict[str, Stream]]:
-    """The student's rows, with a gradient, and the constant rows of the other contexts, by name.
+    """The student's rows, with a gradient, and the constant rows of the contexts that the recipe reads, by name.
 
-    Packed, both contexts run without padding, a prompt is computed once for all its rollouts, and a gradient-
-    checkpointed model takes both contexts in one pass. `clock` gets the phases "teacher" and "student", or "score"
-    where both run in one pass.
+    Packed, all contexts run without padding, a prompt is computed once for all its rollouts, the constant contexts are
+    one layout, and a gradient-checkpointed model takes them and the student's in one pass. `clock` gets the phases
+    "teacher" and "student", or "score" where all run in one pass.
     """
     clock = clock or Clock(run.device)
     options, teacher = run.config.model, run.teacher
     prompts = [example.student for example in batch.examples]
-    teacher_prompts = [example.teacher for example in batch.examples]
+    read = {name: [example.read_as(name) for example in batch.examples] for name in run.recipe.contexts}
     ids = [rollout.ids for rollout in batch.rollouts]
     if run.packed:
-        packed = pack_dual_context(prompts, teacher_prompts, ids)  # equal prompts are shared
+        packed = pack_dual_context(prompts, [*chain(*read.values())], ids, contexts=len(read))
         with autocast(options, run.device):
             joint = plan_passes(run.model, teacher=teacher.source).passes == "joint"
             taught = run.model if isinstance(teacher.source, str) else teacher.source
             with clock("score") if joint else teacher_then_student(clock, taught):
                 hidden = dual_hidden_states(run.model, packed, teacher=teacher.source)
-        return stream_of(hidden.student, run.head), {"teacher": stream_of(hidden.teacher, teacher.head)}
+        constant = hidden.teacher.tensor_split(len(read))
+        return stream_of(hidden.student, run.head), _by_name(read, constant, teacher.head)
     # Each in an autocast of its own: what the teacher's casts without a gradient must not reach the student.
     with clock("teacher"), autocast(options, run.device):
-        teacher_hidden = teacher.hidden(teacher_prompts, ids)
+        readings = [teacher.hidden(own, ids) for own in read.values()]
     with clock("student"), autocast(options, run.device):
         student_hidden = rollout_hidden(run.model, prompts, ids)
-    return stream_of(student_hidden, run.head), {"teacher": stream_of(teacher_hidden, teacher.head)}
+    return stream_of(student_hidden, run.head), _by_name(read, readings, teacher.head)
+
+
+def _by_name(names: Iterable[str], hidden: Sequence[Tensor], head: Head) -> dict[str, Stream]:
+    return {name: stream_of(rows, head) for name, rows in zip(names, hidden, strict=True)}
 
 
 @contextmanager

@@ -67,7 +67,7 @@ def set_up(config: Config, parts: Parts, date: datetime | None = None) -> Setup:
     scorer = scorer_of(config.eval)
     set_seed(config.run.seed % 2**32)
     tokenizer = models.load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    prompter = Prompter(tokenizer, config.prompts, date)
+    prompter = Prompter(tokenizer, config.prompts, date, [name for name in recipe.contexts if name != "teacher"])
     data = _read(config, prompter)
     examples, eval_examples = data["train"].examples, data["eval"].examples if "eval" in data else []
 
@@ -75,7 +75,9 @@ def set_up(config: Config, parts: Parts, date: datetime | None = None) -> Setup:
     added = {"rollout.max_new_tokens": max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)}
     if config.teacher.reason_first:
         added["teacher.reason_max_new_tokens"] = config.teacher.reason_max_new_tokens
-    prompts = [ids for e in [*examples, *eval_examples] for ids in (e.student, e.teacher, e.reason)]
+    prompts = [
+        ids for e in [*examples, *eval_examples] for ids in (e.student, e.teacher, e.reason, *e.contexts.values())
+    ]
     models.check_positions(model, prompts, added)
     check_prompts(models.causal_lm(model), tokenizer, [*examples, *eval_examples])
     engine = GenerateEngine.of(model, tokenizer, config.model)
@@ -173,11 +175,11 @@ def make_recipe(config: Config) -> Recipe:
         names = [option.name for option in fields(recipes.FORMS[objective.form])]
         recipe = recipes.FORMS[objective.form](**{name: getattr(objective, name) for name in names})
     else:
-        recipe = _of_the_family(objective.recipe, objective)
+        recipe = _of_the_family(objective.recipe, objective, config.teacher.kind)
     return recipe if cap is None else ImportanceWeighted(recipe, cap)
 
 
-def _of_the_family(name: str, objective: ObjectiveConfig) -> InLoop:
+def _of_the_family(name: str, objective: ObjectiveConfig, kind: str) -> InLoop:
     with config_error("objective.recipe_options", ValueError, TypeError):
         options = json.loads(objective.recipe_options or "{}")
         if not isinstance(options, dict):
@@ -190,6 +192,8 @@ def _of_the_family(name: str, objective: ObjectiveConfig) -> InLoop:
             f"objective.recipe {name} needs {', '.join(missing)}, which the training loop does not supply; "
             "opsd.recipes.make gives its token loss for a trainer of your own"
         )
+    if "base" in recipe.contexts and kind != "base":
+        raise ConfigError(f"objective.recipe {name} reads the initial model: teacher.kind must be 'base', not {kind!r}")
     return InLoop(recipe, objective.temperature, objective.reduction)
 
 
@@ -209,7 +213,7 @@ def check_recipe(run: Run) -> None:
         torch.no_grad(),
         models.autocast(run.config.model, run.device),
     ):
-        run.recipe.loss(student, {"teacher": teacher}, batch, 2)
+        run.recipe.loss(student, dict.fromkeys(run.recipe.contexts, teacher), batch, 2)
 
 
 def absolute_paths(config: Config) -> Config:
@@ -246,7 +250,7 @@ def introduce(setup: Setup, run_dir: Path, display: Display) -> None:
     kind = f"LoRA r {lora.r} alpha {lora.alpha}" if lora.enabled else "full training"
     prompts = [
         f"--- first {name} prompt, {len(ids)} tokens ---\n{run.tokenizer.decode(ids)}"
-        for name, ids in (("student", example.student), ("teacher", example.teacher))
+        for name, ids in {"student": example.student, "teacher": example.teacher, **example.contexts}.items()
     ]
     for note in (
         f"run directory {run_dir}; {run.device.type}; {trained:,} of {total:,} parameters are trained",

@@ -50,7 +50,8 @@ def check_prompts(lm: Any, tokenizer: Any, examples: Sequence[Example]) -> None:
     """
     rows = embedding_rows(lm)
     for example in examples:
-        for who, ids in (("student", example.student), ("teacher", example.teacher), ("analysis", example.reason)):
+        named = {"student": example.student, "teacher": example.teacher, "analysis": example.reason}
+        for who, ids in {**named, **example.contexts}.items():
             if ids and max(ids) >= rows:
                 i = max(ids)
                 raise DataError(

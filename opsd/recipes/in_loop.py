@@ -1,4 +1,4 @@
-"""The family in the training loop: the recipes that ask for no more than a rollout and the teacher's reading of it."""
+"""The family in the training loop: recipes that ask for a rollout and for readings of it that the loop can give."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from opsd_kernels import Stream
 
+from ..contexts import CONTEXTS
 from .base import TokenRecipe
 from .batch import TokenBatch, reduced
 from .importance import sampler_mismatch
@@ -14,10 +15,13 @@ from .importance import sampler_mismatch
 SUPPLIED = ("sampler_logprobs",)
 """Fields of a batch that the loop fills in, beside the tokens."""
 
+READ = ("teacher", *CONTEXTS)
+"""Contexts that the loop can have read."""
+
 
 def lacking(recipe: TokenRecipe) -> list[str]:
     """What `recipe` needs and the loop cannot give it; nothing where it can train with it."""
-    contexts = [name for name in recipe.contexts if name != "teacher"]
+    contexts = [name for name in recipe.contexts if name not in READ]
     found = [f"context {name!r}" for name in contexts] + [f"{name!r}" for name in recipe.needs if name not in SUPPLIED]
     return found + ["all rollouts of a step in one call"] * recipe.batch_wide
 

@@ -52,7 +52,7 @@ def dual_hidden_states(
             `packing.attention`.
 
     Returns:
-        Two tensors, (R, H) and (R, H of the teacher), on the device of the models.
+        Two tensors, (R, H) and (K·R, H of the teacher), on the device of the models; K is `batch.contexts`, usually 1.
 
     Raises:
         TypeError, ValueError: an argument is not of this form, or the model does something that packed rows cannot

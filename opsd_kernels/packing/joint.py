@@ -28,7 +28,7 @@ class DualHidden(NamedTuple):
     """The head's inputs, after the final norm; row r of each predicts `batch.target_ids[r]`."""
 
     student: Tensor  #: (R, H), with a gradient where gradients are on
-    teacher: Tensor  #: (R, H of the teacher), never with one
+    teacher: Tensor  #: (K·R, H of the teacher), never with one; K contexts one after the other, usually one
 
 
 def run_joint(body: Body, joint: Joint, backend: str, *, base_teacher: bool) -> DualHidden:

@@ -142,7 +142,7 @@ class Joint:
     layout: Layout
     student: Layout  #: the first rows of `layout`; none of them sees a later one
     student_rows: Tensor  #: (R,) int64
-    teacher_rows: Tensor  #: (R,) int64, numbered within `layout`
+    teacher_rows: Tensor  #: (K·R,) int64, numbered within `layout`
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,7 @@ class DualContextBatch:
     student: Context
     teacher: Context
     share_prefix: bool
+    contexts: int  #: K: the teacher's side holds K·R rows, all of the first context first
     _prompts: tuple[list[list[int]], list[list[int]]] = field(repr=False)
     _rollouts: list[list[list[int]]] = field(repr=False)
     _joint: dict[bool, Joint] = field(default_factory=dict, repr=False, compare=False)
@@ -161,7 +162,8 @@ class DualContextBatch:
     @cached_property
     def largest_id(self) -> int:
         """The largest token id that is fed, -1 if there is none; known on the host."""
-        fed = (t for side in self._prompts for p, r in zip(side, self._rollouts, strict=True) if any(r) for t in p)
+        sides = zip(self._prompts, (self._rollouts, self._rollouts * self.contexts), strict=True)
+        fed = (t for prompts, written in sides for p, r in zip(prompts, written, strict=True) if any(r) for t in p)
         return max(chain(fed, (t for r in self._rollouts for one in r for t in one)), default=-1)
 
     def to(self, device: torch.device | str) -> DualContextBatch:
@@ -191,7 +193,7 @@ class DualContextBatch:
             device = student.ids.device
             builder = _Builder(offset)
             roots = self._roots() if share_contexts else None
-            rows = builder.add(self._prompts[1], self._rollouts, self.share_prefix, roots)
+            rows = builder.add(self._prompts[1], self._rollouts * self.contexts, self.share_prefix, roots)
             own = builder.layout(device)
             layout = Layout(
                 torch.cat([student.ids, own.ids]),
@@ -202,11 +204,12 @@ class DualContextBatch:
         return self._joint[share_contexts]
 
     def _roots(self) -> list[Range]:
-        """For each prompt the student's rows that the teacher can use too."""
-        starts = _Builder(0).starts(self._prompts[0], self._rollouts)
+        """For each of the teacher's prompts the student's rows that it can use too."""
+        students, teachers = self._prompts
+        starts = _Builder(0).starts(students, self._rollouts)
         return [
             (start, start + _common(student[:-1], teacher[:-1]))
-            for start, student, teacher in zip(starts, *self._prompts, strict=True)
+            for start, student, teacher in zip(starts * self.contexts, students * self.contexts, teachers, strict=True)
         ]
 
 
@@ -216,16 +219,19 @@ def pack_dual_context(
     rollouts: Sequence[Sequence[int]] | Sequence[Sequence[Sequence[int]]],
     *,
     share_prefix: bool = True,
+    contexts: int = 1,
 ) -> DualContextBatch:
     """Lays out [student prompt | rollout] and [teacher prompt | rollout] as packed rows, on the CPU.
 
     Args:
         student_prompts: B lists of token ids, none of them empty.
-        teacher_prompts: B lists of token ids, none of them empty.
+        teacher_prompts: K·B lists of token ids, none of them empty: all of the first context, then all of the second,
+            and so on, as the teacher's K·R hidden states are.
         rollouts: for each prompt one rollout (a list of token ids) or several (a list of such lists), taken verbatim.
             An empty rollout is numbered but contributes no row.
         share_prefix: compute a prompt once for all its rollouts (equal prompts count as one), and permit the two
             contexts to share the beginning of their prompts.
+        contexts: K, the number of constant contexts in which the same rollouts are read, usually one.
 
     Raises:
         TypeError, ValueError: an argument is not of this form; the message says which one, where, and what it was.
@@ -235,18 +241,22 @@ def pack_dual_context(
     students = _prompts("student_prompts", student_prompts)
     teachers = _prompts("teacher_prompts", teacher_prompts)
     written = _rollout_lists(rollouts)
-    for name, other in (("teacher_prompts", teachers), ("rollouts", written)):
-        if len(other) != len(students):
+    if isinstance(contexts, bool) or not isinstance(contexts, int) or contexts < 1:
+        raise ValueError(f"contexts must be a positive int, got {contexts!r}")
+    for name, other, each in (("teacher_prompts", teachers, contexts), ("rollouts", written, 1)):
+        if len(other) != each * len(students):
+            entries = "one entry" if each == 1 else f"{each} entries"
             raise ValueError(
-                f"{name} must have one entry for each of {len(students)} student_prompts, got {len(other)}"
+                f"{name} must have {entries} for each of {len(students)} student_prompts, got {len(other)}"
             )
     flat = list(chain.from_iterable(written))
     return DualContextBatch(
         target_ids=_index(chain.from_iterable(flat), "cpu"),
         sequence_ids=_index((i for i, rollout in enumerate(flat) for _ in rollout), "cpu"),
         student=_context(students, written, share_prefix),
-        teacher=_context(teachers, written, share_prefix),
+        teacher=_context(teachers, written * contexts, share_prefix),
         share_prefix=share_prefix,
+        contexts=contexts,
         _prompts=(students, teachers),
         _rollouts=written,
     )

@@ -1,10 +1,12 @@
 import json
 import sys
+from dataclasses import replace
 from itertools import islice
 
 import pytest
 from _models import tokenizer, write_rows
 
+from opsd.contexts import first_half
 from opsd.data import Row, batches, read_rows
 from opsd.errors import ConfigError, DataError
 from opsd.options import DataConfig, PromptsConfig
@@ -343,6 +345,32 @@ def test_prompts_hold_what_each_may_see():
     own = prompter.encode(Row("1+1?", "it is 2", None, "only {this}", "f:1"))
     assert decoded(prompter, own.teacher) == "only {this}"
     assert prompter.encode(Row("1+1?", None, "2", None, "f:1")).teacher == []
+
+
+def test_other_contexts_read_what_their_names_say():
+    config = PromptsConfig(student="Q {problem}", teacher="Q {problem} R {solution}", reference="only {solution}")
+    names = ("base", "plain", "reference", "partial")
+    prompter = Prompter(tokenizer(), config, contexts=names)
+    row = Row("1+1?", "one and one are two", None, None, "file:1")
+    example = prompter.encode(row)
+    assert tuple(example.contexts) == names
+    assert example.contexts["base"] == example.contexts["plain"] == example.student
+    assert decoded(prompter, example.contexts["reference"]) == "only one and one are two"
+    assert decoded(prompter, example.contexts["partial"]) == "Q 1+1? R one and one"
+    assert example.read_as("teacher") == example.teacher
+    assert first_half("1000+60+8#1068") == "1000+60"
+    chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "1+1?"}]
+    prompter = Prompter(tokenizer(chat=True), config, contexts=["reference"])
+    text = decoded(prompter, prompter.encode(replace(row, problem=chat)).contexts["reference"])
+    assert "be brief" in text
+    assert "1+1?" not in text
+    with pytest.raises(DataError, match=r"file:1: 'solution' is missing, which the context 'reference' reads"):
+        prompter.encode(Row("1+1?", None, None, "T", "file:1"))
+    wide = Prompter(
+        tokenizer(), config.model_copy(update={"reference": "x" * 40 + "{solution}"}), contexts=["reference"]
+    )
+    with pytest.raises(DataError, match="the prompt of the context reference has 59 tokens"):
+        encode_rows(Prompter(tokenizer(), wide, contexts=["reference"]), [row], DataConfig(max_prompt_tokens=50))
 
 
 def test_chat_template_wraps_when_there_is_one():

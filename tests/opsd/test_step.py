@@ -7,10 +7,11 @@ import pytest
 import torch
 from _models import examples, lora, model, run_of
 
+from opsd import recipes
 from opsd.errors import ConfigError
 from opsd.plugins import UserEngine, UserLoss
 from opsd.rollouts import Rollout
-from opsd.scoring import rollout_hidden, rollout_index, supervised_loss
+from opsd.scoring import rollout_hidden, rollout_index, stream_of, supervised_loss
 from opsd.step import group_rollouts, opsd_step
 
 ROLLOUTS = [[5, 6, 7, 1], [8, 1], [9, 10, 11, 12, 13, 14, 1], [15], [16, 17, 18]]
@@ -487,9 +488,41 @@ def test_a_recipe_of_the_family_in_the_loop(fixed_rollouts, recipe):
         assert {"divergence", "student_entropy", "sampler_mismatch"} <= whole.metrics.keys()
 
 
+@pytest.mark.parametrize("per_prompt", [1, 3])
+@pytest.mark.parametrize(("name", "kind"), [("purified", "base"), ("ar_opd", "ema"), ("edge_opd", "base")])
+def test_a_recipe_of_several_contexts_in_the_loop(fixed_rollouts, name, kind, per_prompt):
+    """The mean of its token losses of the rows that single passes over each context's own prompt give."""
+    student = model("qwen3").double()
+    options = {"objective__recipe": name, "teacher__kind": kind, "rollout__per_prompt": per_prompt}
+    run = run_of(student, optim__micro_batch_size=100, **options)
+    others = {"base": 1, "plain": 2, "reference": 3, "partial": 4}  # a seed for the prompts of each
+    own = {c: [e.teacher for e in examples(seed=seed)] for c, seed in others.items() if c in run.recipe.contexts}
+    chosen = [dataclasses.replace(e, contexts={c: ids[i] for c, ids in own.items()}) for i, e in enumerate(examples())]
+    written = fixed(per_prompt)
+    repeated = [e for e in chosen for _ in range(per_prompt)]
+    ids = [rollout.ids for rollout in written]
+    rows = rollout_hidden(student, [e.student for e in repeated], ids)
+    teachers = {c: rollout_hidden(student, [e.read_as(c) for e in repeated], ids).detach() for c in run.recipe.contexts}
+    targets, sequences = rollout_index(ids, rows.device)
+    batch = recipes.TokenBatch(target_ids=targets, sequence_ids=sequences)
+    teachers = {c: stream_of(hidden, run.head) for c, hidden in teachers.items()}
+    losses, _ = recipes.make(name).token_loss(stream_of(rows, run.head), teachers, batch)
+    student.zero_grad()
+    losses.mean().backward()
+    expected = {n: p.grad.clone() for n, p in student.named_parameters()}
+    for packed, size in ((False, 100), (True, 100), (True, 2)):
+        student.zero_grad()
+        run = dataclasses.replace(run_of(student, optim__micro_batch_size=size, **options), packed=packed)
+        run.model.eval()
+        result = opsd_step(run, chosen, 1)
+        torch.testing.assert_close(result.loss, losses.mean().detach().to(result.loss), rtol=1e-5, atol=1e-8)
+        same_gradients({n: p.grad for n, p in student.named_parameters()}, expected)
+
+
 @pytest.mark.parametrize(("options", "said"), [
     ({"objective__recipe": "opd"}, "recipe is 'opd'; accepted: act_guide"),
-    ({"objective__recipe": "purified"}, "needs context 'reference', context 'base', which the training loop does not"),
+    ({"objective__recipe": "cepo"}, "needs context 'positive', context 'negative', 'advantage', 'step', which the"),
+    ({"objective__recipe": "purified", "teacher__kind": "live"}, "the initial model: teacher.kind must be 'base', not"),
     ({"objective__recipe": "ta_opd"}, "needs all rollouts of a step in one call, which"),
     ({"objective__recipe": "opsd", "objective__recipe_options": "[1]"}, "accepted: a JSON object"),
     ({"objective__recipe": "opsd", "objective__recipe_options": '{"tau": 1}'}, "no option 'tau'; accepted: "),

@@ -200,6 +200,23 @@ def test_equals_separate_passes(kind, passes, generations, share, checkpointing)
     assert compare(model, teacher, data, share=share, checkpointing=checkpointing, passes=passes) < 1e-12
 
 
+@pytest.mark.parametrize("share", [False, True], ids=["alone", "shared"])
+@pytest.mark.parametrize("generations", [1, 4])
+@pytest.mark.parametrize(("kind", "passes"), [("live", "two"), ("live", "joint"), ("base", "joint"), ("module", "two")])
+def test_several_contexts_in_one_layout_equal_separate_passes(kind, passes, generations, share):
+    model, teacher = make_pair("qwen3", kind)
+    students, teachers, rollouts = make_data(generations)
+    others = [[*students[0][:3], 50, 51], students[1], [60, 61]]  # one begins like the student's, one is the student's
+    readings = [reference(model, teacher, (students, read, rollouts)) for read in (teachers, others)]
+    batch = pack_dual_context(students, [*teachers, *others], rollouts, contexts=2, share_prefix=share)
+    got = dual_hidden_states(model, batch, teacher=teacher, passes=passes)
+    first, second = got.teacher.chunk(2)
+    assert worst(got.student.detach(), readings[0][0]) < 1e-12
+    assert worst(first, readings[0][1]) < 1e-12
+    assert worst(second, readings[1][1]) < 1e-12
+    assert worst(gradients(model, loss_of(got.student, second)), readings[1][2]) < 1e-12
+
+
 @pytest.mark.parametrize("generations", [1, 4])
 @pytest.mark.parametrize(("kind", "passes"), [("live", "two"), ("live", "joint"), ("base", "joint"), ("module", "two")])
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "qwen3"])

@@ -181,3 +181,11 @@ def test_bad_input_is_named(arguments, error, message):
 def test_bad_switch():
     with pytest.raises(TypeError, match="share_prefix must be True or False, got 1"):
         pack_dual_context([[1]], [[1]], [[1]], share_prefix=1)
+
+
+def test_several_contexts_need_as_many_prompts():
+    with pytest.raises(ValueError, match="teacher_prompts must have 2 entries for each of 1 student_prompts, got 3"):
+        pack_dual_context([[1]], [[1], [2], [3]], [[1]], contexts=2)
+    with pytest.raises(ValueError, match="contexts must be a positive int, got 0"):
+        pack_dual_context([[1]], [[1]], [[1]], contexts=0)
+    assert pack_dual_context([[1]], [[1], [900]], [[1, 2]], contexts=2).largest_id == 900
