@@ -28,6 +28,7 @@ TIDY = [
     (r"\\(?:left|right|displaystyle|[Bb]igg?[lr]?)(?![A-Za-z])|\\!", ""),
     (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])| +", " "),
     (r"\{,\}", ","),
+    (r"^\\(?:text|math)[a-z]* ?\{([^{}]*\d[^{}]*)\}$", r"\1"),
     (r"\\%", "%"),
     (r"\^ ?(?:\{ ?\\circ ?\}|\\circ)|\\degree(?![A-Za-z])", "°"),
     (r"(?<![\\A-Za-z])pi(?![A-Za-z])|π", r"\\pi "),
@@ -39,7 +40,7 @@ TIDY = [
     (r"\\[dtc]?frac ?(\{[^{}]*\}) ?(\d)", r"\\frac\1{\2}"),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     (rf"^([+-]?(?:\d+ (?=[1-9]))?)({DECIMAL}) ?/ ?({DECIMAL})(?! ?[\d.^!])", r"\1\\frac{\2}{\3}"),
-    (r"\^ ?(\d)(?!\d)", r"^{\1}"),
+    (r"\^ ?(-?\d+)", r"^{\1}"),
     (r"^([+-]?) ?(\\\$|[€£¥₹]) ?(.*)$", r"\1\3 \2"),  # the mark of a currency goes where other units are
     (r"^\( ?(\d{1,3}(?:,\d{3})*,0\d\d(?:,\d{3})*) ?\)$", r"\1"),  # (1,000) can be no pair, (2,100) can
 ]
@@ -59,7 +60,7 @@ TAIL = re.compile(rf"{WRAPPED.pattern}|[°%]| (?=[A-Za-z]{{2}})")
 ALIASES = {"%": "percent", "°": "degree", "deg": "degree", "\\$": "dollar", "min": "minute", "sec": "second",
            "hr": "hour", "lb": "pound", "in": "inch"}  # fmt: skip
 MULTIPLES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-NAME = r"(?:[A-Za-z]|\\[a-z]+)(?:_(?:\w|\{\w+\}))?"
+NAME = r"(?:[A-Za-z]|[A-Za-z]{4,}|\\[a-z]+|\\text ?\{[A-Za-z ]+\})(?:_(?:\w|\{\w+\}))?"
 ASSIGNED = re.compile(rf"({NAME}(?: ?\([a-z, ]+\))?|\([a-z](?: ?, ?[a-z])+\)) ?(?:=|\\in(?![A-Za-z])) ?([^=<>]+)")
 VARIABLE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]")
 SIGN = re.compile(r" ?(<|>|\\[lg]e(?![A-Za-z])) ?")
@@ -227,9 +228,9 @@ def structure(text: str) -> Structure | None:
         if len(parts) > 1:
             union = separator is CUP or (separator is OR and all(map(interval, parts)))
             return Structure("union" if union else "set", parts)
-    match = re.fullmatch(r"(\(|\[|\\\{)(.+)(\)|\]|\\\})", text)
+    match = re.fullmatch(r"(\(|\[|\\?\{)(.+?)(\)|\]|\\?\})", text)
     parts = split(match[2], "[,;]") if match else []
-    return Structure("set" if text[0] == "\\" else text[0] + text[-1], parts) if len(parts) > 1 else None
+    return Structure("set" if text[0] in "\\{" else text[0] + text[-1], parts) if len(parts) > 1 else None
 
 
 def split(text: str, separator: str) -> list[str]:

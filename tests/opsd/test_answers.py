@@ -228,6 +228,16 @@ PAIRS = [
     ("5 m", "5", True),
     ("2 cups", "3 cups", False),
     (r"90^\circ", r"\frac{\pi}{3}", False),
+    (r"\textbf{1,234}", "1234", True),
+    (r"\text{12}", "13", False),
+    (r"\text{5 km}", "5000 m", True),
+    ("{1,2}", r"\{2,1\}", True),
+    ("{1,2}", "(1,2)", False),
+    ("10^12", "1,000,000,000,000", True),
+    ("10^-3", "0.001", True),
+    ("2^10", "1024", True),
+    ("Area = 5", "5", True),
+    (r"\text{Area} = 5", "6", False),
 ]
 
 
