@@ -1,9 +1,12 @@
 import signal
+import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
+from opsd import scorers
 from opsd.config import load_config
 from opsd.data import Row
 from opsd.errors import ConfigError, ScorerError, Undecided
@@ -63,6 +66,21 @@ def test_math_verify_says_what_it_could_not_judge(monkeypatch, given, reference,
         scorer("math_verify")(f"\\boxed{{{given}}}", row(reference))
     monkeypatch.undo()
     assert scorer("math_verify")("\\boxed{1/2}", row("0.5"))
+
+
+def test_the_memory_of_a_comparison_is_limited():
+    pytest.importorskip("math_verify")
+    pytest.importorskip("resource")
+    code = "import equality; equality.equal = lambda a, b: len(bytearray(3 << 30)) > 0; equality.main()"
+    package = str(Path(scorers.__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.append({package!r}); {code}"],
+        input='["1", "2", 5]\n',
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.splitlines() == ['"ready"', '"MemoryError: "'], done.stderr
 
 
 def test_an_interrupted_question_does_not_answer_the_next():
