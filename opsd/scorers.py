@@ -4,14 +4,17 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
+import json
 import operator
+import os
+import subprocess
 import sys
 import threading
 from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
 
-from opsd.answers import extract
+from opsd.answers import extract, last_box
 from opsd.data import Row
 from opsd.errors import ConfigError, ScorerError, Undecided
 from opsd.options import EvalConfig
@@ -27,7 +30,7 @@ class Scorer(Protocol):
         """
 
 
-SECONDS = 5  # for math_verify to read or to compare one expression
+SECONDS = 5  # for one comparison of the scorer math_verify
 
 
 def scorer_of(options: EvalConfig) -> Scorer:
@@ -54,50 +57,88 @@ def scorer_of(options: EvalConfig) -> Scorer:
 def math_verify_scorer(pattern: str) -> Scorer:
     """A scorer that compares the answer found by `pattern` with `row.answer` as mathematics: 1/2 is \\frac{1}{2}.
 
-    Both are LaTeX or plain; dollar signs around either and a \\boxed{} around the row's do no harm. The whole text is
-    not searched, since math-verify finds some number in nearly any text. Where math-verify fails, or takes longer than
-    `SECONDS`, the answer is `Undecided`. The time limit is a signal, which exists in the main thread alone: elsewhere
-    there is none.
+    Both are LaTeX or plain; dollar signs around either and a \\boxed{} around the row's do no harm. `equal` in
+    opsd/equality.py says what is equal. Where it fails, or needs over `SECONDS` or 2 GiB, the answer is `Undecided`.
 
     Raises:
         ConfigError: math-verify is not installed.
     """
     try:
-        from math_verify import parse, verify
-        from math_verify.errors import TimeoutException
+        importlib.import_module("math_verify")
     except ImportError as error:
         raise ConfigError(
             f"eval.scorer math_verify needs the package math-verify: pip install 'opsd[math]' ({error})"
         ) from error
 
-    def read(text: str, seconds: int | None) -> list[Any]:
-        bare = text[1:-1] if len(text) > 1 and text[0] == text[-1] == "$" else text
-        # In a box a bare expression, a number or a word is found just as well as one between dollar signs.
-        boxed = text if "\\boxed" in text else f"\\boxed{{{bare}}}"
-        return parse(boxed, parsing_timeout=seconds, raise_on_error=True)
-
     def score(text: str, row: Row) -> bool:
         found, answer = extract(text, pattern), (row.answer or "").strip()
-        if found is None or found == answer:  # without a parser that may fail
+        if found is None or found == answer:
             return found is not None
-        seconds = SECONDS if threading.current_thread() is threading.main_thread() else None
-        failure: BaseException | None = None
-        pairs: list[tuple[Any, Any]] = []
-        try:
-            pairs = [(gold, given) for gold in read(answer, seconds) for given in read(found, seconds)]
-        except (Exception, TimeoutException) as error:  # its timeout is no Exception
-            failure = error
-        for gold, given in pairs:
-            try:
-                if verify(gold, given, timeout_seconds=seconds, raise_on_error=True):
-                    return True
-            except (Exception, TimeoutException) as error:
-                failure = error
-        if failure is not None:
-            raise Undecided(f"math-verify: {type(failure).__name__}: {failure}") from failure
-        return False
+        return _JUDGE.equal(last_box(answer) or answer, found)
 
     return score
+
+
+class _Judge:
+    """A process that runs opsd/equality.py: no signal ends a large power or a factorial, but a process can be killed.
+
+    It is started at the first question, and anew after one that it did not survive.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+
+    def equal(self, gold: str, given: str) -> bool:
+        with self._lock:
+            # Given back after its reply alone: one that was interrupted before would give it to the next question.
+            alive = self._process and self._process.poll() is None
+            process, self._process = self._process if self._process and alive else self._start(), None
+            reply = _ask(process, json.dumps((gold, given, SECONDS)), SECONDS)
+            if reply is not None:
+                self._process = process
+        if not isinstance(reply, bool):
+            raise Undecided(f"math-verify: {reply or f'no verdict within {SECONDS} s and 2 GiB'}")
+        return reply
+
+    def _start(self) -> "subprocess.Popen[str]":
+        # Not as a module of opsd, which would import torch; with the paths of this process, wherever they are from.
+        code = "import runpy, sys; sys.path[:] = sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
+        command = [sys.executable, "-c", code, str(Path(__file__).with_name("equality.py")), *sys.path]
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            env=os.environ | {"PYTHONUTF8": "1"},
+        )
+        if _ask(process, "", 60) != "ready":
+            raise ScorerError(f"eval.scorer math_verify: its process did not start (exit status {process.returncode})")
+        return process
+
+
+_JUDGE = _Judge()
+
+
+def _ask(process: "subprocess.Popen[str]", line: str, seconds: float) -> bool | str | None:
+    """The reply to a line of JSON, or None from a process that died, which one that takes longer does."""
+    assert process.stdin
+    assert process.stdout
+    timer = threading.Timer(seconds, process.kill)
+    timer.start()
+    reply = ""
+    try:
+        with contextlib.suppress(OSError):
+            print(line, file=process.stdin, flush=True)
+            reply = process.stdout.readline()
+    finally:
+        timer.cancel()
+        timer.join()
+        if not reply:
+            process.kill()
+            process.wait()
+    verdict: bool | str | None = json.loads(reply) if reply else None
+    return verdict
 
 
 def _own_scorer(name: str) -> Scorer:
