@@ -187,7 +187,8 @@ def unused_options(config: Config) -> list[str]:
     Options at their defaults do not count, nor as the preset has them, so that a file of all options is as good as one
     of the few that matter.
     """
-    teacher = config.teacher
+    teacher, recipe = config.teacher, config.objective.recipe
+    evaluated = config.data.eval or not config.model.path or recipe  # the embedded set-up has its own data
     belongs: dict[str, tuple[Any, tuple[str, ...]]] = {  # to an option: whether that is on, and how names begin
         "lora.enabled": (config.lora.enabled, ("lora.",)),
         "teacher.kind": (teacher.kind == "ema", ("teacher.ema_",)),
@@ -195,7 +196,7 @@ def unused_options(config: Config) -> list[str]:
         "objective.top_k": (config.objective.top_k, ("objective.top_k_from",)),
         "objective.form": (config.objective.form != "sampled_token", ("objective.beta",)),
         "objective.recipe": (config.objective.recipe is None, DIVERGENCE),
-        "data.eval": (config.data.eval or not config.model.path, ("eval.",)),  # the embedded set-up has its own
+        "data.eval": (evaluated, ("eval.",)),
     }
     values, default = config.options(), Config().options()
     preset = {f"{s}.{name}": v for s, of in PRESETS.get(config.preset or "", {}).items() for name, v in of.items()}

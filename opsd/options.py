@@ -175,6 +175,11 @@ class ObjectiveConfig(Section):
         None, "a method of the family by its name, in place of form and of the divergence's options; see opsd recipes"
     )
     recipe_options: str | None = option(None, 'JSON object of its options: {"beta": 0.5}; in YAML also a mapping')
+    advantage: Literal["normalised", "centred", "raw"] = option(
+        "normalised",
+        "with a recipe that needs advantages: the score of eval.scorer less the mean of the prompt's rollouts, over "
+        "their standard deviation; without the latter; or the score itself",
+    )
     beta: float = option(
         0.5, "0: forward KL; 1: reverse KL; between: JSD, bounded and so safe without a clip", ge=0, le=1
     )

@@ -20,6 +20,7 @@ from opsd.config import Config
 from opsd.prompts import Example
 from opsd.recipes.batch import Recipe, TokenBatch
 from opsd.rollouts import Rollout, Sampling
+from opsd.scorers import Scorer
 from opsd_kernels import Head, Stream
 
 __all__ = ["Engine", "MicroBatch", "Observer", "Recipe", "Run", "Step", "StepResult", "Stream", "Teacher"]
@@ -37,7 +38,8 @@ class Run:
     engine: Engine
     recipe: Recipe
     device: torch.device
-    packed: bool = False  #: both contexts run as rows without padding
+    packed: bool = False  #: all contexts run as rows without padding
+    reward: Scorer | None = None  #: of rollouts, where the recipe needs it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,8 @@ def score(run: Run, batch: MicroBatch, clock: Clock | None = None) -> tuple[Stre
     clock = clock or Clock(run.device)
     options, teacher = run.config.model, run.teacher
     prompts = [example.student for example in batch.examples]
-    read = {name: [example.read_as(name) for example in batch.examples] for name in run.recipe.contexts}
+    names = ("teacher", *(name for name in run.recipe.contexts if name != "teacher"))  # what is reported needs it
+    read = {name: [example.read_as(name) for example in batch.examples] for name in names}
     ids = [rollout.ids for rollout in batch.rollouts]
     if run.packed:
         packed = pack_dual_context(prompts, [*chain(*read.values())], ids, contexts=len(read))

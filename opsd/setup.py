@@ -21,11 +21,12 @@ from opsd.errors import ConfigError, config_error
 from opsd.evaluation import Evaluator
 from opsd.limits import PATHS
 from opsd.optim import learning_rate
-from opsd.options import ModelConfig, ObjectiveConfig
+from opsd.options import ModelConfig
 from opsd.plugins import Evaluate, Parts, UserEngine, UserLoss, UserTeacher
 from opsd.prompts import Encoded, Example, Prompter, read_examples
 from opsd.recipes.importance import ImportanceWeighted
 from opsd.recipes.in_loop import InLoop, lacking
+from opsd.rewards import REWARDED
 from opsd.run import Recipe, Run, Step, Teacher
 from opsd.scorers import scorer_of
 from opsd.scoring import stream_of
@@ -87,7 +88,8 @@ def set_up(config: Config, parts: Parts, date: datetime | None = None) -> Setup:
     if parts.teacher is not None:
         teacher = UserTeacher(teacher)
     packed, how = choose_packing(config.model, model, teacher)
-    run = Run(config, model, tokenizer, head, teacher, engine, recipe, device, packed)
+    reward = scorer if needs_reward(config) else None
+    run = Run(config, model, tokenizer, head, teacher, engine, recipe, device, packed, reward)
     if parts.rollouts is not None:
         run = replace(run, engine=UserEngine(parts.rollouts, engine))
     if parts.loss is None:
@@ -111,7 +113,8 @@ def set_up(config: Config, parts: Parts, date: datetime | None = None) -> Setup:
 def _read(config: Config, prompter: Prompter) -> dict[str, Encoded]:
     """The examples of data.train, and of data.eval where it is given."""
     read = partial(read_examples, config.data, prompter, reason=config.teacher.reason_first)
-    data = {"train": read(config.data.train or "", required=("problem", "solution"))}
+    answered = needs_reward(config) and config.eval.scorer in ("exact", "math_verify")
+    data = {"train": read(config.data.train or "", required=("problem", "solution", *["answer"] * answered))}
     if config.data.eval:
         data["eval"] = read(config.data.eval, required=("problem", "answer"), most=config.eval.max_problems)
     return data
@@ -175,11 +178,12 @@ def make_recipe(config: Config) -> Recipe:
         names = [option.name for option in fields(recipes.FORMS[objective.form])]
         recipe = recipes.FORMS[objective.form](**{name: getattr(objective, name) for name in names})
     else:
-        recipe = _of_the_family(objective.recipe, objective, config.teacher.kind)
+        recipe = _of_the_family(objective.recipe, config)
     return recipe if cap is None else ImportanceWeighted(recipe, cap)
 
 
-def _of_the_family(name: str, objective: ObjectiveConfig, kind: str) -> InLoop:
+def _of_the_family(name: str, config: Config) -> InLoop:
+    objective = config.objective
     with config_error("objective.recipe_options", ValueError, TypeError):
         options = json.loads(objective.recipe_options or "{}")
         if not isinstance(options, dict):
@@ -192,9 +196,29 @@ def _of_the_family(name: str, objective: ObjectiveConfig, kind: str) -> InLoop:
             f"objective.recipe {name} needs {', '.join(missing)}, which the training loop does not supply; "
             "opsd.recipes.make gives its token loss for a trainer of your own"
         )
-    if "base" in recipe.contexts and kind != "base":
-        raise ConfigError(f"objective.recipe {name} reads the initial model: teacher.kind must be 'base', not {kind!r}")
+    if "base" in recipe.contexts and config.teacher.kind != "base":
+        raise ConfigError(
+            f"objective.recipe {name} reads the initial model: teacher.kind must be 'base', not {config.teacher.kind!r}"
+        )
+    each = config.rollout.per_prompt
+    if recipe.batch_wide and config.optim.micro_batch_size < config.optim.batch_size * each:
+        raise ConfigError(
+            f"objective.recipe {name} compares all tokens of a step: optim.micro_batch_size must be at least "
+            f"{config.optim.batch_size * each}, optim.batch_size times rollout.per_prompt, "
+            f"not {config.optim.micro_batch_size}"
+        )
+    if "advantage" in recipe.needs and each == 1 and objective.advantage != "raw":
+        raise ConfigError(
+            f"objective.recipe {name} compares the rollouts of a prompt: rollout.per_prompt must be at least 2, "
+            "or objective.advantage 'raw'"
+        )
     return InLoop(recipe, objective.temperature, objective.reduction)
+
+
+def needs_reward(config: Config) -> bool:
+    """Whether the recipe has rollouts of training scored."""
+    name = config.objective.recipe
+    return name is not None and not REWARDED.isdisjoint(_of_the_family(name, config).recipe.needs)
 
 
 def check_recipe(run: Run) -> None:
@@ -207,7 +231,9 @@ def check_recipe(run: Run) -> None:
         stream_of(head.weight.new_zeros(2, head.weight.shape[1]), head) for head in (run.head, run.teacher.head)
     )
     zeros = torch.zeros(2, dtype=torch.int64, device=run.device)
-    batch = recipes.TokenBatch(target_ids=zeros, sequence_ids=zeros, sampler_logprobs=zeros.float())
+    floats = dict.fromkeys(("sampler_logprobs", "advantage", "correct", "has_feedback"), zeros.float())
+    given: dict[str, Any] = {"step": 0, "progress": 0.0, **floats}
+    batch = recipes.TokenBatch(target_ids=zeros, sequence_ids=zeros, **given)
     with (
         config_error("objective", TypeError, ValueError),
         torch.no_grad(),

@@ -7,6 +7,7 @@ Only the rows that predict rollout tokens reach the lm_head, inside the recipe, 
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from opsd.clock import Clock
 from opsd.models import autocast
 from opsd.prompts import Example
+from opsd.rewards import Rewards, rewarded
 from opsd.rollouts import Rollout
 from opsd.run import MicroBatch, Run, StepResult
 from opsd.scoring import rollout_index, score, top_k_overlap
@@ -30,7 +32,8 @@ def opsd_step(run: Run, examples: Sequence[Example], number: int) -> StepResult:
         rollouts = run.engine.rollouts(run, examples, number)
     totals = Totals(sum(len(rollout.ids) for rollout in rollouts), run.device)
     denominator = totals.tokens if run.recipe.reduction == "mean" else len(rollouts)
-    for batch in micro_batches(run, examples, rollouts):
+    rewards = rewarded(run, examples, rollouts)
+    for batch in micro_batches(run, examples, rollouts, number, rewards):
         student, teachers = score(run, batch, clock)
         with clock("loss"), autocast(run.config.model, run.device):
             loss, stats = run.recipe.loss(student, teachers, batch, denominator)
@@ -39,7 +42,10 @@ def opsd_step(run: Run, examples: Sequence[Example], number: int) -> StepResult:
         with clock("backward"):
             loss.backward()
         totals.add(loss, stats)
-    return StepResult(totals.loss, totals.tokens, totals.metrics(examples, rollouts), clock, rollouts)
+    metrics = totals.metrics(examples, rollouts)
+    if rewards is not None:
+        metrics["reward"] = sum(rewards.rewards) / len(rollouts)
+    return StepResult(totals.loss, totals.tokens, metrics, clock, rollouts)
 
 
 class Totals:
@@ -70,7 +76,9 @@ class Totals:
         }
 
 
-def micro_batches(run: Run, examples: Sequence[Example], rollouts: Sequence[Rollout]) -> Iterator[MicroBatch]:
+def micro_batches(
+    run: Run, examples: Sequence[Example], rollouts: Sequence[Rollout], number: int = 1, rewards: Rewards | None = None
+) -> Iterator[MicroBatch]:
     """The rollouts in groups of at most `optim.micro_batch_size`; packed, those of a prompt stay together."""
     each = run.config.rollout.per_prompt
     size, together = run.config.optim.micro_batch_size, each if run.packed else 1
@@ -79,11 +87,21 @@ def micro_batches(run: Run, examples: Sequence[Example], rollouts: Sequence[Roll
         targets, sequences = rollout_index([rollout.ids for rollout in written], run.device)
         known = all(rollout.logprobs is not None for rollout in written)
         logprobs = [value for rollout in written for value in rollout.logprobs or ()]
+        known_of: dict[str, Any] = {}
+        if rewards is not None:
+            lengths = torch.tensor([len(rollout.ids) for rollout in written])
+            for name in ("advantage", "correct"):
+                values = torch.tensor([getattr(rewards, name)[i] for i in chosen])
+                known_of[name] = values.repeat_interleave(lengths).to(run.device)
         yield MicroBatch(
             target_ids=targets,
             sequence_ids=sequences,
             sampler_logprobs=torch.tensor(logprobs, device=run.device) if known else None,
             sampler_temperature=run.config.rollout.temperature,
+            has_feedback=torch.ones_like(targets, dtype=torch.bool),  # a teacher without anything to read is refused
+            step=number - 1,
+            progress=(number - 1) / run.config.optim.steps,
+            **known_of,
             examples=[examples[i // each] for i in chosen],
             rollouts=written,
         )

@@ -99,6 +99,7 @@ class EGRSD(SampledToken):
 
     paper, source = "2605.13255", "notes: the paper; coefficient to be checked"
     needs = ("advantage",)
+    batch_wide = True
     coefficient: float = number(0.3)
     clip: float = positive(0.2)
     floor: float = fraction(0.1)

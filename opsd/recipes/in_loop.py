@@ -12,7 +12,7 @@ from .base import TokenRecipe
 from .batch import TokenBatch, reduced
 from .importance import sampler_mismatch
 
-SUPPLIED = ("sampler_logprobs",)
+SUPPLIED = ("sampler_logprobs", "advantage", "correct", "has_feedback", "step", "progress")
 """Fields of a batch that the loop fills in, beside the tokens."""
 
 READ = ("teacher", *CONTEXTS)
@@ -23,7 +23,7 @@ def lacking(recipe: TokenRecipe) -> list[str]:
     """What `recipe` needs and the loop cannot give it; nothing where it can train with it."""
     contexts = [name for name in recipe.contexts if name not in READ]
     found = [f"context {name!r}" for name in contexts] + [f"{name!r}" for name in recipe.needs if name not in SUPPLIED]
-    return found + ["all rollouts of a step in one call"] * recipe.batch_wide
+    return found
 
 
 @dataclass(frozen=True)
@@ -54,5 +54,7 @@ class InLoop:
         mismatch: dict[str, Tensor] = {}
         if "student_logprob" in stats:
             mismatch = sampler_mismatch(stats["student_logprob"], batch, self.temperature)
+        if self.recipe.batch_wide and "mask" in stats:  # the mean is over what it keeps, and all tokens are here
+            losses = losses * (losses.numel() / stats["mask"].sum().clamp(min=1))
         shown = {name: value for name, value in stats.items() if not name.endswith("logprob")}
         return reduced(losses, batch, self.reduction, denominator), shown | mismatch

@@ -370,7 +370,7 @@ def test_other_contexts_read_what_their_names_say():
         tokenizer(), config.model_copy(update={"reference": "x" * 40 + "{solution}"}), contexts=["reference"]
     )
     with pytest.raises(DataError, match="the prompt of the context reference has 59 tokens"):
-        encode_rows(Prompter(tokenizer(), wide, contexts=["reference"]), [row], DataConfig(max_prompt_tokens=50))
+        encode_rows(wide, [row], DataConfig(max_prompt_tokens=50))
 
 
 def test_chat_template_wraps_when_there_is_one():

@@ -521,9 +521,9 @@ def test_a_recipe_of_several_contexts_in_the_loop(fixed_rollouts, name, kind, pe
 
 @pytest.mark.parametrize(("options", "said"), [
     ({"objective__recipe": "opd"}, "recipe is 'opd'; accepted: act_guide"),
-    ({"objective__recipe": "cepo"}, "needs context 'positive', context 'negative', 'advantage', 'step', which the"),
+    ({"objective__recipe": "cepo"}, "needs context 'positive', context 'negative', which the training loop does"),
     ({"objective__recipe": "purified", "teacher__kind": "live"}, "the initial model: teacher.kind must be 'base', not"),
-    ({"objective__recipe": "ta_opd"}, "needs all rollouts of a step in one call, which"),
+    ({"objective__recipe": "ta_opd"}, "optim.micro_batch_size must be at least 32, optim.batch_size times"),
     ({"objective__recipe": "opsd", "objective__recipe_options": "[1]"}, "accepted: a JSON object"),
     ({"objective__recipe": "opsd", "objective__recipe_options": '{"tau": 1}'}, "no option 'tau'; accepted: "),
     ({"objective__recipe": "opsd", "objective__recipe_options": '{"beta": 2}'}, "beta is 2; accepted: "),
