@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
-from opsd.data import Messages, Row, name_rows, read_rows
+from opsd.data import Messages, Row, Rows, name_rows, read_rows
 from opsd.dates import template_date
 from opsd.errors import ConfigError, DataError
 from opsd.options import DataConfig, PromptsConfig
@@ -210,6 +210,13 @@ def read_examples(
         DataError: as `read_rows` and `encode_rows`.
     """
     rows = read_rows(path, required=required, columns=options.columns, skip_bad_rows=options.skip_bad_rows)
+    return encode_read(options, prompter, rows, most=most, reason=reason)
+
+
+def encode_read(
+    options: DataConfig, prompter: Prompter, rows: Rows, *, most: int | None = None, reason: bool = False
+) -> Encoded:
+    """`encode_rows` of the first `most` rows that were read; skipped are also those that could not be."""
     encoded = encode_rows(prompter, rows.rows[:most], options, reason=reason)
     return encoded._replace(skipped=[*rows.skipped, *encoded.skipped])
 
@@ -255,6 +262,13 @@ def encode_rows(prompter: Prompter, rows: Iterable[Row], options: DataConfig, *,
     if not encoded.examples:
         raise DataError(name_rows("no row is left:", [*encoded.skipped, *encoded.too_long]))
     return encoded
+
+
+def decoded(tokenizer: Any, example: Example) -> list[str]:
+    """Both prompts of `example` as the model reads them."""
+    prompts = (("student", example.student), ("teacher", example.teacher))
+    texts = [f"--- first {name} prompt, {len(ids)} tokens ---\n{tokenizer.decode(ids)}" for name, ids in prompts]
+    return [*texts, "---"]
 
 
 def _as_messages(prompt: str | Messages) -> Messages:

@@ -1,12 +1,13 @@
 """From a configuration to all that a run works with: data, model, teacher, and how they are scored."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from transformers import set_seed
 
 from opsd import models, recipes, tiny
 from opsd.config import Config, unused_options
-from opsd.data import name_rows
+from opsd.data import name_rows, read_rows
 from opsd.display import Display
 from opsd.engines import GenerateEngine
 from opsd.errors import ConfigError, config_error
@@ -23,7 +24,7 @@ from opsd.limits import PATHS
 from opsd.optim import learning_rate
 from opsd.options import ModelConfig, ObjectiveConfig
 from opsd.plugins import Evaluate, Parts, UserEngine, UserLoss, UserTeacher
-from opsd.prompts import Encoded, Example, Prompter, read_examples
+from opsd.prompts import Encoded, Example, Prompter, decoded, encode_read
 from opsd.recipes.importance import ImportanceWeighted
 from opsd.recipes.in_loop import InLoop, lacking
 from opsd.run import Recipe, Run, Step, Teacher
@@ -32,8 +33,10 @@ from opsd.scoring import stream_of
 from opsd.step import opsd_step
 from opsd.teachers import make_teacher
 from opsd.vocabulary import check_prompts, without_padding
-from opsd_kernels import lm_head_of
+from opsd_kernels import Head, lm_head_of
 from opsd_kernels.packing import plan_passes
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,68 +54,109 @@ class Setup:
     warnings: list[str]
 
 
-def set_up(config: Config, parts: Parts, date: datetime | None = None) -> Setup:
+class Attempt(Protocol):
+    """What makes the parts of a set-up."""
+
+    def __call__(self, name: str, make: Callable[..., T], /, *given: Any) -> T:
+        """`make(*given)`, the part called `name`."""
+
+
+def at_once(name: str, make: Callable[..., T], /, *given: Any) -> T:
+    """The first part that cannot be made stops the set-up."""
+    return make(*given)
+
+
+def set_up(config: Config, parts: Parts, date: datetime | None = None, attempt: Attempt = at_once) -> Setup:
     """Reads the data, loads the model and makes its teacher. Fixes the global random state by `run.seed`.
 
-    `date` is when the run began, for prompts that hold it; None: now.
+    `date` is when the run began, for prompts that hold it; None: now. `attempt` makes each part of others, which are
+    used nowhere else, so that it may go on where one is missing.
 
     Raises:
         ConfigError: something does not fit (`DataError` for a row).
         TypeError, ValueError: `parts.teacher` gave no teacher; the message says what is wrong.
     """
-    recipe = make_recipe(config)
+    options, data = config.model, config.data
+    recipe = attempt("recipe", make_recipe, config)
+    device = attempt("device", _device, config)
+    scorer = attempt("scorer", scorer_of, config.eval)
+    set_seed(config.run.seed % 2**32)
+    load_tokenizer = partial(models.load_tokenizer, trust_remote_code=options.trust_remote_code)
+    tokenizer = attempt("tokenizer", load_tokenizer, options.path)
+    prompter = attempt("prompter", Prompter, tokenizer, config.prompts, date)
+    read = partial(read_rows, columns=data.columns, skip_bad_rows=data.skip_bad_rows)
+    encode = partial(encode_read, data, reason=config.teacher.reason_first)
+    rows = attempt("train rows", partial(read, required=("problem", "solution")), data.train or "")
+    encoded = [attempt("train", encode, prompter, rows)]
+    if data.eval:
+        rows = attempt("eval rows", partial(read, required=("problem", "answer")), data.eval)
+        encoded.append(attempt("eval", partial(encode, most=config.eval.max_problems), prompter, rows))
+
+    model = attempt("model", models.load_model, options, config.lora, device)
+    attempt("positions", _check_positions, config, model, *encoded)
+    attempt("ids", _check_ids, model, tokenizer, *encoded)
+    engine = attempt("engine", GenerateEngine.of, model, tokenizer, options)
+    head = attempt("head", _head, config, model, tokenizer)
+    teacher: Any = attempt("teacher", parts.teacher or make_teacher, config, model, tokenizer)
+    teacher = teacher if parts.teacher is None else UserTeacher(teacher)
+    scoring = attempt("scoring", choose_packing, options, model, teacher)
+    packed = attempt("packed", itemgetter(0), scoring)
+    run = attempt("run", Run, config, model, tokenizer, head, teacher, engine, recipe, device, packed)
+    run = attempt("run", _with_parts, run, parts)
+    new, seed = config.rollout.max_new_tokens, config.run.seed
+    evaluator = attempt("evaluator", Evaluator.of, config.eval, new, seed, tokenizer, engine, scorer)
+    return attempt("setup", _finished, run, parts, evaluator, prompter, scoring, *encoded)
+
+
+def _device(config: Config) -> torch.device:
     device = models.pick_device(config.run.device)
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
-    scorer = scorer_of(config.eval)
-    set_seed(config.run.seed % 2**32)
-    tokenizer = models.load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    prompter = Prompter(tokenizer, config.prompts, date)
-    data = _read(config, prompter)
-    examples, eval_examples = data["train"].examples, data["eval"].examples if "eval" in data else []
+    return device
 
-    model = models.load_model(config.model, config.lora, device)
+
+def _check_positions(config: Config, model: nn.Module, *data: Encoded) -> None:
     added = {"rollout.max_new_tokens": max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)}
     if config.teacher.reason_first:
         added["teacher.reason_max_new_tokens"] = config.teacher.reason_max_new_tokens
-    prompts = [ids for e in [*examples, *eval_examples] for ids in (e.student, e.teacher, e.reason)]
+    prompts = [ids for one in data for e in one.examples for ids in (e.student, e.teacher, e.reason)]
     models.check_positions(model, prompts, added)
-    check_prompts(models.causal_lm(model), tokenizer, [*examples, *eval_examples])
-    engine = GenerateEngine.of(model, tokenizer, config.model)
+
+
+def _check_ids(model: nn.Module, tokenizer: Any, *data: Encoded) -> None:
+    check_prompts(models.causal_lm(model), tokenizer, [example for one in data for example in one.examples])
+
+
+def _head(config: Config, model: nn.Module, tokenizer: Any) -> Head:
     with config_error(f"model.path {config.model.path!r}", TypeError, ValueError):
-        head = without_padding(lm_head_of(model), tokenizer)
-    teacher: Any = (parts.teacher or make_teacher)(config, model, tokenizer)
-    if parts.teacher is not None:
-        teacher = UserTeacher(teacher)
-    packed, how = choose_packing(config.model, model, teacher)
-    run = Run(config, model, tokenizer, head, teacher, engine, recipe, device, packed)
+        return without_padding(lm_head_of(model), tokenizer)
+
+
+def _with_parts(run: Run, parts: Parts) -> Run:
+    """`run` with what the user puts in place of its parts; its own recipe is tried."""
     if parts.rollouts is not None:
-        run = replace(run, engine=UserEngine(parts.rollouts, engine))
-    if parts.loss is None:
-        check_recipe(run)
-    else:
-        run = replace(run, recipe=cast(Recipe, UserLoss(parts.loss, run)))
-    evaluator = Evaluator.of(config.eval, config.rollout.max_new_tokens, config.run.seed, tokenizer, engine, scorer)
+        run = replace(run, engine=UserEngine(parts.rollouts, run.engine))
+    if parts.loss is not None:
+        return replace(run, recipe=cast(Recipe, UserLoss(parts.loss, run)))
+    check_recipe(run)
+    return run
+
+
+def _finished(
+    run: Run, parts: Parts, evaluator: Evaluator, prompter: Prompter, scoring: tuple[bool, str], *encoded: Encoded
+) -> Setup:
+    data = dict(zip(("train", "eval"), encoded, strict=False))
     return Setup(
         run,
         parts.step or opsd_step,
         parts.evaluate or evaluator,
         prompter,
-        examples,
-        eval_examples,
+        data["train"].examples,
+        data["eval"].examples if "eval" in data else [],
         _counts(data),
-        [how],
-        [*_warnings(config, data), *_ignored(config, parts), *_ended(data, engine.end_ids)],
+        [scoring[1]],
+        [*_warnings(run.config, data), *_ignored(run.config, parts), *_ended(data, run.engine.end_ids)],
     )
-
-
-def _read(config: Config, prompter: Prompter) -> dict[str, Encoded]:
-    """The examples of data.train, and of data.eval where it is given."""
-    read = partial(read_examples, config.data, prompter, reason=config.teacher.reason_first)
-    data = {"train": read(config.data.train or "", required=("problem", "solution"))}
-    if config.data.eval:
-        data["eval"] = read(config.data.eval, required=("problem", "answer"), most=config.eval.max_problems)
-    return data
 
 
 def _counts(data: Mapping[str, Encoded]) -> dict[str, int]:
@@ -239,21 +283,16 @@ def embedded(config: Config, display: Display) -> Config:
 
 def introduce(setup: Setup, run_dir: Path, display: Display) -> None:
     """Says what is about to happen, with the first prompts as the model reads them."""
-    run, example, lora = setup.run, setup.examples[0], setup.run.config.lora
+    run, lora = setup.run, setup.run.config.lora
     total = sum(p.numel() for p in run.model.parameters())
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     preset = f"preset {run.config.preset}; " if run.config.preset else ""
     kind = f"LoRA r {lora.r} alpha {lora.alpha}" if lora.enabled else "full training"
-    prompts = [
-        f"--- first {name} prompt, {len(ids)} tokens ---\n{run.tokenizer.decode(ids)}"
-        for name, ids in (("student", example.student), ("teacher", example.teacher))
-    ]
     for note in (
         f"run directory {run_dir}; {run.device.type}; {trained:,} of {total:,} parameters are trained",
         f"{preset}{kind}; lr {run.config.optim.lr:g}",
         "; ".join(f"{name.replace('_', ' ')} {count}" for name, count in setup.counts.items() if count),
-        *prompts,
-        "---",
+        *decoded(run.tokenizer, setup.examples[0]),
         *setup.notes,
     ):
         display.note(note)
