@@ -55,10 +55,8 @@ class Setup:
 
 
 class Attempt(Protocol):
-    """What makes the parts of a set-up."""
-
     def __call__(self, name: str, make: Callable[..., T], /, *given: Any) -> T:
-        """`make(*given)`, the part called `name`."""
+        """The part `name` of a set-up: `make(*given)`, where `given` holds all that it needs of other parts."""
 
 
 def at_once(name: str, make: Callable[..., T], /, *given: Any) -> T:
@@ -69,32 +67,31 @@ def at_once(name: str, make: Callable[..., T], /, *given: Any) -> T:
 def set_up(config: Config, parts: Parts, date: datetime | None = None, attempt: Attempt = at_once) -> Setup:
     """Reads the data, loads the model and makes its teacher. Fixes the global random state by `run.seed`.
 
-    `date` is when the run began, for prompts that hold it; None: now. `attempt` makes each part of others, which are
-    used nowhere else, so that it may go on where one is missing.
+    `date` is when the run began, for prompts that hold it; None: now. `attempt` may go on where a part is missing.
 
     Raises:
         ConfigError: something does not fit (`DataError` for a row).
         TypeError, ValueError: `parts.teacher` gave no teacher; the message says what is wrong.
     """
-    options, data = config.model, config.data
     recipe = attempt("recipe", make_recipe, config)
     device = attempt("device", _device, config)
     scorer = attempt("scorer", scorer_of, config.eval)
     set_seed(config.run.seed % 2**32)
-    load_tokenizer = partial(models.load_tokenizer, trust_remote_code=options.trust_remote_code)
-    tokenizer = attempt("tokenizer", load_tokenizer, options.path)
+    options = attempt("path", _model_options, config)
+    tokenizer = attempt(
+        "tokenizer", lambda o: models.load_tokenizer(o.path, trust_remote_code=o.trust_remote_code), options
+    )
     prompter = attempt("prompter", Prompter, tokenizer, config.prompts, date)
-    read = partial(read_rows, columns=data.columns, skip_bad_rows=data.skip_bad_rows)
-    encode = partial(encode_read, data, reason=config.teacher.reason_first)
-    rows = attempt("train rows", partial(read, required=("problem", "solution")), data.train or "")
+    read = partial(read_rows, columns=config.data.columns, skip_bad_rows=config.data.skip_bad_rows)
+    encode = partial(encode_read, config.data, reason=config.teacher.reason_first)
+    rows = attempt("train rows", partial(read, required=("problem", "solution")), config.data.train or "")
     encoded = [attempt("train", encode, prompter, rows)]
-    if data.eval:
-        rows = attempt("eval rows", partial(read, required=("problem", "answer")), data.eval)
+    if config.data.eval:
+        rows = attempt("eval rows", partial(read, required=("problem", "answer")), config.data.eval)
         encoded.append(attempt("eval", partial(encode, most=config.eval.max_problems), prompter, rows))
 
     model = attempt("model", models.load_model, options, config.lora, device)
-    attempt("positions", _check_positions, config, model, *encoded)
-    attempt("ids", _check_ids, model, tokenizer, *encoded)
+    attempt("fit", _check_fit, config, model, tokenizer, *encoded)
     engine = attempt("engine", GenerateEngine.of, model, tokenizer, options)
     head = attempt("head", _head, config, model, tokenizer)
     teacher: Any = attempt("teacher", parts.teacher or make_teacher, config, model, tokenizer)
@@ -115,16 +112,19 @@ def _device(config: Config) -> torch.device:
     return device
 
 
-def _check_positions(config: Config, model: nn.Module, *data: Encoded) -> None:
+def _model_options(config: Config) -> ModelConfig:
+    if config.model.path:
+        models.check_path(config.model.path, "model.path")
+    return config.model
+
+
+def _check_fit(config: Config, model: nn.Module, tokenizer: Any, *data: Encoded) -> None:
     added = {"rollout.max_new_tokens": max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)}
     if config.teacher.reason_first:
         added["teacher.reason_max_new_tokens"] = config.teacher.reason_max_new_tokens
-    prompts = [ids for one in data for e in one.examples for ids in (e.student, e.teacher, e.reason)]
-    models.check_positions(model, prompts, added)
-
-
-def _check_ids(model: nn.Module, tokenizer: Any, *data: Encoded) -> None:
-    check_prompts(models.causal_lm(model), tokenizer, [example for one in data for example in one.examples])
+    examples = [example for one in data for example in one.examples]
+    models.check_positions(model, [ids for e in examples for ids in (e.student, e.teacher, e.reason)], added)
+    check_prompts(models.causal_lm(model), tokenizer, examples)
 
 
 def _head(config: Config, model: nn.Module, tokenizer: Any) -> Head:
