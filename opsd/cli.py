@@ -1,8 +1,9 @@
-"""The command line: `opsd train`, `opsd eval`, `opsd report`, `opsd compare` and `opsd recipes`."""
+"""The command line: `opsd check`, `train`, `eval`, `report`, `compare` and `recipes`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from opsd import compare, recipes, trainer
+from opsd.check import check
 from opsd.config import describe, is_flag, load_config, to_yaml
 from opsd.errors import CheckpointError, ConfigError, Interrupted, RunError
 from opsd.evaluate_model import check_output, evaluate_model, evaluation_config, is_used
@@ -38,7 +40,7 @@ def _main(argv: Sequence[str] | None) -> int:
     parser.add_argument("--version", action="version", version=f"opsd {_version()}")
     parser.set_defaults(advice="")  # on memory; a command may have its own
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_train, _add_eval, _add_report, _add_compare, _add_recipes):
+    for add in (_add_check, _add_train, _add_eval, _add_report, _add_compare, _add_recipes):
         add(commands)
     known, rest = parser.parse_known_args(argv)
     try:
@@ -88,6 +90,36 @@ def parse_overrides(words: Sequence[str]) -> list[tuple[str, str]]:
     return options
 
 
+SMALLER = "lower optim.micro_batch_size or rollout.batch_size, or set model.gradient_checkpointing"
+
+
+def _add_sources(parser: Any) -> None:
+    parser.add_argument("--config", metavar="FILE", help="YAML file of sections and options; the command line wins")
+    parser.add_argument("--preset", metavar="NAME", help="settings below those of the file: tiny, paper, sdft or sdpo")
+
+
+def _add_check(commands: Any) -> None:
+    parser = commands.add_parser(
+        "check",
+        help="look at what a training would work with, without training",
+        usage="opsd check [--preset NAME] [--config FILE] [--section.option VALUE ...]",
+        description="What opsd train with the same options would work with: model, prompts, data, how they are scored "
+        "and the memory of a step; or all that is wrong, with exit code 2. Nothing is trained or written.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=describe(),
+        allow_abbrev=False,
+    )
+    _add_sources(parser)
+    parser.set_defaults(run=_check, advice=SMALLER)
+
+
+def _check(known: argparse.Namespace, rest: Sequence[str]) -> None:
+    problems = check(load_config(known.config, parse_overrides(rest), known.preset), partial(print, flush=True))
+    if problems:
+        raise ConfigError("\nopsd: ".join(problems))  # each as opsd train says it
+    print("opsd train can start")
+
+
 def _add_train(commands: Any) -> None:
     parser = commands.add_parser(
         "train",
@@ -103,16 +135,14 @@ examples:
         epilog=describe(),
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file of sections and options; the command line wins")
-    parser.add_argument("--preset", metavar="NAME", help="settings below those of the file: tiny, paper, sdft or sdpo")
+    _add_sources(parser)
     parser.add_argument(
         "--resume",
         metavar="RUN_DIR",
         help="go on with a run that was stopped; only optim.steps and the options of run and eval may be given besides",
     )
     parser.add_argument("--print-config", action="store_true", help="print all options as YAML and stop")
-    advice = "lower optim.micro_batch_size or rollout.batch_size, or set model.gradient_checkpointing"
-    parser.set_defaults(run=_train, advice=advice)
+    parser.set_defaults(run=_train, advice=SMALLER)
 
 
 def _train(known: argparse.Namespace, rest: Sequence[str]) -> None:

@@ -109,6 +109,13 @@ def name_rows(title: str, messages: Sequence[str], most: int = 5) -> str:
     return "\n".join([title, *messages[:most], *more])
 
 
+def columns_used(rows: Iterable[Row], columns: Iterable[str] | None = None) -> list[str]:
+    """The columns that the fields of `rows` come from, as a message names them; `columns` as in `read_rows`."""
+    mapped, found = _parse_columns(columns or ()), [(row, name) for row in rows for name in FIELDS]
+    used = (_find(row.record, name, mapped)[0] for row, name in found if getattr(row, name) is not None)
+    return list(dict.fromkeys(used))
+
+
 def _parse_columns(columns: Iterable[str]) -> dict[str, str]:
     mapped: dict[str, str] = {}
     for pair in columns:

@@ -36,7 +36,7 @@ def load_tokenizer(path: str | None, option: str = "model.path", *, trust_remote
             the path of nothing.
     """
     if path:
-        _check_path(path, option)
+        check_path(path, option)
     with _loading("tokenizer", path, option):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
@@ -69,7 +69,7 @@ def _loading(what: str, path: str | None, option: str) -> Iterator[None]:
         raise ConfigError(f"{where} no {what} can be loaded: {damaged_file(path)}{said}") from error
 
 
-def _check_path(path: str, option: str) -> None:
+def check_path(path: str, option: str) -> None:
     """Refuses a run or a checkpoint, and what can be no name on the hub, which would be asked in vain."""
     directory, above = Path(path), Path(os.path.normpath(Path(path) / ".."))
     if (directory / "manifest.json").is_file():

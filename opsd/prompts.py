@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
 from opsd.contexts import first_half
-from opsd.data import Messages, Row, name_rows, read_rows
+from opsd.data import Messages, Row, Rows, name_rows, read_rows
 from opsd.dates import template_date
 from opsd.errors import ConfigError, DataError
 from opsd.options import DataConfig, PromptsConfig
@@ -222,20 +222,21 @@ class Prompter:
 
 
 def read_examples(
-    options: DataConfig,
-    prompter: Prompter,
-    path: str,
-    *,
-    required: tuple[str, ...],
-    most: int | None = None,
-    reason: bool = False,
+    options: DataConfig, prompter: Prompter, path: str, *, required: tuple[str, ...], **limits: Any
 ) -> Encoded:
-    """The examples of the first `most` usable rows of `path`, and what was left out; `reason` as in `encode_rows`.
+    """The examples of usable rows of `path`, and what was left out; `limits` are those of `encode_read`.
 
     Raises:
         DataError: as `read_rows` and `encode_rows`.
     """
     rows = read_rows(path, required=required, columns=options.columns, skip_bad_rows=options.skip_bad_rows)
+    return encode_read(options, prompter, rows, **limits)
+
+
+def encode_read(
+    options: DataConfig, prompter: Prompter, rows: Rows, *, most: int | None = None, reason: bool = False
+) -> Encoded:
+    """`encode_rows` of the first `most` rows that were read; skipped are also those that could not be."""
     encoded = encode_rows(prompter, rows.rows[:most], options, reason=reason)
     return encoded._replace(skipped=[*rows.skipped, *encoded.skipped])
 
@@ -282,6 +283,13 @@ def encode_rows(prompter: Prompter, rows: Iterable[Row], options: DataConfig, *,
     if not encoded.examples:
         raise DataError(name_rows("no row is left:", [*encoded.skipped, *encoded.too_long]))
     return encoded
+
+
+def decoded(tokenizer: Any, example: Example) -> list[str]:
+    """The prompts of `example` as the model reads them."""
+    prompts = {"student": example.student, "teacher": example.teacher, **example.contexts}.items()
+    texts = [f"--- first {name} prompt, {len(ids)} tokens ---\n{tokenizer.decode(ids)}" for name, ids in prompts]
+    return [*texts, "---"]
 
 
 def _as_messages(prompt: str | Messages) -> Messages:

@@ -1,40 +1,40 @@
 """From a configuration to all that a run works with: data, model, teacher, and how they are scored."""
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
 from transformers import set_seed
 
-from opsd import models, recipes, tiny
+from opsd import models, tiny
 from opsd.config import Config, unused_options
-from opsd.data import name_rows
+from opsd.data import name_rows, read_rows
 from opsd.display import Display
 from opsd.engines import GenerateEngine
 from opsd.errors import ConfigError, config_error
 from opsd.evaluation import Evaluator
 from opsd.limits import PATHS
+from opsd.objective import check_recipe, make_recipe, needs_reward
 from opsd.optim import learning_rate
 from opsd.options import ModelConfig
 from opsd.plugins import Evaluate, Parts, UserEngine, UserLoss, UserTeacher
-from opsd.prompts import Encoded, Example, Prompter, read_examples
-from opsd.recipes.importance import ImportanceWeighted
-from opsd.recipes.in_loop import InLoop, lacking
-from opsd.rewards import REWARDED
+from opsd.prompts import Encoded, Example, Prompter, decoded, encode_read
 from opsd.run import Recipe, Run, Step, Teacher
 from opsd.scorers import scorer_of
-from opsd.scoring import stream_of
 from opsd.step import opsd_step
 from opsd.teachers import make_teacher
 from opsd.vocabulary import check_prompts, without_padding
-from opsd_kernels import lm_head_of
+from opsd_kernels import Head, lm_head_of
 from opsd_kernels.packing import plan_passes
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,72 +52,126 @@ class Setup:
     warnings: list[str]
 
 
-def set_up(config: Config, parts: Parts, date: datetime | None = None) -> Setup:
+class Attempt(Protocol):
+    def __call__(self, name: str, make: Callable[..., T], /, *given: Any) -> T:
+        """The part `name` of a set-up: `make(*given)`, where `given` holds all that it needs of other parts."""
+
+
+def at_once(name: str, make: Callable[..., T], /, *given: Any) -> T:
+    """The first part that cannot be made stops the set-up."""
+    return make(*given)
+
+
+def set_up(config: Config, parts: Parts, date: datetime | None = None, attempt: Attempt = at_once) -> Setup:
     """Reads the data, loads the model and makes its teacher. Fixes the global random state by `run.seed`.
 
-    `date` is when the run began, for prompts that hold it; None: now.
+    `date` is when the run began, for prompts that hold it; None: now. `attempt` may go on where a part is missing.
 
     Raises:
         ConfigError: something does not fit (`DataError` for a row).
         TypeError, ValueError: `parts.teacher` gave no teacher; the message says what is wrong.
     """
-    recipe = make_recipe(config)
+    recipe = attempt("recipe", make_recipe, config)
+    device = attempt("device", _device, config)
+    scorer = attempt("scorer", scorer_of, config.eval)
+    set_seed(config.run.seed % 2**32)
+    options = attempt("path", _model_options, config)
+    tokenizer = attempt(
+        "tokenizer", lambda o: models.load_tokenizer(o.path, trust_remote_code=o.trust_remote_code), options
+    )
+    prompter = attempt("prompter", _prompter, tokenizer, config, date)
+    read = partial(read_rows, columns=config.data.columns, skip_bad_rows=config.data.skip_bad_rows)
+    encode = partial(encode_read, config.data, reason=config.teacher.reason_first)
+    rows = attempt("train rows", partial(read, required=_required(config)), config.data.train or "")
+    encoded = [attempt("train", encode, prompter, rows)]
+    if config.data.eval:
+        rows = attempt("eval rows", partial(read, required=("problem", "answer")), config.data.eval)
+        encoded.append(attempt("eval", partial(encode, most=config.eval.max_problems), prompter, rows))
+
+    model = attempt("model", models.load_model, options, config.lora, device)
+    attempt("fit", _check_fit, config, model, tokenizer, *encoded)
+    engine = attempt("engine", GenerateEngine.of, model, tokenizer, options)
+    head = attempt("head", _head, config, model, tokenizer)
+    teacher: Any = attempt("teacher", parts.teacher or make_teacher, config, model, tokenizer)
+    teacher = teacher if parts.teacher is None else UserTeacher(teacher)
+    scoring = attempt("scoring", choose_packing, options, model, teacher)
+    packed = attempt("packed", itemgetter(0), scoring)
+    reward = attempt("reward", lambda _, scorer: scorer if needs_reward(config) else None, recipe, scorer)
+    run = attempt("run", Run, config, model, tokenizer, head, teacher, engine, recipe, device, packed, reward)
+    run = attempt("run", _with_parts, run, parts)
+    new, seed = config.rollout.max_new_tokens, config.run.seed
+    evaluator = attempt("evaluator", Evaluator.of, config.eval, new, seed, tokenizer, engine, scorer)
+    return attempt("setup", _finished, run, parts, evaluator, prompter, scoring, *encoded)
+
+
+def _device(config: Config) -> torch.device:
     device = models.pick_device(config.run.device)
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
-    scorer = scorer_of(config.eval)
-    set_seed(config.run.seed % 2**32)
-    tokenizer = models.load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    prompter = Prompter(tokenizer, config.prompts, date, [name for name in recipe.contexts if name != "teacher"])
-    data = _read(config, prompter)
-    examples, eval_examples = data["train"].examples, data["eval"].examples if "eval" in data else []
+    return device
 
-    model = models.load_model(config.model, config.lora, device)
+
+def _prompter(tokenizer: Any, config: Config, date: datetime | None) -> Prompter:
+    contexts: Sequence[str] = ()
+    with suppress(ConfigError):  # of the recipe, which is told by itself
+        contexts = [name for name in make_recipe(config).contexts if name != "teacher"]
+    return Prompter(tokenizer, config.prompts, date, contexts)
+
+
+def _required(config: Config) -> tuple[str, ...]:
+    """The fields of a row of data.train."""
+    with suppress(ConfigError):
+        if needs_reward(config) and config.eval.scorer in ("exact", "math_verify"):
+            return ("problem", "solution", "answer")
+    return ("problem", "solution")
+
+
+def _model_options(config: Config) -> ModelConfig:
+    if config.model.path:
+        models.check_path(config.model.path, "model.path")
+    return config.model
+
+
+def _check_fit(config: Config, model: nn.Module, tokenizer: Any, *data: Encoded) -> None:
     added = {"rollout.max_new_tokens": max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)}
     if config.teacher.reason_first:
         added["teacher.reason_max_new_tokens"] = config.teacher.reason_max_new_tokens
-    prompts = [
-        ids for e in [*examples, *eval_examples] for ids in (e.student, e.teacher, e.reason, *e.contexts.values())
-    ]
+    examples = [example for one in data for example in one.examples]
+    prompts = [ids for e in examples for ids in (e.student, e.teacher, e.reason, *e.contexts.values())]
     models.check_positions(model, prompts, added)
-    check_prompts(models.causal_lm(model), tokenizer, [*examples, *eval_examples])
-    engine = GenerateEngine.of(model, tokenizer, config.model)
+    check_prompts(models.causal_lm(model), tokenizer, examples)
+
+
+def _head(config: Config, model: nn.Module, tokenizer: Any) -> Head:
     with config_error(f"model.path {config.model.path!r}", TypeError, ValueError):
-        head = without_padding(lm_head_of(model), tokenizer)
-    teacher: Any = (parts.teacher or make_teacher)(config, model, tokenizer)
-    if parts.teacher is not None:
-        teacher = UserTeacher(teacher)
-    packed, how = choose_packing(config.model, model, teacher)
-    reward = scorer if needs_reward(config) else None
-    run = Run(config, model, tokenizer, head, teacher, engine, recipe, device, packed, reward)
+        return without_padding(lm_head_of(model), tokenizer)
+
+
+def _with_parts(run: Run, parts: Parts) -> Run:
+    """`run` with what the user puts in place of its parts; its own recipe is tried."""
     if parts.rollouts is not None:
-        run = replace(run, engine=UserEngine(parts.rollouts, engine))
-    if parts.loss is None:
-        check_recipe(run)
-    else:
-        run = replace(run, recipe=cast(Recipe, UserLoss(parts.loss, run)))
-    evaluator = Evaluator.of(config.eval, config.rollout.max_new_tokens, config.run.seed, tokenizer, engine, scorer)
+        run = replace(run, engine=UserEngine(parts.rollouts, run.engine))
+    if parts.loss is not None:
+        return replace(run, recipe=cast(Recipe, UserLoss(parts.loss, run)))
+    check_recipe(run)
+    return run
+
+
+def _finished(
+    run: Run, parts: Parts, evaluator: Evaluator, prompter: Prompter, scoring: tuple[bool, str], *encoded: Encoded
+) -> Setup:
+    data = dict(zip(("train", "eval"), encoded, strict=False))
     return Setup(
         run,
         parts.step or opsd_step,
         parts.evaluate or evaluator,
         prompter,
-        examples,
-        eval_examples,
+        data["train"].examples,
+        data["eval"].examples if "eval" in data else [],
         _counts(data),
-        [how],
-        [*_warnings(config, data), *_ignored(config, parts), *_ended(data, engine.end_ids)],
+        [scoring[1]],
+        [*_warnings(run.config, data), *_ignored(run.config, parts), *_ended(data, run.engine.end_ids)],
     )
-
-
-def _read(config: Config, prompter: Prompter) -> dict[str, Encoded]:
-    """The examples of data.train, and of data.eval where it is given."""
-    read = partial(read_examples, config.data, prompter, reason=config.teacher.reason_first)
-    answered = needs_reward(config) and config.eval.scorer in ("exact", "math_verify")
-    data = {"train": read(config.data.train or "", required=("problem", "solution", *["answer"] * answered))}
-    if config.data.eval:
-        data["eval"] = read(config.data.eval, required=("problem", "answer"), most=config.eval.max_problems)
-    return data
 
 
 def _counts(data: Mapping[str, Encoded]) -> dict[str, int]:
@@ -166,82 +220,6 @@ def _ended(data: Mapping[str, Encoded], end_ids: Sequence[int]) -> list[str]:
     return lines
 
 
-def make_recipe(config: Config) -> Recipe:
-    """The recipe of the options of `objective`, with the weights of `rollout.importance_cap` where it is on.
-
-    Raises:
-        ConfigError: `objective.recipe` is no recipe that the loop has all for, or its options are wrong.
-    """
-    objective, cap = config.objective, config.rollout.importance_cap
-    recipe: Any
-    if objective.recipe is None:
-        names = [option.name for option in fields(recipes.FORMS[objective.form])]
-        recipe = recipes.FORMS[objective.form](**{name: getattr(objective, name) for name in names})
-    else:
-        recipe = _of_the_family(objective.recipe, config)
-    return recipe if cap is None else ImportanceWeighted(recipe, cap)
-
-
-def _of_the_family(name: str, config: Config) -> InLoop:
-    objective = config.objective
-    with config_error("objective.recipe_options", ValueError, TypeError):
-        options = json.loads(objective.recipe_options or "{}")
-        if not isinstance(options, dict):
-            raise ValueError(f"got {objective.recipe_options!r}; accepted: a JSON object")
-    with config_error("objective.recipe", ValueError, TypeError):
-        shared = {"backend": objective.backend, "workspace_bytes": objective.workspace_bytes}
-        recipe = recipes.make(name, **{**shared, **options})
-    if missing := lacking(recipe):
-        raise ConfigError(
-            f"objective.recipe {name} needs {', '.join(missing)}, which the training loop does not supply; "
-            "opsd.recipes.make gives its token loss for a trainer of your own"
-        )
-    if "base" in recipe.contexts and config.teacher.kind != "base":
-        raise ConfigError(
-            f"objective.recipe {name} reads the initial model: teacher.kind must be 'base', not {config.teacher.kind!r}"
-        )
-    each = config.rollout.per_prompt
-    if recipe.batch_wide and config.optim.micro_batch_size < config.optim.batch_size * each:
-        raise ConfigError(
-            f"objective.recipe {name} compares all tokens of a step: optim.micro_batch_size must be at least "
-            f"{config.optim.batch_size * each}, optim.batch_size times rollout.per_prompt, "
-            f"not {config.optim.micro_batch_size}"
-        )
-    if "advantage" in recipe.needs and each == 1 and objective.advantage != "raw":
-        raise ConfigError(
-            f"objective.recipe {name} compares the rollouts of a prompt: rollout.per_prompt must be at least 2, "
-            "or objective.advantage 'raw'"
-        )
-    return InLoop(recipe, objective.temperature, objective.reduction)
-
-
-def needs_reward(config: Config) -> bool:
-    """Whether the recipe has rollouts of training scored."""
-    name = config.objective.recipe
-    return name is not None and not REWARDED.isdisjoint(_of_the_family(name, config).recipe.needs)
-
-
-def check_recipe(run: Run) -> None:
-    """Tries the recipe of `run` on two rows, so that what it refuses shows before the first step.
-
-    Raises:
-        ConfigError: the kernels refuse an option of `objective` on this model or machine.
-    """
-    student, teacher = (
-        stream_of(head.weight.new_zeros(2, head.weight.shape[1]), head) for head in (run.head, run.teacher.head)
-    )
-    zeros = torch.zeros(2, dtype=torch.int64, device=run.device)
-    floats = dict.fromkeys(("sampler_logprobs", "advantage", "correct", "has_feedback"), zeros.float())
-    given: dict[str, Any] = {"step": 0, "progress": 0.0, **floats}
-    batch = recipes.TokenBatch(target_ids=zeros, sequence_ids=zeros, **given)
-    with (
-        config_error("objective", TypeError, ValueError),
-        torch.no_grad(),
-        models.autocast(run.config.model, run.device),
-    ):
-        run.recipe.loss(student, dict.fromkeys(run.recipe.contexts, teacher), batch, 2)
-
-
 def absolute_paths(config: Config) -> Config:
     """`config` with its local paths made independent of the working directory."""
 
@@ -269,21 +247,16 @@ def embedded(config: Config, display: Display) -> Config:
 
 def introduce(setup: Setup, run_dir: Path, display: Display) -> None:
     """Says what is about to happen, with the first prompts as the model reads them."""
-    run, example, lora = setup.run, setup.examples[0], setup.run.config.lora
+    run, lora = setup.run, setup.run.config.lora
     total = sum(p.numel() for p in run.model.parameters())
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     preset = f"preset {run.config.preset}; " if run.config.preset else ""
     kind = f"LoRA r {lora.r} alpha {lora.alpha}" if lora.enabled else "full training"
-    prompts = [
-        f"--- first {name} prompt, {len(ids)} tokens ---\n{run.tokenizer.decode(ids)}"
-        for name, ids in {"student": example.student, "teacher": example.teacher, **example.contexts}.items()
-    ]
     for note in (
         f"run directory {run_dir}; {run.device.type}; {trained:,} of {total:,} parameters are trained",
         f"{preset}{kind}; lr {run.config.optim.lr:g}",
         "; ".join(f"{name.replace('_', ' ')} {count}" for name, count in setup.counts.items() if count),
-        *prompts,
-        "---",
+        *decoded(run.tokenizer, setup.examples[0]),
         *setup.notes,
     ):
         display.note(note)

@@ -23,9 +23,9 @@ from transformers import (
 from opsd.config import load_config
 from opsd.data import Row
 from opsd.engines import GenerateEngine
+from opsd.objective import make_recipe
 from opsd.prompts import Example
 from opsd.run import Run
-from opsd.setup import make_recipe
 from opsd.teachers import make_teacher
 from opsd_kernels import lm_head_of
 
