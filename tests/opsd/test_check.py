@@ -314,7 +314,8 @@ def test_what_is_not_tried_is_exact_and_checkpointing_needs_less(given, tmp_path
     assert memory.peak == memory.weights + memory.optimizer + memory.gradients + memory.activations + memory.workspace
 
     assert memory_of(setup_of(given, teacher__kind="base")).weights == 2 * memory.weights
-    assert memory_of(setup_of(given, teacher__kind="live", objective__workspace_bytes=10**6)).workspace == 10**6
+    for changes in ({}, {"rollout__importance_cap": 2}, {"objective__recipe": "opsd"}):
+        assert memory_of(setup_of(given, objective__workspace_bytes=10**6, **changes)).workspace == 10**6
     evaluated = memory_of(setup_of(given, data__eval="eval.jsonl", eval__max_new_tokens=1000, eval__batch_size=2))
     shorter = longest - 2  # its problems are of one digit twice
     assert evaluated.cache == 2 * (shorter + 1000) * of_a_token
