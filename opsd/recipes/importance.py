@@ -35,6 +35,10 @@ class ImportanceWeighted:
     def reduction(self) -> str:
         return self.recipe.reduction
 
+    @property
+    def workspace_bytes(self) -> int | None:
+        return self.recipe.workspace_bytes
+
     def loss(
         self, student: Stream, teachers: Mapping[str, Stream], batch: TokenBatch, denominator: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
