@@ -10,7 +10,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from opsd.errors import ConfigError, DataError
+from opsd.errors import ConfigError, DataError, one_line
 from opsd.json_lines import ACCEPTED, COMPRESSED, json_lines, parse_object
 
 FIELDS = ("problem", "solution", "answer", "teacher_prompt")
@@ -171,7 +171,7 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
             records = (record for batch in file.iter_batches() for record in batch.to_pylist())
             yield from ((f"{path}:row {number}", record) for number, record in enumerate(records, start=1))
     except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:  # text that is not UTF-8, or a date
-        raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
+        raise DataError(f"{path}: cannot be read as Parquet: {one_line(error)}") from error
 
 
 def _dataset_records(path: Path, use: str) -> Iterator[tuple[str, Any]]:
@@ -182,7 +182,7 @@ def _dataset_records(path: Path, use: str) -> Iterator[tuple[str, Any]]:
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # the library raises whatever a damaged file makes of its parsers
-        raise DataError(f"{path}: cannot be read by datasets: {error}") from error
+        raise DataError(f"{path}: cannot be read by datasets: {one_line(error)}") from error
     if isinstance(loaded, datasets.DatasetDict):
         fitting = [name for name in SPLITS[use] if name in loaded]
         if len(loaded) > 1 and len(fitting) != 1:
@@ -198,7 +198,7 @@ def _dataset_records(path: Path, use: str) -> Iterator[tuple[str, Any]]:
         for number, record in enumerate(loaded.with_format(None), start=1):
             yield f"{path}:row {number}", record
     except Exception as error:  # decoding: images need another package, say
-        raise DataError(f"{path}:row {number + 1}: cannot be read by datasets: {error}") from error
+        raise DataError(f"{path}:row {number + 1}: cannot be read by datasets: {one_line(error)}") from error
 
 
 def _row(record: Mapping[str, Any], source: str, required: Sequence[str], mapped: Mapping[str, str]) -> Row:
