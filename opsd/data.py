@@ -10,8 +10,11 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from opsd.errors import ConfigError, DataError, one_line
+from opsd.errors import ConfigError, DataError, brief, one_line
 from opsd.json_lines import ACCEPTED, COMPRESSED, json_lines, parse_object
+
+_SHOWN = 30
+"""So many columns are named in a message."""
 
 FIELDS = ("problem", "solution", "answer", "teacher_prompt")
 SYNONYMS = {"prompt": "problem", "privileged_context": "solution"}
@@ -89,7 +92,9 @@ def read_rows(
             rows.append(_row(record, source, required, mapped))
         except ValueError as error:
             bad.append(f"{source}: {error}")
-    there = f"its columns: {', '.join(map(str, present)) or 'none'}"
+    # Names may be anything, a whole page in a file without the columns that are looked for.
+    shown = [name if len(name) <= 50 and name.isprintable() else brief(name, 100) for name in map(str, present)]
+    there = f"its columns: {', '.join(shown[:_SHOWN]) or 'none'}{', ...' * (len(shown) > _SHOWN)}"
     # One mapping serves both files, and each may lack what is not read from it.
     needed = {*required, "teacher_prompt"} if use == "train" else set(required)
     absent = [f"{name}={column}" for name, column in mapped.items() if name in needed and column not in present]
