@@ -572,6 +572,7 @@ def _main() -> int:
         "--seed", type=int, default=0, help=f"of the first {BLOCK} inputs of a kind; the next have the next"
     )
     known = parser.parse_args()
+    faulthandler.enable()  # a library that ends the process does so with its place; the seed is the one after the last
     failures = 0
     for kind, (_, _, share) in KINDS.items():
         if known.kind not in (None, kind):
@@ -587,7 +588,7 @@ def _main() -> int:
                 print(*getattr(error, "__notes__", ()), sep="\n")
                 print(f"again: python tests/opsd/fuzz.py --kind {kind} --seed {seed} --inputs {size}", flush=True)
             seconds = time.perf_counter() - began
-            print(f"{kind}: {done} of {count} inputs, {failures} failures so far, {seconds:.0f} s", flush=True)
+            print(f"{kind}: seed {seed}, {done} of {count} inputs, {failures} failures, {seconds:.0f} s", flush=True)
     return min(1, failures)
 
 
