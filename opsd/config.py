@@ -267,15 +267,15 @@ def _read(source: str | Path | Mapping[str, Any] | None) -> tuple[str | None, li
 
 def _flatten(nested: Any, source: str) -> list[tuple[str, Any]]:
     if not isinstance(nested, Mapping):
-        raise ConfigError(f"{source}: expected sections ({', '.join(SECTIONS)}), got {nested!r}")
+        raise ConfigError(f"{source}: expected sections ({', '.join(SECTIONS)}), got {brief(nested)}")
     options = []
     for section, values in nested.items():
         if section not in SECTIONS:
             close = difflib.get_close_matches(str(section), SECTIONS, n=4, cutoff=0.6)
             hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(SECTIONS)}"
-            raise ConfigError(f"{source}: unknown section {section!r}; {hint}")
+            raise ConfigError(f"{source}: unknown section {brief(section)}; {hint}")
         if not isinstance(values, Mapping):
-            raise ConfigError(f"{source}: section {section} should hold options, got {values!r}")
+            raise ConfigError(f"{source}: section {section} should hold options, got {brief(values)}")
         spelt: dict[str, Any] = {}
         for name, value in values.items():
             # Dashes may stand for underscores, so that two keys can be one option.

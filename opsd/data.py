@@ -10,8 +10,11 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from opsd.errors import ConfigError, DataError
+from opsd.errors import ConfigError, DataError, brief, one_line
 from opsd.json_lines import ACCEPTED, COMPRESSED, json_lines, parse_object
+
+_SHOWN = 30
+"""So many columns are named in a message."""
 
 FIELDS = ("problem", "solution", "answer", "teacher_prompt")
 SYNONYMS = {"prompt": "problem", "privileged_context": "solution"}
@@ -89,7 +92,9 @@ def read_rows(
             rows.append(_row(record, source, required, mapped))
         except ValueError as error:
             bad.append(f"{source}: {error}")
-    there = f"its columns: {', '.join(map(str, present)) or 'none'}"
+    # Names may be anything, a whole page in a file without the columns that are looked for.
+    shown = [name if len(name) <= 50 and name.isprintable() else brief(name, 100) for name in map(str, present)]
+    there = f"its columns: {', '.join(shown[:_SHOWN]) or 'none'}{', ...' * (len(shown) > _SHOWN)}"
     # One mapping serves both files, and each may lack what is not read from it.
     needed = {*required, "teacher_prompt"} if use == "train" else set(required)
     absent = [f"{name}={column}" for name, column in mapped.items() if name in needed and column not in present]
@@ -178,7 +183,7 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
             records = (record for batch in file.iter_batches() for record in batch.to_pylist())
             yield from ((f"{path}:row {number}", record) for number, record in enumerate(records, start=1))
     except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:  # text that is not UTF-8, or a date
-        raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
+        raise DataError(f"{path}: cannot be read as Parquet: {one_line(error)}") from error
 
 
 def _dataset_records(path: Path, use: str) -> Iterator[tuple[str, Any]]:
@@ -189,7 +194,7 @@ def _dataset_records(path: Path, use: str) -> Iterator[tuple[str, Any]]:
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # the library raises whatever a damaged file makes of its parsers
-        raise DataError(f"{path}: cannot be read by datasets: {error}") from error
+        raise DataError(f"{path}: cannot be read by datasets: {one_line(error)}") from error
     if isinstance(loaded, datasets.DatasetDict):
         fitting = [name for name in SPLITS[use] if name in loaded]
         if len(loaded) > 1 and len(fitting) != 1:
@@ -205,7 +210,7 @@ def _dataset_records(path: Path, use: str) -> Iterator[tuple[str, Any]]:
         for number, record in enumerate(loaded.with_format(None), start=1):
             yield f"{path}:row {number}", record
     except Exception as error:  # decoding: images need another package, say
-        raise DataError(f"{path}:row {number + 1}: cannot be read by datasets: {error}") from error
+        raise DataError(f"{path}:row {number + 1}: cannot be read by datasets: {one_line(error)}") from error
 
 
 def _row(record: Mapping[str, Any], source: str, required: Sequence[str], mapped: Mapping[str, str]) -> Row:

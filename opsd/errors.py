@@ -16,7 +16,12 @@ def config_error(where: str, *kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        raise ConfigError(f"{where}: {error}") from error
+        raise ConfigError(f"{where}: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """What `error` says, without the line breaks of libraries that draw; of one that says nothing its kind."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def brief(value: object, most: int = 500) -> str:

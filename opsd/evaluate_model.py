@@ -15,8 +15,9 @@ import torch
 from opsd import models
 from opsd.config import Config, load_config, yaml_options
 from opsd.engines import GenerateEngine
-from opsd.errors import ConfigError, Undecided
+from opsd.errors import ConfigError, Undecided, WriteError
 from opsd.evaluation import Answer, Context, Evaluation, Evaluator, check_examples, summarise
+from opsd.files import replace_file
 from opsd.prompts import Prompter, read_examples
 from opsd.scorers import scorer_of
 from opsd.vocabulary import check_prompts
@@ -69,11 +70,19 @@ class Report:
         }
 
     def write(self, output: Path) -> Path:
-        """The summary to `output`, the answers, one to a line, beside it; returns the path of the answers."""
+        """The summary to `output`, the answers, one to a line, beside it; returns the path of the answers.
+
+        Raises:
+            WriteError: one of them cannot be written (a full disk, say), of which then nothing is left.
+        """
         path = answers_path(output)
         lines = (json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in self.answers)
-        path.write_text("".join(lines), encoding="utf-8")
-        output.write_text(json.dumps(self.summary(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        summary = json.dumps(self.summary(), indent=2, ensure_ascii=False) + "\n"
+        for file, content in ((path, "".join(lines)), (output, summary)):
+            try:
+                replace_file(file, content)
+            except OSError as error:
+                raise WriteError(f"--output {file} cannot be written: {error.strerror or error}") from error
         return path
 
 

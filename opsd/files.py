@@ -3,10 +3,12 @@
 What is being written has a name that begins with `UNFINISHED`, and is renamed once it is on the disk.
 """
 
+import errno
 import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,18 @@ def remove_unfinished(directory: Path) -> None:
             path.rename(former)
     for path in directory.glob(f"{UNFINISHED}*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def read_file(path: Path) -> bytes:
+    """All that `path` holds.
+
+    Raises:
+        OSError: it cannot be read, or is a device, which may have no end.
+        ValueError: no file can have that name.
+    """
+    if stat.S_ISCHR(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is a device, not a file")
+    return path.read_bytes()
 
 
 def replace_directory(directory: Path, write: Callable[[Path], None]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from opsd.errors import DataError
+from opsd.files import read_file
 
 ACCEPTED = (
     "accepted: JSON lines in UTF-8, a .parquet file, a directory of .jsonl or .parquet parts, or one saved by datasets"
@@ -36,7 +37,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         DataError: the file cannot be read, holds nothing, or is known to be something else than JSON lines.
     """
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except (OSError, ValueError) as error:  # a ValueError for a name with a NUL
         raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     data = data.removeprefix(b"\xef\xbb\xbf")

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from opsd.errors import ConfigError, DataError, config_error
+from opsd.errors import ConfigError, DataError, config_error, one_line
 from opsd.options import LoraConfig, ModelConfig
 from opsd.vocabulary import pad_id
-from opsd.weights import check_finite, check_loaded, damaged_file, report_held
+from opsd.weights import check_finite, check_loaded, check_rank, damaged_file, report_held
 from opsd_kernels.packing.vet import outside_adapter
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -35,10 +35,12 @@ def load_tokenizer(path: str | None, option: str = "model.path", *, trust_remote
         ConfigError: there is none, or `path` is a run or a checkpoint, of which transformers would say odd things, or
             the path of nothing.
     """
-    if path:
-        check_path(path, option)
     with _loading("tokenizer", path, option):
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if path:
+            check_path(path, option)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer("1")  # some settings load well and fail at any text
+        return tokenizer
 
 
 def hub_notes(model_path: str | None, teacher_path: str | None = None) -> list[str]:
@@ -63,8 +65,7 @@ def _loading(what: str, path: str | None, option: str) -> Iterator[None]:
     except (ConfigError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        if "trust_remote_code=True" in said:
+        if "trust_remote_code=True" in (said := one_line(error)):
             said = "it comes with code of its own, which model.trust_remote_code true would run"
         raise ConfigError(f"{where} no {what} can be loaded: {damaged_file(path)}{said}") from error
 
@@ -228,6 +229,7 @@ def _peft(who: str) -> Any:
 
 
 def _add_adapters(model: nn.Module, options: LoraConfig) -> nn.Module:
+    check_rank(model, options.r)
     peft, targets = _peft("lora.enabled"), options.target_modules
     adapters = peft.LoraConfig(
         r=options.r,
@@ -236,12 +238,10 @@ def _add_adapters(model: nn.Module, options: LoraConfig) -> nn.Module:
         target_modules="all-linear" if targets == ("all-linear",) else list(targets),
         task_type="CAUSAL_LM",
     )
-    layers = {
-        n.rpartition(".")[2]
-        for n, m in causal_lm(model).base_model.named_modules()
-        if isinstance(m, nn.Linear | Conv1D)
-    }
-    with config_error(f"lora.target_modules {','.join(targets)}", ValueError), _renamed():
+    within = causal_lm(model).base_model.named_modules()
+    layers = {name.rpartition(".")[2] for name, module in within if isinstance(module, nn.Linear | Conv1D)}
+    where = f"lora.r {options.r}, lora.target_modules {','.join(targets)}"
+    with config_error(where, ValueError, RuntimeError, MemoryError), _renamed():
         adapted = peft.get_peft_model(model, adapters)
     found = [f".{name}" for name in adapted.base_model.targeted_module_names]
     lost = [t for t in targets if t != "all-linear" and not any(name.endswith(f".{t}") for name in found)]

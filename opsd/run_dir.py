@@ -10,13 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from opsd import checkpoint
-from opsd.errors import CheckpointError, ConfigError, WriteError
+from opsd.errors import CheckpointError, ConfigError, WriteError, config_error
 from opsd.files import UNFINISHED, append_json, remove_unfinished, replace_directory, replace_file, rewind_json
 from opsd.models import progress_bars, save_model
 from opsd.run import Run
@@ -133,6 +134,24 @@ def check_new(name: str | None) -> Path | None:
             f"on with it: opsd train --resume {directory}"
         )
     return directory
+
+
+def check_writable(directory: Path | None) -> None:
+    """Makes `directory`, or runs/ for a run without one, and a file in it, and takes both away again.
+
+    Raises:
+        ConfigError: that is not possible.
+    """
+    place = directory or Path("runs")
+    with config_error(f"run.dir {str(place)!r} cannot be written", OSError):
+        missing = [path for path in (place, *place.parents) if not path.exists()]
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=place).close()
+        finally:
+            for path in missing:
+                with suppress(OSError):  # it was not made, or another run has come into it
+                    path.rmdir()
 
 
 def make_directory(directory: Path | None, model: str) -> Path:

@@ -7,18 +7,36 @@ from typing import Any
 import yaml
 
 from opsd.errors import config_error
+from opsd.files import read_file
+
+MOST = 100_000
+"""Entries; a few hundred bytes of aliases could stand for more than any memory holds."""
 
 
 def read_yaml(path: str | os.PathLike[str]) -> Any:
     """What the file holds; an empty mapping for an empty file.
 
     Raises:
-        ConfigError: it cannot be read, or is no YAML.
+        ConfigError: it cannot be read, is no YAML, or its aliases make it more than `MOST` entries, or endless.
     """
     kinds = (OSError, ValueError, RecursionError, yaml.YAMLError)
     with config_error(f"{path}: cannot be read as YAML", *kinds):
-        loaded = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        loaded = yaml.load(read_file(Path(path)).decode(), _Loader)
+        if _entries(loaded, {}) > MOST:
+            raise ValueError(f"its aliases stand for over {MOST} entries")
     return {} if loaded is None else loaded
+
+
+def _entries(value: Any, known: dict[int, int]) -> int:
+    """How many entries `value` has if all its aliases are written out."""
+    if not isinstance(value, list | tuple | set | dict):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = -1
+        known[id(value)] = 1 + sum(_entries(v, known) for v in (value.values() if isinstance(value, dict) else value))
+    if known[id(value)] < 0:
+        raise ValueError("an alias stands within what it stands for")
+    return known[id(value)]
 
 
 class _Loader(yaml.SafeLoader):

@@ -19,7 +19,17 @@ from opsd.loop import Loop
 from opsd.options import EvalConfig
 from opsd.plugins import Divergence, Evaluate, MakeTeacher, Parts, Sampler
 from opsd.run import Step
-from opsd.run_dir import LOCK, RunDir, check_new, check_resumable, locked, make_directory, read_description, write_json
+from opsd.run_dir import (
+    LOCK,
+    RunDir,
+    check_new,
+    check_resumable,
+    check_writable,
+    locked,
+    make_directory,
+    read_description,
+    write_json,
+)
 from opsd.setup import absolute_paths, embedded, introduce, set_up
 from opsd.trackers import check_trackers, make_trackers
 
@@ -75,6 +85,7 @@ def train(
     bars = models.progress_bars(not quiet and config.model.path is not None)
     with Display(every=options.log_every, steps=config.optim.steps, quiet=quiet) as display, bars:
         directory = check_new(options.dir)
+        check_writable(directory)
         if directory is not None and (directory / LOCK).exists():
             with suppress(OSError), locked(directory):
                 pass  # refuses now what it would refuse once all is loaded

@@ -82,3 +82,14 @@ def check_finite(model: nn.Module, where: str) -> None:
                 f"{where}: {name} holds {count} of {tensor.numel()} values that are infinite or not a number; "
                 "accepted: finite weights"
             )
+
+
+def check_rank(model: nn.Module, rank: int) -> None:
+    """Refuses adapters that are larger than the layers they would adapt, before there is no memory for them.
+
+    Raises:
+        ConfigError: `rank` is beyond every dimension of every matrix of `model`.
+    """
+    widest = max((size for p in model.parameters() if p.ndim > 1 for size in p.shape), default=rank)
+    if rank > widest:
+        raise ConfigError(f"lora.r is {rank}; accepted: 1 to {widest}, the largest dimension of the model's matrices")

@@ -147,3 +147,15 @@ def test_odd_columns_of_parquet_are_named(tmp_path):
     parquet.write_table(arrow.table([text, text, text], ["problem", "solution", "solution"]), tmp_path / "d.parquet")
     with pytest.raises(DataError, match="the column 'solution' is there twice; accepted: each column once"):
         read_rows(tmp_path / "d.parquet")
+
+
+@pytest.mark.parametrize(("names", "said"), [
+    (["q", "a\nb", "x" * 900], r"its columns: q, 'a\\nb', 'x+ \.\.\. \(902 characters\) \(data"),
+    ([f"c{i}" for i in range(40)], r"its columns: c0, .*, c29, \.\.\. \(data"),
+])  # fmt: skip
+def test_odd_columns_are_named_in_one_line(names, said, tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps(dict.fromkeys(names, "v")))
+    with pytest.raises(DataError, match=said) as caught:
+        read_rows(path)
+    assert str(caught.value).count("\n") == 2  # of the title, the row and the columns

@@ -2,9 +2,11 @@
 traceback, and nothing of a run is lost."""
 
 import io
+import itertools
 import json
 import os
 import re
+import string
 import subprocess
 import sys
 from datetime import datetime, timedelta
@@ -254,3 +256,85 @@ def test_a_cap_that_ones_own_loss_ignores_is_said(own, setup, capsys, tmp_path):
     train(config, loss=loss if own else None)
     said = "rollout.importance_cap is 2, which weights no token, since the loss function (loss) is your own"
     assert (said in capsys.readouterr().out) == own
+
+
+LEVELS = "[&a [x, x], " + ", ".join(f"&{b} [*{a}, *{a}]" for a, b in itertools.pairwise(string.ascii_lowercase)) + "]"
+"""YAML of 2^26 entries, written out."""
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("--- {}\n--- {}\n", "cannot be read as YAML: expected a single document in the stream"),
+    (f"optim: {LEVELS}\n", "cannot be read as YAML: its aliases stand for over 100000 entries"),
+    (f"prompts: {{student_chat_args: {{a: {LEVELS}}}}}\n", "its aliases stand for over 100000 entries"),
+    ("optim: &a {steps: *a}\n", "cannot be read as YAML: an alias stands within what it stands for"),
+    ("optim: {steps: &a [x, x], lr: *a}\n", r"^optim.steps is \['x', 'x'\]; accepted: int >= 1$"),
+    (f"optim: [{'x,' * 9000}]\n", r"section optim should hold options, got \['x', .*\(45000 characters\)$"),
+])  # fmt: skip
+def test_what_is_said_of_yaml_is_one_line(text, said, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=said) as caught:
+        load_config(tmp_path / "c.yaml")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("words_of_it", [["--data.train=/dev/zero"], ["--config=/dev/zero"], ["--data.eval=/dev/zero"]])
+def test_a_device_is_not_read_without_end(words_of_it, setup, capsys):
+    assert main(["train", *words(setup), *words_of_it]) == 2
+    error = capsys.readouterr().err
+    assert "/dev/zero: cannot be read" in error
+    assert "it is a device, not a file" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["/proc/out", "/dev/null/out"])
+def test_where_a_run_goes_is_tried_before_anything_is_loaded(name, setup, monkeypatch, capsys):
+    monkeypatch.setattr("opsd.trainer.set_up", lambda *_: pytest.fail("the run was set up"))
+    assert main(["train", *words(setup), f"--run.dir={name}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"opsd: run.dir '{name}' ")
+    assert error.count("\n") == 1
+
+
+def test_the_trial_leaves_nothing(setup, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise ConfigError("not as asked")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("opsd.trainer.set_up", refuse)
+    for place in ({}, {"run.dir": "a/b/c"}):
+        assert main(["train", *words({**setup, **place})]) == 2
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("model.path", "m"), ("data.train", "d"), ("run.dir", "r"), ("eval.scorer", "s.py:f")
+])  # fmt: skip
+def test_a_path_that_may_not_be_looked_at_is_named(name, value, monkeypatch):
+    def refuse(path, *_, **__):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("opsd.limits.os.stat", refuse)
+    with pytest.raises(ConfigError, match=f"^{name} is '{value}'; accepted: a path that can be reached; here: Perm"):
+        load_config(None, [(name, value)], complete=False)
+
+
+def test_a_scorers_file_with_too_long_a_name_is_named():
+    with pytest.raises(ConfigError, match=r"^eval.scorer is 'x+\.py:f'; accepted: a path that the system can take"):
+        load_config(None, [("eval.scorer", f"{'x' * 300}.py:f")], complete=False)
+
+
+def test_an_evaluation_that_finds_no_room_for_its_answers_says_so(setup, tmp_path, monkeypatch, capsys):
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("opsd.files.flush", full)
+    out = tmp_path / "out" / "eval.json"
+    argv = [f"--model={setup['model.path']}", f"--data={setup['data.train']}", "--rollout.max-new-tokens=2"]
+    assert main(["eval", *argv, f"--output={out}"]) == 1
+    shown = capsys.readouterr()
+    assert "accuracy" in shown.out
+    assert (
+        shown.err
+        == f"opsd: --output {out.with_name('eval.answers.jsonl')} cannot be written: No space left on device\n"
+    )
+    assert not list(out.parent.iterdir())

@@ -303,3 +303,18 @@ def test_prompts_that_a_template_brings_to_an_end_are_warned_of(tmp_path):
     warnings = set_up(load_config(None, options), Parts()).warnings
     assert "2 student prompts of data.train end with an end token, after which a model stops" in warnings
     assert "2 teacher prompts of data.train end with an end token, after which a model stops" in warnings
+
+
+def test_a_tokenizer_that_fails_at_any_text_is_named(tmp_path, capsys):
+    model = write(tmp_path / "model")
+    change_json(model / "tokenizer_config.json", model_max_length=[])
+    said = refused(command(model, rows(tmp_path)), capsys)
+    assert said.startswith(f"opsd: model.path '{model}': no tokenizer can be loaded: ")
+
+
+@pytest.mark.parametrize("rank", [len(TOKENS) + 1, 10**9])
+def test_a_rank_beyond_every_layer_is_refused(rank, whole, tmp_path, capsys):
+    argv = command(whole, rows(tmp_path), "--lora.enabled")
+    most = f"accepted: 1 to {len(TOKENS)}, the largest dimension of the model's matrices"
+    assert refused([*argv, f"--lora.r={rank}"], capsys) == f"opsd: lora.r is {rank}; {most}"
+    assert main([*argv, f"--lora.r={len(TOKENS)}"]) == 0
