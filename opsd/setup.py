@@ -32,6 +32,7 @@ from opsd.scoring import stream_of
 from opsd.step import opsd_step
 from opsd.teachers import make_teacher
 from opsd.vocabulary import check_prompts, without_padding
+from opsd.weights import check_savable
 from opsd_kernels import lm_head_of
 from opsd_kernels.packing import plan_passes
 
@@ -72,6 +73,8 @@ def set_up(config: Config, parts: Parts, date: datetime | None = None) -> Setup:
     examples, eval_examples = data["train"].examples, data["eval"].examples if "eval" in data else []
 
     model = models.load_model(config.model, config.lora, device)
+    if not config.lora.enabled:  # adapters are saved without it
+        check_savable(models.causal_lm(model).config, f"model.path {config.model.path!r}")
     added = {"rollout.max_new_tokens": max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)}
     if config.teacher.reason_first:
         added["teacher.reason_max_new_tokens"] = config.teacher.reason_max_new_tokens

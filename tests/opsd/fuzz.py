@@ -584,7 +584,7 @@ def _main() -> int:
                 done += fuzz(kind, size, seed)
             except Exception as error:
                 failures += 1
-                traceback.print_exception(error.__cause__ or error, limit=-6, chain=False)
+                traceback.print_exception(error, limit=-6)
                 print(*getattr(error, "__notes__", ()), sep="\n")
                 print(f"again: python tests/opsd/fuzz.py --kind {kind} --seed {seed} --inputs {size}", flush=True)
             seconds = time.perf_counter() - began
