@@ -250,7 +250,7 @@ class Command(NamedTuple):
 def command_lines(draw: Any) -> Command:
     words: list[str] = []
     for name, value in draw(choices()):
-        text = str(value) if not isinstance(value, tuple) else ",".join(value)
+        text = str(value) if not isinstance(value, tuple) else ",".join(map(str, value))
         text = text.replace("\0", "\1") if draw(st.booleans()) else text
         name = name.replace("_", "-") if draw(st.booleans()) else name
         form = draw(st.sampled_from(["two", "one", "flag"] if is_flag(name) else ["two", "one", "one"]))
