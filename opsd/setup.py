@@ -31,6 +31,7 @@ from opsd.scorers import scorer_of
 from opsd.step import opsd_step
 from opsd.teachers import make_teacher
 from opsd.vocabulary import check_prompts, without_padding
+from opsd.weights import check_savable
 from opsd_kernels import Head, lm_head_of
 from opsd_kernels.packing import plan_passes
 
@@ -133,6 +134,8 @@ def _model_options(config: Config) -> ModelConfig:
 
 
 def _check_fit(config: Config, model: nn.Module, tokenizer: Any, *data: Encoded) -> None:
+    if not config.lora.enabled:  # adapters are saved without it
+        check_savable(models.causal_lm(model).config, f"model.path {config.model.path!r}")
     added = {"rollout.max_new_tokens": max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)}
     if config.teacher.reason_first:
         added["teacher.reason_max_new_tokens"] = config.teacher.reason_max_new_tokens

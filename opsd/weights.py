@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from opsd.errors import ConfigError
+from opsd.errors import ConfigError, config_error
 
 _SHOWN = 3
 """So many names of tensors are in a message, which else would be one of pages."""
@@ -93,3 +93,16 @@ def check_rank(model: nn.Module, rank: int) -> None:
     widest = max((size for p in model.parameters() if p.ndim > 1 for size in p.shape), default=rank)
     if rank > widest:
         raise ConfigError(f"lora.r is {rank}; accepted: 1 to {widest}, the largest dimension of the model's matrices")
+
+
+def check_savable(config: Any, where: str) -> None:
+    """Some configs load well and are refused when they are written, which would be after the training.
+
+    Raises:
+        ConfigError: `config`, that of a transformers model, is one of them.
+    """
+    # What raises here is a validator of a library's, or one that came with the model.
+    with config_error(f"{where}: its config.json can be loaded, but not be saved with what is trained", Exception):
+        if hasattr(config, "validate"):
+            config.validate()
+        config.to_json_string()

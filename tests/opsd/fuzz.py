@@ -250,7 +250,7 @@ class Command(NamedTuple):
 def command_lines(draw: Any) -> Command:
     words: list[str] = []
     for name, value in draw(choices()):
-        text = str(value) if not isinstance(value, tuple) else ",".join(value)
+        text = str(value) if not isinstance(value, tuple) else ",".join(map(str, value))
         text = text.replace("\0", "\1") if draw(st.booleans()) else text
         name = name.replace("_", "-") if draw(st.booleans()) else name
         form = draw(st.sampled_from(["two", "one", "flag"] if is_flag(name) else ["two", "one", "one"]))
@@ -584,7 +584,7 @@ def _main() -> int:
                 done += fuzz(kind, size, seed)
             except Exception as error:
                 failures += 1
-                traceback.print_exception(error.__cause__ or error, limit=-6, chain=False)
+                traceback.print_exception(error, limit=-6)
                 print(*getattr(error, "__notes__", ()), sep="\n")
                 print(f"again: python tests/opsd/fuzz.py --kind {kind} --seed {seed} --inputs {size}", flush=True)
             seconds = time.perf_counter() - began

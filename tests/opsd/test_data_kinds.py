@@ -29,8 +29,8 @@ def zipped(data):
     [
         ("d.csv", b"problem,answer\nx,1\n", "comma-separated values (CSV)"),
         ("d.TSV", b"problem\tanswer\nx\t1\n", "tab-separated values (TSV)"),
-        ("d.jsonl.gz", gzip.compress(LINE.encode()), "compressed by gzip"),
-        ("d.jsonl", gzip.compress(LINE.encode()), "compressed by gzip"),
+        ("d.jsonl.gz", gzip.compress(LINE.encode(), mtime=0), "compressed by gzip"),
+        ("d.jsonl", gzip.compress(LINE.encode(), mtime=0), "compressed by gzip"),
         ("d.zip", zipped(LINE), "a zip archive"),
         ("d.bz2", bz2.compress(LINE.encode()), "compressed by bzip2"),
         ("d.xz", lzma.compress(LINE.encode()), "compressed by xz"),
@@ -121,7 +121,7 @@ def test_places_that_cannot_be_read_are_named(tmp_path):
 
 def test_a_directory_with_a_compressed_part_is_refused(tmp_path):
     (tmp_path / "train-0.jsonl").write_text(LINE)
-    (tmp_path / "train-1.jsonl.gz").write_bytes(gzip.compress(LINE.encode()))
+    (tmp_path / "train-1.jsonl.gz").write_bytes(gzip.compress(LINE.encode(), mtime=0))
     with pytest.raises(DataError, match=r"holds train-1.jsonl.gz, which is compressed; accepted: JSON lines"):
         read_rows(tmp_path)
 

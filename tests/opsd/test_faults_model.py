@@ -318,3 +318,14 @@ def test_a_rank_beyond_every_layer_is_refused(rank, whole, tmp_path, capsys):
     most = f"accepted: 1 to {len(TOKENS)}, the largest dimension of the model's matrices"
     assert refused([*argv, f"--lora.r={rank}"], capsys) == f"opsd: lora.r is {rank}; {most}"
     assert main([*argv, f"--lora.r={len(TOKENS)}"]) == 0
+
+
+def test_a_config_that_cannot_be_saved_is_refused_before_the_training(whole, tmp_path, capsys):
+    change_json(whole / "config.json", output_attentions=True)
+    argv, out = command(whole, rows(tmp_path)), tmp_path / "out"
+    said = refused(argv, capsys)
+    assert said.startswith(f"opsd: model.path '{whole}': its config.json can be loaded, but not be saved")
+    assert "output_attentions" in said
+    assert not out.exists()
+    assert main([*argv, "--lora.enabled"]) == 0
+    assert (out / "model" / "adapter_config.json").is_file()
