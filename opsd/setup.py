@@ -82,6 +82,7 @@ def set_up(config: Config, parts: Parts, date: datetime | None = None) -> Setup:
     models.check_positions(model, prompts, added)
     check_prompts(models.causal_lm(model), tokenizer, [*examples, *eval_examples])
     engine = GenerateEngine.of(model, tokenizer, config.model)
+    engine.check(model, f"model.path {config.model.path!r}")
     with config_error(f"model.path {config.model.path!r}", TypeError, ValueError):
         head = without_padding(lm_head_of(model), tokenizer)
     teacher: Any = (parts.teacher or make_teacher)(config, model, tokenizer)
