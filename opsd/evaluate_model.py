@@ -187,6 +187,7 @@ def evaluate_model(config: Config, context: Context = "student") -> Report:
     models.check_positions(model, [getattr(example, context) for example in examples], {name: new})
     check_prompts(models.causal_lm(model), tokenizer, examples)
     engine = GenerateEngine.of(model, tokenizer, config.model)
+    engine.check(model, f"model.path {config.model.path!r}")
     evaluator = Evaluator.of(config.eval, new, config.run.seed, tokenizer, engine, scorer)
     answers = evaluator.answers(model, examples, context)
     evaluation = summarise(answers, config.eval.samples)

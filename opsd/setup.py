@@ -92,6 +92,7 @@ def set_up(config: Config, parts: Parts, date: datetime | None = None, attempt: 
     model = attempt("model", models.load_model, options, config.lora, device)
     attempt("fit", _check_fit, config, model, tokenizer, *encoded)
     engine = attempt("engine", GenerateEngine.of, model, tokenizer, options)
+    attempt("writes", GenerateEngine.check, engine, model, f"model.path {config.model.path!r}")
     head = attempt("head", _head, config, model, tokenizer)
     teacher: Any = attempt("teacher", parts.teacher or make_teacher, config, model, tokenizer)
     teacher = teacher if parts.teacher is None else UserTeacher(teacher)

@@ -18,6 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from opsd.errors import ConfigError, one_line
 from opsd.models import autocast, causal_lm
 from opsd.options import ModelConfig
 from opsd.prompts import Example
@@ -52,6 +53,20 @@ class GenerateEngine:
         ends = end_ids(lm, tokenizer)
         columns = lm.get_output_embeddings().weight.shape[0]
         return cls(ends, pad_id(lm, tokenizer, ends), options, token_columns(columns, tokenizer))
+
+    def check(self, model: nn.Module, where: str) -> None:
+        """Has `model` write two tokens, the second with its cache.
+
+        Raises:
+            ConfigError: it cannot, as its config has a value that only shows when it runs; begins with `where`.
+        """
+        try:
+            self.write(model, [[self.pad_id]], Sampling(2, temperature=0.0), [0], 1)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever the model's code makes of its config
+            said = f"{type(error).__name__}: {one_line(error)}"
+            raise ConfigError(f"{where}: the model is loaded, but fails at its first tokens: {said}") from error
 
     def rollouts(self, run: Run, examples: Sequence[Example], number: int) -> list[Rollout]:
         """As `opsd.run.Engine` says. Each rollout depends on run.seed, the step's number, the example's place in the

@@ -220,7 +220,7 @@ def test_teacher_context_reads_the_other_prompt(words, tmp_path, monkeypatch):
     seen, real = [], GenerateEngine.write
     monkeypatch.setattr(GenerateEngine, "write", lambda e, m, p, *a: seen.append(p) or real(e, m, p, *a))
     assert main([*words, "--context", "teacher", "--output", str(tmp_path / "e.json")]) == 0
-    assert "A correct solution" in tokenizer().decode(seen[0][0])
+    assert "A correct solution" in tokenizer().decode(seen[-1][0])
     assert json.loads((tmp_path / "e.json").read_text())["context"] == "teacher"
 
 

@@ -329,3 +329,11 @@ def test_a_config_that_cannot_be_saved_is_refused_before_the_training(whole, tmp
     assert not out.exists()
     assert main([*argv, "--lora.enabled"]) == 0
     assert (out / "model" / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize("evaluate", [False, True])
+def test_a_config_that_only_fails_when_the_model_runs_is_refused(evaluate, whole, tmp_path, capsys):
+    change_json(whole / "config.json", sliding_window=[])
+    said = refused(command(whole, rows(tmp_path), evaluate=evaluate), capsys)
+    assert said.startswith(f"opsd: model.path '{whole}': the model is loaded, but fails at its first tokens: TypeError")
+    assert not (tmp_path / "out").exists()
