@@ -20,6 +20,7 @@ from opsd.config import Config, load_config, to_yaml
 from opsd.errors import ConfigError, config_error
 from opsd.evaluation import wilson
 from opsd.files import replace_file
+from opsd.objective import make_recipe
 from opsd.recipes.in_loop import lacking
 from opsd.run_dir import make_directory, write_json
 from opsd.setup import absolute_paths
@@ -104,6 +105,8 @@ def compare(
         for name, chosen in methods.items()
         for seed in range(first, first + seeds)
     }
+    for config in wanted.values():
+        make_recipe(config)  # refuses now what the last run would
     directory = Path(output)
     with config_error("--output: the directory cannot be written", OSError):
         make_directory(directory, "compare")

@@ -116,8 +116,9 @@ def test_what_is_there_is_kept_and_what_was_stopped_goes_on(options, tmp_path, m
 @pytest.mark.parametrize(
     ("names", "changed", "said"),
     [
-        ("full,nothing", {}, "'nothing'; accepted: full, sampled_token, distil"),
-        ("purified", {}, "purified, which the loop cannot train with: it has no context"),
+        ("full,nothing", {}, "'nothing'; accepted: full, sampled_token, act_guide"),
+        ("cepo", {}, "cepo, which the loop cannot train with: it has no context"),
+        ("full,rlsd", {}, "objective.recipe rlsd compares the rollouts of a prompt: rollout.per_prompt must be"),
         ("full,full", {}, "each once"),
         ("full", {"objective.form": "full"}, "--objective.form has no meaning"),
         ("full", {"run.dir": "x"}, "--run.dir has no meaning"),
