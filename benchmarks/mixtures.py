@@ -68,7 +68,7 @@ def bare_products(student: Tensor, weight: Tensor, count: int) -> Callable[[], N
     single = torch.float32
     logits = torch.empty(student.shape[0], weight.shape[0], device=student.device)
     dx = torch.empty(student.shape, device=student.device)
-    dz = torch.empty(logits.shape, dtype=student.dtype, device=student.device) if student.dtype != single else logits
+    dz = logits if student.dtype == single else torch.randn(logits.shape, device=student.device).to(student.dtype)
     backend = "native" if student.device.type == "cpu" else "torch"
     own = Products(backend, student.device, student.dtype, workspace.budget_bytes(student.device, None))
 

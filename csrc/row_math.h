@@ -327,7 +327,7 @@ OPSD_HD Clipped<F> clipped(const Entry<F>& e, F d, float entry_clip) {
 // dz = g - p_S sum(g): any multiple of p_S may be taken off g first. Where one token, the top, has most of the
 // probability, p, that is the multiple which leaves nothing of the top's own g: it would keep the part 1 - p of it,
 // which float32 does not know. Under an entry clip, g of the forward KL is p_S - M p_T or, where the teacher thinks
-// little of the top, -M p_T: p_S would swallow a small p_T.
+// little of the top, sure or not, -M p_T: p_S would swallow a small p_T, and what the clips leave of its sum.
 struct Level {
     float taken = 0;
     bool apart = false, sure = false;

@@ -21,23 +21,29 @@ def sampler_mismatch(student_logprob: Tensor, batch: TokenBatch, temperature: fl
 
 
 @dataclass(frozen=True)
-class ImportanceWeighted:
-    """`recipe` with each token weighted by min(p_student / p_sampler, cap)."""
+class Around:
+    """A recipe made of another one, which says what it reads and what memory it takes."""
 
     recipe: Any
-    cap: float
 
     @property
     def contexts(self) -> tuple[str, ...]:
         return self.recipe.contexts
 
     @property
-    def reduction(self) -> str:
-        return self.recipe.reduction
-
-    @property
     def workspace_bytes(self) -> int | None:
         return self.recipe.workspace_bytes
+
+
+@dataclass(frozen=True)
+class ImportanceWeighted(Around):
+    """`recipe` with each token weighted by min(p_student / p_sampler, cap)."""
+
+    cap: float
+
+    @property
+    def reduction(self) -> str:
+        return self.recipe.reduction
 
     def loss(
         self, student: Stream, teachers: Mapping[str, Stream], batch: TokenBatch, denominator: int

@@ -10,7 +10,7 @@ from opsd_kernels import Stream
 from ..contexts import CONTEXTS
 from .base import TokenRecipe
 from .batch import TokenBatch, reduced
-from .importance import sampler_mismatch
+from .importance import Around, sampler_mismatch
 
 SUPPLIED = ("sampler_logprobs", "advantage", "correct", "has_feedback", "step", "progress")
 """Fields of a batch that the loop fills in, beside the tokens."""
@@ -22,29 +22,19 @@ READ = ("teacher", *CONTEXTS)
 def lacking(recipe: TokenRecipe) -> list[str]:
     """What `recipe` needs and the loop cannot give it; nothing where it can train with it."""
     contexts = [name for name in recipe.contexts if name not in READ]
-    found = [f"context {name!r}" for name in contexts] + [f"{name!r}" for name in recipe.needs if name not in SUPPLIED]
-    return found
+    return [f"context {name!r}" for name in contexts] + [f"{name!r}" for name in recipe.needs if name not in SUPPLIED]
 
 
 @dataclass(frozen=True)
-class InLoop:
-    """`recipe` as the loop wants it: reduced over the step."""
+class InLoop(Around):
+    """The token recipe `recipe` as the loop wants it: reduced over the step."""
 
-    recipe: TokenRecipe
     temperature: float
     reduction: str = "mean"
 
     @property
-    def contexts(self) -> tuple[str, ...]:
-        return self.recipe.contexts
-
-    @property
     def backend(self) -> str:
         return self.recipe.backend
-
-    @property
-    def workspace_bytes(self) -> int | None:
-        return self.recipe.workspace_bytes
 
     def loss(
         self, student: Stream, teachers: Mapping[str, Stream], batch: TokenBatch, denominator: int
