@@ -29,6 +29,7 @@ from opsd.prompts import Encoded, Example, Prompter, decoded, encode_read
 from opsd.run import Recipe, Run, Step, Teacher
 from opsd.scorers import scorer_of
 from opsd.step import opsd_step
+from opsd.teacher_cache import with_cache
 from opsd.teachers import make_teacher
 from opsd.vocabulary import check_prompts, without_padding
 from opsd.weights import check_savable
@@ -96,6 +97,7 @@ def set_up(config: Config, parts: Parts, date: datetime | None = None, attempt: 
     head = attempt("head", _head, config, model, tokenizer)
     teacher: Any = attempt("teacher", parts.teacher or make_teacher, config, model, tokenizer)
     teacher = teacher if parts.teacher is None else UserTeacher(teacher)
+    engine = attempt("rollouts", with_cache, engine, teacher, encoded[0])
     scoring = attempt("scoring", choose_packing, options, model, teacher)
     packed = attempt("packed", itemgetter(0), scoring)
     reward = attempt("reward", lambda _, scorer: scorer if needs_reward(config) else None, recipe, scorer)
@@ -279,10 +281,13 @@ def choose_packing(options: ModelConfig, model: nn.Module, teacher: Teacher) -> 
     try:
         model.train()
         with models.autocast(options, next(model.parameters()).device):
-            plan = plan_passes(model, teacher=teacher.source)
+            alone = teacher.source is None
+            plan = plan_passes(model, teacher=teacher.source or "live", passes="two" if alone else "auto")
     except (TypeError, ValueError) as error:
         if options.packing == "on":
             raise ConfigError(f"model.packing is on, but {error}") from error
         return False, f"scoring: padded, since {error}"
+    if alone:
+        return True, f"scoring: packed rows of the student alone ({plan.reason})"
     how = f"scoring: packed rows, student and teacher in {'one pass' if plan.passes == 'joint' else 'two passes'}"
     return True, f"{how} ({plan.reason})"
