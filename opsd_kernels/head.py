@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .probe import no_trial, settings, tolerance, uncompiled, undisturbed, warn_unproven
+from .probe import no_trial, replaced_forward, settings, tolerance, uncompiled, undisturbed, warn_unproven
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _proven(base: Any, plain: Head) -> Head:
     readings = list(_readings(base, plain))
     hooks = (*base._forward_hooks, *base._forward_pre_hooks)
     key = (settings(base), hooks, plain.weight.shape, [(r.logit_scale, r.softcap, r.valid_vocab) for r in readings])
-    if base in _found and _found[base][0] == key and "forward" not in vars(base):
+    if base in _found and _found[base][0] == key and not replaced_forward(base):
         _, scale, cap, valid = _found[base]
         return replace(plain, logit_scale=scale, softcap=cap, valid_vocab=valid)
     trial = no_trial(base) or _try(base, plain)
@@ -187,12 +187,12 @@ def _try(base: Any, plain: Head) -> tuple[Tensor, Tensor] | str:
         seen.append(output["last_hidden_state"])
         return output
 
-    # Caches of some hybrid models cannot be made outside generation.
-    arguments = inspect.signature(base.forward).parameters
-    takes = "use_cache" in arguments or any(p.kind is p.VAR_KEYWORD for p in arguments.values())
-    options = {"use_cache": False} if takes else {}
     try:
         with torch.no_grad(), undisturbed(base, device):
+            # Caches of some hybrid models cannot be made outside generation.
+            arguments = inspect.signature(base.forward).parameters
+            takes = "use_cache" in arguments or any(p.kind is p.VAR_KEYWORD for p in arguments.values())
+            options = {"use_cache": False} if takes else {}
             # Some call what is below their body, or have none.
             for part in (*([] if body is base else [body]), *body.children()):
                 with part.register_forward_hook(enlarge):

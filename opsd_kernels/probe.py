@@ -35,9 +35,23 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         stack.enter_context(torch.autocast(device.type, enabled=False))
+        if below := _below_mixed_precision(model):
+            stack.callback(setattr, model, "forward", model.forward)
+            model.forward = below
         if any(m._compiled_call_impl is not None or uncompiled(m) is not m for m in model.modules()):
             stack.enter_context(torch.compiler.set_stance("force_eager"))  # which takes seconds to import
         yield
+
+
+def _below_mixed_precision(model: nn.Module) -> Any:
+    """The forward around which accelerate has put its autocast; None where there is no such thing."""
+    return vars(model).get("_original_forward") if "forward" in vars(model) else None
+
+
+def replaced_forward(model: nn.Module) -> bool:
+    """Whether `model` has another forward than its class, accelerate's autocast apart."""
+    forward = _below_mixed_precision(model) or vars(model).get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(model).forward
 
 
 def no_trial(model: nn.Module) -> str | None:

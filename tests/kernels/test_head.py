@@ -144,6 +144,23 @@ def test_accelerates_hooks_leave_the_head_readable():
         opsd_kernels.lm_head_of(model)
 
 
+def test_accelerates_mixed_precision_leaves_the_head_readable():
+    accelerate = pytest.importorskip("accelerate")
+    from accelerate.state import AcceleratorState
+
+    model = model_of("Granite")
+    try:
+        model = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    wrapped = model.forward
+    assert opsd_kernels.lm_head_of(model).logit_scale == 0.25
+    assert model.forward == wrapped
+    model._original_forward = lambda ids: model.lm_head(model.model(ids).last_hidden_state) / 8
+    with pytest.raises(ValueError, match="not understood"):
+        opsd_kernels.lm_head_of(model)
+
+
 # The config says scale 2 and cap 3, and has fields that no one knows: use_scale 0 and final_logit_softcap 4.
 ODD = {
     "a mean is taken off": "logits = self.lm_head(hidden)\nlogits = logits - logits.mean(-1, keepdim=True) * 0.5",
