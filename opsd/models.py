@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from opsd import gguf_file
 from opsd.errors import ConfigError, DataError, config_error, one_line
 from opsd.options import LoraConfig, ModelConfig
 from opsd.vocabulary import pad_id
@@ -38,7 +39,8 @@ def load_tokenizer(path: str | None, option: str = "model.path", *, trust_remote
     with _loading("tokenizer", path, option):
         if path:
             check_path(path, option)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        where, more = gguf_file.source(path)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **more)
         tokenizer("1")  # some settings load well and fail at any text
         return tokenizer
 
@@ -82,8 +84,10 @@ def check_path(path: str, option: str) -> None:
         raise ConfigError(f"{option} {path!r} is a run directory; {advice}")
     if directory.is_dir():
         return
+    if gguf_file.is_gguf(path):
+        return gguf_file.check_gguf(path, option)
     if directory.exists():
-        raise ConfigError(f"{option} {path!r} is a file; accepted: a directory, or the id of a model on the hub")
+        raise ConfigError(f"{option} {path!r} is a file; accepted: a directory, a .gguf, or a model's id on the hub")
     if directory.name in ("model", "best") and (above / "run.json").is_file():
         advice = f"the run is not finished; opsd train --resume {above} goes on to it"
         if (above / "summary.json").is_file():
@@ -103,17 +107,19 @@ def load_weights(options: ModelConfig, path: str | None, option: str = "model.pa
         with _loading("model", path, option):
             if (Path(path or "") / "generation_config.json").is_file():
                 GenerationConfig.from_pretrained(str(path))  # below, one that cannot be read would be passed over
+            where, more = gguf_file.source(path, weights=True)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path,  # type: ignore[arg-type]
+                where,  # type: ignore[arg-type]
                 dtype=getattr(torch, options.dtype),
                 attn_implementation=options.attn_implementation,
                 trust_remote_code=options.trust_remote_code,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # to be named below
+                **more,
             )
         model, info = loaded
         check_loaded(info, f"{option} {path!r}")
-    return model
+    return gguf_file.unpacked(model) if gguf_file.is_gguf(path) else model
 
 
 def load_model(options: ModelConfig, lora: LoraConfig, device: torch.device) -> nn.Module:

@@ -18,7 +18,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 class ModelConfig(Section):
-    path: str | None = option(None, "local directory or hub id; none: the embedded tiny model and its data")
+    path: str | None = option(None, "local directory, GGUF file or hub id; none: the embedded tiny model and its data")
     dtype: Literal["float32", "bfloat16"] = option(
         "float32",
         "type of the weights; small updates vanish in bfloat16 weights, so use it for LoRA, not for full training",
@@ -158,7 +158,7 @@ class TeacherConfig(Section):
         "base: the initial weights, frozen; live: the weights being trained; ema: their moving average; "
         "model: another model, teacher.path",
     )
-    path: str | None = option(None, "with kind model: local directory or hub id, of the same vocabulary")
+    path: str | None = option(None, "with kind model: local directory, GGUF file or hub id, of the same vocabulary")
     ema_decay: float = option(0.99, "with kind ema: teacher = decay * teacher + (1 - decay) * student", ge=0, le=1)
     ema_every: int = option(1, "with kind ema: steps between updates of the teacher", ge=1)
     reason_first: bool = option(
