@@ -387,7 +387,8 @@ def told(record: Mapping[str, Any]) -> str:
         return f"{job}: {record.get('error', 'out of time')}"
     share = {name: marks.count("1") / len(marks) for name, marks in (
         [("base", record["base_test"]["right"]), ("teacher", record["teacher_test"]["right"])]
-        if not record["method"] else [*((f"step {s}", m) for s, m in record["curve"]), ("test", record["test"]["right"])]
+        if not record["method"]
+        else [*((f"step {s}", m) for s, m in record["curve"]), ("test", record["test"]["right"])]
     )}  # fmt: skip
     return f"{job}: {', '.join(f'{n} {v:.0%}' for n, v in share.items())}; {record['seconds']:.0f} s"
 

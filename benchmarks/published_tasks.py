@@ -1,7 +1,7 @@
 """Problems with worked solutions for a published model: what `benchmarks.published` trains and evaluates on.
 
-Each task is a train.jsonl, a dev.jsonl and a test.jsonl of problem, solution and answer, an integer, and made from a seed of its
-own, so that the files are the same everywhere. GSM8K is read, from a directory of its two JSONL files or from the hub.
+Each task is a train.jsonl, a dev.jsonl and a test.jsonl of problem, solution and answer, an integer, and made from a
+seed of its own, so that the files are the same everywhere. GSM8K is read, from a directory of its two JSONL files or from the hub.
 `reasoning_gym` makes the problems of two of its tasks; their worked solutions are written here, from what it tells
 of each problem. `text.jsonl` holds ordinary text, on which a trained model is compared with what it was.
 """
@@ -61,9 +61,28 @@ def sums(rng: random.Random) -> Iterator[dict[str, Any]]:
 
 
 NAMES = (
-    "Anna Ben Carla David Emma Farid Grace Hugo Ines Jack Kofi Lena Maria Noah Olga Peter Rosa Sam Tara Yusuf".split()
+    "Anna",
+    "Ben",
+    "Carla",
+    "David",
+    "Emma",
+    "Farid",
+    "Grace",
+    "Hugo",
+    "Ines",
+    "Jack",
+    "Kofi",
+    "Lena",
+    "Maria",
+    "Noah",
+    "Olga",
+    "Peter",
+    "Rosa",
+    "Sam",
+    "Tara",
+    "Yusuf",
 )
-THINGS = "apples books cards coins eggs marbles pencils shells stamps stickers".split()
+THINGS = ("apples", "books", "cards", "coins", "eggs", "marbles", "pencils", "shells", "stamps", "stickers")
 
 
 def stories(rng: random.Random) -> Iterator[dict[str, Any]]:
@@ -121,7 +140,8 @@ def angles(rng: random.Random) -> Iterator[dict[str, Any]]:
         known, n = [round(a) for a in item["metadata"]["known_angles"]], item["metadata"]["n_sides"]
         total, left = 180 * (n - 2), 180 * (n - 2) - sum(known)
         problem = item["question"].split("Return only")[0].replace(".0°", "°").strip()
-        worked = f"The angles of a polygon with {n} sides add up to {total}. {total} - {' - '.join(map(str, known))} = {left}."
+        steps = " - ".join(map(str, known))
+        worked = f"The angles of a polygon with {n} sides add up to {total}. {total} - {steps} = {left}."
         yield _row(problem, worked, left)
 
 

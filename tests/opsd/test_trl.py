@@ -58,8 +58,8 @@ def made(which, tmp_path, directory, adapted=False, mixed=False, **options):
         student = lora(student) if adapted else student
         args = config(
             output_dir=str(tmp_path), per_device_train_batch_size=4, max_completion_length=9, report_to=[],
-            use_cpu=True, bf16=mixed, max_steps=2, learning_rate=1e-2, logging_steps=1, save_strategy="no", disable_tqdm=True,
-            **options,
+            use_cpu=True, bf16=mixed, max_steps=2, learning_rate=1e-2, logging_steps=1, save_strategy="no",
+            disable_tqdm=True, **options,
         )  # fmt: skip
         more = {"teacher_model": model("qwen3", seed=5)} if which is DISTILLATION else {}
         if which is SDPO:
