@@ -1,7 +1,8 @@
 """Problems with worked solutions for a published model: what `benchmarks.published` trains and evaluates on.
 
 Each task is a train.jsonl, a dev.jsonl and a test.jsonl of problem, solution and answer, an integer, and made from a
-seed of its own, so that the files are the same everywhere. GSM8K is read, from a directory of its two JSONL files or from the hub.
+seed of its own, so that the files are the same everywhere. GSM8K is read, from a directory of its two JSONL files or
+from the hub.
 `reasoning_gym` makes the problems of two of its tasks; their worked solutions are written here, from what it tells
 of each problem. `text.jsonl` holds ordinary text, on which a trained model is compared with what it was.
 """
@@ -61,27 +62,9 @@ def sums(rng: random.Random) -> Iterator[dict[str, Any]]:
 
 
 NAMES = (
-    "Anna",
-    "Ben",
-    "Carla",
-    "David",
-    "Emma",
-    "Farid",
-    "Grace",
-    "Hugo",
-    "Ines",
-    "Jack",
-    "Kofi",
-    "Lena",
-    "Maria",
-    "Noah",
-    "Olga",
-    "Peter",
-    "Rosa",
-    "Sam",
-    "Tara",
-    "Yusuf",
-)
+    "Anna", "Ben", "Carla", "David", "Emma", "Farid", "Grace", "Hugo", "Ines", "Jack", "Kofi", "Lena", "Maria",
+    "Noah", "Olga", "Peter", "Rosa", "Sam", "Tara", "Yusuf",
+)  # fmt: skip
 THINGS = ("apples", "books", "cards", "coins", "eggs", "marbles", "pencils", "shells", "stamps", "stickers")
 
 
