@@ -67,10 +67,14 @@ class Task:
 def sft_step(run: Run, examples: Sequence[Example], number: int) -> StepResult:
     """Supervised fine-tuning on the rows' solutions after the student's prompt, in place of the OPSD step."""
     completions = [[*run.tokenizer.encode(e.row.solution), run.engine.end_ids[0]] for e in examples]
-    tokens = sum(map(len, completions))
-    loss = supervised_loss(run.model, [e.student for e in examples], completions, tokens)
-    loss.backward()
-    return StepResult(loss.detach(), tokens)
+    tokens, size = sum(map(len, completions)), run.config.optim.micro_batch_size
+    total = torch.zeros((), device=run.device)
+    for start in range(0, len(examples), size):
+        prompts = [e.student for e in examples[start : start + size]]
+        loss = supervised_loss(run.model, prompts, completions[start : start + size], tokens)
+        loss.backward()
+        total += loss.detach()
+    return StepResult(total, tokens)
 
 
 def run_task(task: Task) -> dict:

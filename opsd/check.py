@@ -14,6 +14,7 @@ from opsd.config import Config
 from opsd.data import columns_used
 from opsd.errors import ConfigError
 from opsd.memory import memory_of
+from opsd.model_path import hub_notes
 from opsd.plugins import Parts
 from opsd.prompts import Encoded, decoded
 from opsd.run_dir import check_new
@@ -59,7 +60,7 @@ def check(config: Config, show: Callable[[str], None]) -> list[str]:
     config, attempt = absolute_paths(config), Collector()
     attempt("directory", check_new, config.run.dir)
     attempt("trackers", check_trackers, config.run.trackers)
-    for note in models.hub_notes(config.model.path, config.teacher.path):
+    for note in hub_notes(config.model.path, config.teacher.path):
         show(note)
     setup: Setup = set_up(config, Parts(), attempt=attempt)
     sections: tuple[tuple[Any, ...], ...] = (

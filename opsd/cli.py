@@ -17,7 +17,8 @@ from opsd.check import check
 from opsd.config import describe, is_flag, load_config, to_yaml
 from opsd.errors import CheckpointError, ConfigError, Interrupted, RunError
 from opsd.evaluate_model import check_output, evaluate_model, evaluation_config, is_used
-from opsd.models import hub_notes, progress_bars
+from opsd.model_path import hub_notes
+from opsd.models import progress_bars
 from opsd.output import all_shown, drop_rest
 from opsd.recipes.in_loop import lacking
 from opsd.report import write_report

@@ -1,8 +1,6 @@
 """A causal language model of transformers, with or without peft: loading, its body, its modes."""
 
 import json
-import os
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,14 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from opsd import gguf_file
 from opsd.errors import ConfigError, DataError, config_error, one_line
+from opsd.model_path import check_path
 from opsd.options import LoraConfig, ModelConfig
 from opsd.vocabulary import pad_id
 from opsd.weights import check_finite, check_loaded, check_rank, damaged_file, report_held
 from opsd_kernels.packing.vet import outside_adapter
-
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-"""What may be the name of a model on the hub: all other text is a path."""
 
 ADAPTER = "adapter_config.json"
 """What makes a directory that of an adapter."""
@@ -38,18 +35,10 @@ def load_tokenizer(path: str | None, option: str = "model.path", *, trust_remote
     with _loading("tokenizer", path, option):
         if path:
             check_path(path, option)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        where, more = gguf_file.source(path)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **more)
         tokenizer("1")  # some settings load well and fail at any text
         return tokenizer
-
-
-def hub_notes(model_path: str | None, teacher_path: str | None = None) -> list[str]:
-    """A line for each model that is no directory here, so that the hub will be asked for it, which may take long."""
-    return [
-        f"there is no directory {path}: the hub is asked for it ({option})"
-        for option, path in (("model.path", model_path), ("teacher.path", teacher_path))
-        if path and not Path(path).exists() and HUB_ID.fullmatch(path)
-    ]
 
 
 @contextmanager
@@ -70,29 +59,6 @@ def _loading(what: str, path: str | None, option: str) -> Iterator[None]:
         raise ConfigError(f"{where} no {what} can be loaded: {damaged_file(path)}{said}") from error
 
 
-def check_path(path: str, option: str) -> None:
-    """Refuses a run or a checkpoint, and what can be no name on the hub, which would be asked in vain."""
-    directory, above = Path(path), Path(os.path.normpath(Path(path) / ".."))
-    if (directory / "manifest.json").is_file():
-        advice = f"opsd train --resume {os.path.normpath(above / '..')} finishes its run"
-        raise ConfigError(f"{option} {path!r} is a checkpoint, which is no model; {advice}")
-    if (directory / "run.json").is_file():
-        there = [str(directory / name) for name in ("model", "best") if (directory / name).is_dir()]
-        advice = f"its model is {' or '.join(there)}" if there else f"opsd train --resume {path} goes on to its model"
-        raise ConfigError(f"{option} {path!r} is a run directory; {advice}")
-    if directory.is_dir():
-        return
-    if directory.exists():
-        raise ConfigError(f"{option} {path!r} is a file; accepted: a directory, or the id of a model on the hub")
-    if directory.name in ("model", "best") and (above / "run.json").is_file():
-        advice = f"the run is not finished; opsd train --resume {above} goes on to it"
-        if (above / "summary.json").is_file():
-            advice = f"its run kept none; its directory is {above}"
-        raise ConfigError(f"{option}: there is no directory {path}: {advice}")
-    if not HUB_ID.fullmatch(path):
-        raise ConfigError(f"{option}: there is no directory {path}; accepted: a directory, or a hub id like org/name")
-
-
 def load_weights(options: ModelConfig, path: str | None, option: str = "model.path") -> Any:
     """The causal language model of `path`, in the types of `options`; errors call the path `option`.
 
@@ -103,17 +69,19 @@ def load_weights(options: ModelConfig, path: str | None, option: str = "model.pa
         with _loading("model", path, option):
             if (Path(path or "") / "generation_config.json").is_file():
                 GenerationConfig.from_pretrained(str(path))  # below, one that cannot be read would be passed over
+            where, more = gguf_file.source(path, weights=True)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path,  # type: ignore[arg-type]
+                where,  # type: ignore[arg-type]
                 dtype=getattr(torch, options.dtype),
                 attn_implementation=options.attn_implementation,
                 trust_remote_code=options.trust_remote_code,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # to be named below
+                **more,
             )
         model, info = loaded
         check_loaded(info, f"{option} {path!r}")
-    return model
+    return gguf_file.unpacked(model) if gguf_file.is_gguf(path) else model
 
 
 def load_model(options: ModelConfig, lora: LoraConfig, device: torch.device) -> nn.Module:

@@ -18,7 +18,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 class ModelConfig(Section):
-    path: str | None = option(None, "local directory or hub id; none: the embedded tiny model and its data")
+    path: str | None = option(None, "local directory, GGUF file or hub id; none: the embedded tiny model and its data")
     dtype: Literal["float32", "bfloat16"] = option(
         "float32",
         "type of the weights; small updates vanish in bfloat16 weights, so use it for LoRA, not for full training",
@@ -161,7 +161,7 @@ class TeacherConfig(Section):
     )
     path: str | None = option(
         None,
-        "with kind model: local directory or hub id, of the same vocabulary; with cached: a directory of opsd "
+        "with kind model: local directory, GGUF file or hub id, of the same vocabulary; with cached: a directory of opsd "
         "cache-teacher; with server: http://HOST:PORT",
     )
     ema_decay: float = option(0.99, "with kind ema: teacher = decay * teacher + (1 - decay) * student", ge=0, le=1)

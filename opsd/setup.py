@@ -21,6 +21,7 @@ from opsd.engines import GenerateEngine
 from opsd.errors import ConfigError, config_error
 from opsd.evaluation import Evaluator
 from opsd.limits import PATHS
+from opsd.model_path import check_path
 from opsd.objective import check_recipe, make_recipe, needs_reward
 from opsd.optim import learning_rate
 from opsd.options import ModelConfig
@@ -132,7 +133,7 @@ def _required(config: Config) -> tuple[str, ...]:
 
 def _model_options(config: Config) -> ModelConfig:
     if config.model.path:
-        models.check_path(config.model.path, "model.path")
+        check_path(config.model.path, "model.path")
     return config.model
 
 

@@ -16,6 +16,7 @@ from opsd.files import replace_file
 from opsd.identity import check_identity, describe, digest_inputs
 from opsd.limits import PATHS
 from opsd.loop import Loop
+from opsd.model_path import hub_notes
 from opsd.options import EvalConfig
 from opsd.plugins import Divergence, Evaluate, MakeTeacher, Parts, Sampler
 from opsd.run import Step
@@ -93,7 +94,7 @@ def train(
         if config.model.path is None:
             config = embedded(config, display)
         check_trackers(options.trackers)
-        for note in models.hub_notes(config.model.path, config.teacher.path):
+        for note in hub_notes(config.model.path, config.teacher.path):
             display.note(note)
         setup = set_up(config, Parts(rollouts, teacher, loss, evaluate, step))
         described = describe(setup)

@@ -60,9 +60,8 @@ def dual_hidden_states(
     """
     if not isinstance(batch, DualContextBatch):
         raise TypeError(f"batch must be a DualContextBatch from pack_dual_context, got {type(batch).__name__}")
-    plan = plan_passes(model, teacher=teacher, passes=passes, backend=backend)
-    student = Body(model, "model")
-    other = student if isinstance(teacher, str) else Body(teacher, "teacher")
+    student, other = _bodies(model, teacher, passes, backend)
+    plan = _plan(student, other, teacher, passes, backend)
     for name, body, side in (("model", student, batch.student), ("teacher", other, batch.teacher)):
         body.check(name, batch.largest_id, side.layout.longest)
     if not batch.student.layout.rows:
@@ -88,8 +87,8 @@ def context_hidden_states(model: nn.Module, batch: DualContextBatch, *, backend:
 
     For a teacher that is no model here, of which the log-probabilities are known. Raises as `dual_hidden_states` does.
     """
-    plan = plan_passes(model, passes="two", backend=backend)
-    body = Body(model, "model")
+    body, _ = _bodies(model, "live", "two", backend)
+    plan = _plan(body, body, "live", "two", backend)
     body.check("model", batch.largest_id, batch.student.layout.longest)
     if not batch.student.layout.rows:
         return body.embedding.weight.new_zeros(0, body.width).requires_grad_(torch.is_grad_enabled())
@@ -101,6 +100,11 @@ def plan_passes(
     model: nn.Module, *, teacher: str | nn.Module = "live", passes: str = "auto", backend: str = "auto"
 ) -> Plan:
     """What `dual_hidden_states` does with these arguments, which are its own, and raises as it does."""
+    return _plan(*_bodies(model, teacher, passes, backend), teacher, passes, backend)
+
+
+def _bodies(model: nn.Module, teacher: str | nn.Module, passes: str, backend: str) -> tuple[Body, Body]:
+    """The model's and the teacher's, the same one twice where they are one model; the arguments are checked."""
     if isinstance(teacher, str):
         if teacher not in ("live", "base"):
             raise ValueError(f"teacher must be 'live', 'base' or a torch.nn.Module, got {teacher!r}")
@@ -118,6 +122,10 @@ def plan_passes(
         raise ValueError(f"model {type(body.lm).__name__} is on device meta; accepted: one that holds data")
     if teacher == "base":
         check_base(model)
+    return body, other
+
+
+def _plan(body: Body, other: Body, teacher: str | nn.Module, passes: str, backend: str) -> Plan:
     for one in (body, other):
         obstacle = backend_obstacle(backend, *one.attention)
         if obstacle:

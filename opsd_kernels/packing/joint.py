@@ -21,7 +21,7 @@ from ..probe import evaluating
 from .attention import Pass
 from .layout import Joint
 from .switches import adapters_off, attention_named, checkpoint_function, no_weight_cache
-from .vet import Body, active_dropouts, adapters_of
+from .vet import Body, active_dropouts
 
 
 class DualHidden(NamedTuple):
@@ -33,7 +33,9 @@ class DualHidden(NamedTuple):
 
 def run_joint(body: Body, joint: Joint, backend: str, *, base_teacher: bool) -> DualHidden:
     n, norm = joint.student.rows, body.inner.norm
-    with torch.no_grad(), evaluating(body.embedding), adapters_off(body.model, base_teacher):
+    # Switching goes through all modules, and of the embedding peft has a wrapper if anything (no LoRA: check_base).
+    wrapped = type(body.embedding).__module__.startswith("peft.")
+    with torch.no_grad(), evaluating(body.embedding), adapters_off(body.model, base_teacher and wrapped):
         teacher_embeds = body.embedding(joint.layout.ids[None, n:]).detach()  # a hook may have asked for a gradient
     embeds = torch.cat([body.embedding(joint.student.ids[None]), teacher_embeds], dim=1)
     kept: list[Tensor] = []
@@ -53,9 +55,9 @@ def run_joint(body: Body, joint: Joint, backend: str, *, base_teacher: bool) -> 
     handle = norm.register_forward_pre_hook(select)
     try:
         with (
-            attention_named(body.inner),
+            attention_named(body.configs),
             checkpoint_function(body.layers, lambda _: rows.checkpoint, always=True),
-            _row_wise_adapters(body.inner, n, joint.layout.rows, off=base_teacher),
+            _row_wise_adapters(body.adapters, n, joint.layout.rows, off=base_teacher),
         ):
             student = body.run(packed, inputs_embeds=embeds)
     finally:
@@ -67,7 +69,7 @@ def run_joint(body: Body, joint: Joint, backend: str, *, base_teacher: bool) -> 
 
 
 @contextmanager
-def _row_wise_adapters(inner: nn.Module, n: int, total: int, *, off: bool) -> Iterator[None]:
+def _row_wise_adapters(adapters: list[Any], n: int, total: int, *, off: bool) -> Iterator[None]:
     """The adapters as the student runs them on the first `n` of `total` rows; on the others without dropout, or not at
     all. The student's rows alone (the recompute) need none of it."""
 
@@ -88,7 +90,7 @@ def _row_wise_adapters(inner: nn.Module, n: int, total: int, *, off: bool) -> It
 
         return rowwise
 
-    adapters = [layer for layer in adapters_of(inner) if off or active_dropouts(layer)]
+    adapters = [layer for layer in adapters if off or active_dropouts(layer)]
     before = [layer.__dict__.get("forward") for layer in adapters]
     for layer in adapters:
         layer.forward = split(layer, layer.forward)
@@ -185,7 +187,7 @@ class _StudentRowsOnly(torch.autograd.Function):
             torch.set_rng_state(ctx.cpu_state)
             if devices:
                 torch.cuda.set_rng_state(ctx.device_state, hidden.device)
-            stack.enter_context(attention_named(ctx.rows.body.inner))  # long after the model's own is back
+            stack.enter_context(attention_named(ctx.rows.body.configs))  # long after the model's own is back
             stack.enter_context(torch.enable_grad())
             enabled = ctx.autocast is not None
             stack.enter_context(

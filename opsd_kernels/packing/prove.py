@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..probe import no_trial, settings, tolerance, undisturbed, warn_unproven
+from ..probe import no_trial, tolerance, undisturbed, warn_unproven
 from .attention import Pass, register
 from .joint import run_joint
 from .layout import DualContextBatch, pack_dual_context
@@ -41,7 +41,7 @@ def try_joint(body: Body, *, base_teacher: bool) -> Trial:
 def _once(body: Body, name: str, attempt: Any) -> Trial:
     """`attempt` on a small batch, or what came of it before, if the model still has the same settings."""
     known = _found.setdefault(body.lm, {})
-    key = settings(body.lm)
+    key = body.settings
     if name not in known or known[name][0] != key:
         untried = no_trial(body.lm)
         if untried:
@@ -79,7 +79,7 @@ def _small_batch(body: Body) -> DualContextBatch:
 def _plain(body: Body, batch: DualContextBatch, side: int) -> Tensor:
     """(R, H) by one pass of the model per rollout, with its own attention as its source states it."""
     found = []
-    with attention_named(body.inner, "eager"):  # sdpa leaves a softcap out in silence
+    with attention_named(body.configs, "eager"):  # sdpa leaves a softcap out in silence
         for prompt, rollouts in zip(batch._prompts[side], batch._rollouts, strict=True):
             for rollout in rollouts:
                 ids = torch.tensor([[*prompt, *rollout[:-1]]], device=body.device)
@@ -93,7 +93,7 @@ def _rows(body: Body, batch: DualContextBatch) -> str | None:
     plain = [_plain(body, batch, 0), _plain(body, batch, 1)]
     for want, side, name in zip(plain, (batch.student, batch.teacher), ("student", "teacher"), strict=True):
         packed = Pass(side.layout)
-        with attention_named(body.inner):
+        with attention_named(body.configs):
             got = body.run(packed, input_ids=side.layout.ids[None]).index_select(0, side.rows)
         refusal = _hidden_difference(got, want, batch.sequence_ids, f"the {name}'s packed rows") or _lost_window(
             body, packed

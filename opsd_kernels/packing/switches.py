@@ -7,15 +7,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
 
 from .attention import NAME
 
 
 @contextmanager
-def attention_named(inner: nn.Module, name: str = NAME) -> Iterator[None]:
+def attention_named(configs: list[Any], name: str = NAME) -> Iterator[None]:
     """Attention by `name`. The configs are restored, so that the model generates as ever in between."""
-    configs: list[Any] = list({id(m.config): m.config for m in inner.modules() if hasattr(m, "config")}.values())
     before = [config._attn_implementation_internal for config in configs]
     for config in configs:
         config._attn_implementation_internal = name

@@ -23,7 +23,7 @@ def run_context(body: Body, side: Context, backend: str) -> Tensor:
 
         def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
             def again(*inputs: Any) -> Any:  # also in backward, long after the model's own attention is back
-                with attention_named(body.inner), _on_used_rows(mlp, side):
+                with attention_named(body.configs), _on_used_rows(mlp, side):
                     return function(*inputs)
 
             return former(again, *args)
@@ -31,7 +31,7 @@ def run_context(body: Body, side: Context, backend: str) -> Tensor:
         return checkpoint
 
     with (
-        attention_named(body.inner),
+        attention_named(body.configs),
         _on_used_rows(mlp, side),
         checkpoint_function(body.layers, make, always=False),
     ):

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import inspect
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..probe import uncompiled
+from ..probe import settings, uncompiled
 from .attention import KEYWORD, LayoutMissing, Pass
 
 
 class Body:
-    """A causal language model's parts, after a check that packed rows can serve it."""
+    """A causal language model's parts, after a check that packed rows can serve it.
+
+    Made for one call: with adapters a model has thousands of modules, and what is looked for among them is kept.
+    """
 
     def __init__(self, model: nn.Module, argument: str):
         wrapper: Any = model
@@ -49,7 +53,20 @@ class Body:
         head_size = getattr(self.text, "head_dim", None) or self.width // self.text.num_attention_heads
         return self.device, dtype, head_size, getattr(self.text, "attn_logit_softcapping", None)
 
-    @property
+    @cached_property
+    def configs(self) -> list[Any]:
+        """Those that name the attention of any module."""
+        return list({id(m.config): m.config for m in self.inner.modules() if hasattr(m, "config")}.values())
+
+    @cached_property
+    def settings(self) -> tuple[Any, ...]:
+        return settings(self.lm)
+
+    @cached_property
+    def adapters(self) -> list[Any]:
+        return adapters_of(self.inner)
+
+    @cached_property
     def layers(self) -> list[Any]:
         """The decoder layers that have a replaceable checkpoint function."""
         from transformers.modeling_layers import GradientCheckpointingLayer
@@ -218,7 +235,7 @@ def joint_obstacle(body: Body, teacher: str | nn.Module) -> str | None:
         others = _other_inputs(layer)
         if others:
             return f"{type(layer).__name__} takes {', '.join(others)} beside the hidden states"
-    adapters = adapters_of(body.inner)
+    adapters = body.adapters
     inside = {id(m) for layer in adapters for m in layer.modules()}
     loose = [m for m in active_dropouts(body.inner) if id(m) not in inside]
     if loose:

@@ -363,7 +363,9 @@ def stopped_at_the_first_step(to_end: bool) -> Iterator[None]:
     if to_end:
         yield
     else:
-        with mock.patch("opsd.trainer._run", stop), mock.patch("opsd.evaluation.Evaluator.answers", stop):
+        # Of no model at all the embedded one is made, in a cache and in minutes.
+        names = "opsd.trainer._run", "opsd.evaluation.Evaluator.answers", "opsd.tiny.prepare"
+        with mock.patch(names[0], stop), mock.patch(names[1], stop), mock.patch(names[2], stop):
             yield
 
 

@@ -1193,3 +1193,26 @@ def test_softcap_without_a_kernel_for_it():
     with pytest.raises(ValueError, match="backend 'sdpa' needs the CPU and no softcap"):
         dual_hidden_states(make_model("gemma2"), pack_dual_context(*make_data(1)), backend="sdpa")
     assert plan_passes(make_model("gemma2")).backend == "eager"
+
+
+@pytest.mark.parametrize("passes", ["two", "joint"])
+def test_a_model_is_searched_once_a_call_and_not_in_every_layer(passes, monkeypatch):
+    """With adapters a model has thousands of modules: in every layer, the search would be most of the host's time."""
+
+    def searches(layers: int) -> int:
+        model = make_model("qwen3", lora=True, num_hidden_layers=layers).train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        batch = pack_dual_context([[5, 6, 7]], [[5, 6, 8, 9]], [[[10, 11, 12]]])
+        dual_hidden_states(model, batch, teacher="base", passes=passes)  # tries the model
+        inner, count, plain = model.get_base_model().model, [], nn.Module.named_modules
+
+        def counted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            count.extend([1] if self is inner else [])
+            return plain(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.Module, "named_modules", counted)
+            dual_hidden_states(model, batch, teacher="base", passes=passes).student.sum().backward()
+        return len(count)
+
+    assert 0 < searches(2) == searches(5)
