@@ -161,8 +161,8 @@ class TeacherConfig(Section):
     )
     path: str | None = option(
         None,
-        "with kind model: local directory, GGUF file or hub id, of the same vocabulary; with cached: a directory of opsd "
-        "cache-teacher; with server: http://HOST:PORT",
+        "with kind model: local directory, GGUF file or hub id, of the same vocabulary; with cached: a directory of "
+        "opsd cache-teacher; with server: http://HOST:PORT",
     )
     ema_decay: float = option(0.99, "with kind ema: teacher = decay * teacher + (1 - decay) * student", ge=0, le=1)
     ema_every: int = option(1, "with kind ema: steps between updates of the teacher", ge=1)

@@ -285,7 +285,7 @@ def test_training_beside_a_server_is_that_beside_its_model(options, tmp_path, se
     assert {body["prompt_logprobs"] for body in server.asked} == {VOCAB}
     assert max(len(body["prompt"]) for body in server.asked) == 2  # a micro-batch
     few = trained(served | {"objective.top_k": "5"}, tmp_path, "few")[1]
-    made, own = cached(options, tmp_path, **{"objective.top_k": "5"})
+    made, _ = cached(options, tmp_path, **{"objective.top_k": "5"})
     assert few[0]["loss"] != shown[1][0]["loss"]
     # The same through a cache, which a server may fill, too.
     shutil.rmtree(made)
