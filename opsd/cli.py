@@ -1,6 +1,7 @@
 """The command line: `opsd check`, `train`, `cache-teacher`, `eval`, `report`, `compare` and `recipes`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -58,7 +59,8 @@ def _main(argv: Sequence[str] | None) -> int:
         message, code = f"the GPU is out of memory: {known.advice}\n{error}", 1
     except KeyboardInterrupt:
         message, code = "stopped by the user", 130
-    print(f"opsd: {message}", file=sys.stderr)
+    which = f"process {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
+    print(f"opsd: {which}{message}", file=sys.stderr)
     return code
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from opsd import checkpoint
+from opsd import checkpoint, distributed
 from opsd.clock import Clock, host_values, peak_memory
 from opsd.data import batches
 from opsd.display import Display
@@ -72,6 +72,7 @@ class Loop:
                 progress.seconds = earlier + time.perf_counter() - self.began
                 self._evaluate_if_due()
                 finished = self.finished()
+                stop.signal = max(distributed.gathered(stop.signal))
                 if stop.signal or (every and (finished or progress.step % every == 0)):
                     self.run_dir.save_checkpoint(progress.step, self._state(), keep=self.config.run.keep_checkpoints)
                 if stop.signal and not finished:
@@ -179,6 +180,7 @@ class Loop:
     def _evaluate(self, name: str, model: nn.Module, examples: Sequence[Example], context: Context) -> Evaluation:
         with evaluating(model), torch.no_grad():  # whatever a user's function does to it
             result = check_evaluation(self.setup.evaluate(self.run, model, examples, context))
+        result = distributed.gathered(result)[0]  # a scorer with a limit of time may not agree with itself
         peak_memory(self.run.device)  # starts anew, so that the next step reports its own
         for observer in self.observers:
             observer.on_evaluation({"step": self.progress.step, "name": name, **asdict(result)})

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from opsd import distributed
 from opsd.config import Config
 from opsd.evaluation import Context, Evaluation
 from opsd.prompts import Example
@@ -90,7 +91,7 @@ class UserEngine:
     def rollouts(self, run: Run, examples: Sequence[Example], number: int) -> list[Rollout]:
         given: Any = self.function(run, examples, number)
         expect_type(given, Iterable, "the sampler returned", "a list of opsd.rollouts.Rollout")
-        rollouts, each = list(given), run.config.rollout.per_prompt
+        rollouts, each = distributed.gathered(list(given))[0], run.config.rollout.per_prompt
         wanted = len(examples) * each
         expect(
             len(rollouts) == wanted,

@@ -91,6 +91,28 @@ class RunDir:
             raise WriteError(f"{error}; {self.what_is_safe()}") from error
 
 
+class ReadOnly(RunDir):
+    """That of a process which leaves the writing to another one."""
+
+    def on_step(self, record: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
+        pass
+
+    def on_evaluation(self, record: Mapping[str, Any]) -> None:
+        pass
+
+    def save_model(self, run: Run, name: str) -> None:
+        pass
+
+    def save_checkpoint(self, step: int, state: dict[str, Any], *, keep: int) -> None:
+        self.saved_step = step
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        pass
+
+    def rewind(self, step: int) -> None:
+        self.saved_step = max(0, step)
+
+
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """For people to read, too."""
     replace_file(path, json.dumps(values, indent=2) + "\n")

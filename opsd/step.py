@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opsd.clock import Clock
+from opsd import distributed
+from opsd.clock import Clock, host_values
 from opsd.models import autocast
 from opsd.prompts import Example
 from opsd.rewards import Rewards, rewarded
@@ -32,7 +33,8 @@ def opsd_step(run: Run, examples: Sequence[Example], number: int) -> StepResult:
         rollouts = run.engine.rollouts(run, examples, number)
     totals = Totals(sum(len(rollout.ids) for rollout in rollouts), run.device)
     denominator = totals.tokens if run.recipe.reduction == "mean" else len(rollouts)
-    rewards = rewarded(run, examples, rollouts)
+    rewards = distributed.of_first(lambda: rewarded(run, examples, rollouts))
+    distributed.seed_apart(run.config.run.seed, number)
     for batch in micro_batches(run, examples, rollouts, number, rewards):
         student, teachers = score(run, batch, clock)
         with clock("loss"), autocast(run.config.model, run.device):
@@ -42,6 +44,8 @@ def opsd_step(run: Run, examples: Sequence[Example], number: int) -> StepResult:
         with clock("backward"):
             loss.backward()
         totals.add(loss, stats)
+    totals.add_other_processes()
+    distributed.sum_gradients(run.model)
     metrics = totals.metrics(examples, rollouts)
     if rewards is not None:
         metrics["reward"] = sum(rewards.rewards) / len(rollouts)
@@ -61,6 +65,19 @@ class Totals:
         self.loss = self.loss + loss.detach()
         for name, value in stats.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().sum(dtype=torch.float64)
+
+    def add_other_processes(self) -> None:
+        """The shares of all processes; the overlap of the first."""
+        if distributed.size() == 1:
+            return
+        overlap = {} if self.overlap is None else {"overlap": self.overlap}
+        shares = distributed.gathered((host_values({"loss": self.loss, **overlap}), host_values(self.sums)))
+        first = shares[0][0]
+        self.loss = self.loss.new_tensor(sum(share["loss"] for share, _ in shares))
+        self.overlap = self.loss.new_tensor(first["overlap"]) if "overlap" in first else None
+        for name in dict.fromkeys(name for _, sums in shares for name in sums):
+            total = sum(sums.get(name, 0.0) for _, sums in shares)
+            self.sums[name] = torch.tensor(total, dtype=torch.float64, device=self.loss.device)
 
     def metrics(self, examples: Sequence[Example], rollouts: Sequence[Rollout]) -> dict[str, Tensor | float]:
         """The means of the statistics over tokens, and what the rollouts were like."""
@@ -82,7 +99,9 @@ def micro_batches(
     """The rollouts in groups of at most `optim.micro_batch_size`; packed, those of a prompt stay together."""
     each = run.config.rollout.per_prompt
     size, together = run.config.optim.micro_batch_size, each if run.packed else 1
-    for chosen in group_rollouts([len(rollout.ids) for rollout in rollouts], size, together):
+    if not getattr(run.recipe, "batch_wide", False):
+        size = min(size, -(-len(rollouts) // distributed.size()))  # something to do for every process
+    for chosen in distributed.own(group_rollouts([len(rollout.ids) for rollout in rollouts], size, together)):
         written = [rollouts[i] for i in chosen]
         targets, sequences = rollout_index([rollout.ids for rollout in written], run.device)
         known = all(rollout.logprobs is not None for rollout in written)

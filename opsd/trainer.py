@@ -4,10 +4,11 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from opsd import models
+from opsd import distributed, models
 from opsd.config import Config, load_config, to_yaml
 from opsd.display import Display
 from opsd.errors import ConfigError, Interrupted, RunError, config_error
@@ -22,6 +23,7 @@ from opsd.plugins import Divergence, Evaluate, MakeTeacher, Parts, Sampler
 from opsd.run import Step
 from opsd.run_dir import (
     LOCK,
+    ReadOnly,
     RunDir,
     check_new,
     check_resumable,
@@ -84,28 +86,32 @@ def train(
     options = config.run
     # Those of the embedded model, which is small, would only flash by.
     bars = models.progress_bars(not quiet and config.model.path is not None)
-    with Display(every=options.log_every, steps=config.optim.steps, quiet=quiet) as display, bars:
-        directory = check_new(options.dir)
-        check_writable(directory)
-        if directory is not None and (directory / LOCK).exists():
-            with suppress(OSError), locked(directory):
-                pass  # refuses now what it would refuse once all is loaded
+    with ExitStack() as held:
+        held.enter_context(distributed.joined(options.device, options.process_minutes))
+        display = Display(every=options.log_every, steps=config.optim.steps, quiet=quiet or distributed.rank() > 0)
+        held.enter_context(display)
+        held.enter_context(bars)
+        directory = distributed.of_first(lambda: _place(options.dir))
         name = Path(config.model.path).name if config.model.path else "tiny"
         if config.model.path is None:
-            config = embedded(config, display)
+            config = distributed.of_first(partial(embedded, config, display))
         check_trackers(options.trackers)
         for note in hub_notes(config.model.path, config.teacher.path):
             display.note(note)
         setup = set_up(config, Parts(rollouts, teacher, loss, evaluate, step))
         described = describe(setup)
-        with ExitStack() as held:
+        distributed.check_same(described["identity"])
+
+        def begin() -> tuple[Path, str]:
             with config_error("run.dir: the run directory cannot be written", OSError):
-                directory = make_directory(directory, name)
-                held.enter_context(locked(directory))
+                made = make_directory(directory, name)
+                held.enter_context(locked(made))
                 check_new(options.dir)  # again: another process may have been at work in the meantime
-                (directory / "evaluations.jsonl").unlink(missing_ok=True)  # of an attempt that finished no step
-                _describe_run(directory, config, described)
-            return _run(Loop(setup, RunDir(directory, described["id"]), display))
+                (made / "evaluations.jsonl").unlink(missing_ok=True)  # of an attempt that finished no step
+                _describe_run(made, config, described)
+            return made, described["id"]
+
+        return _run(Loop(setup, _run_dir(*distributed.of_first(begin)), display))
 
 
 def resume(
@@ -139,23 +145,45 @@ def resume(
     """
     run_dir, overrides = Path(run_dir), list(overrides)
     described = read_description(run_dir)
-    with locked(run_dir):
-        check_resumable(run_dir)
-        began = load_config(run_dir / "config.yaml")
-        config = absolute_paths(load_config(run_dir / "config.yaml", overrides))
+    began = load_config(run_dir / "config.yaml")
+    config = absolute_paths(load_config(run_dir / "config.yaml", overrides))
+    with ExitStack() as held:
+        held.enter_context(distributed.joined(config.run.device, config.run.process_minutes))
+
+        def begin() -> None:
+            held.enter_context(locked(run_dir))
+            check_resumable(run_dir)
+
+        distributed.of_first(begin)
         changed = _changes(began, config)
-        display = Display(every=config.run.log_every, steps=config.optim.steps, quiet=quiet)
-        with display, models.progress_bars(not quiet):
-            check_trackers(config.run.trackers)
-            began_at = datetime.fromisoformat(described["created"])
-            setup = set_up(config, Parts(rollouts, teacher, loss, evaluate, step), began_at)
-            digests = digest_inputs(setup)  # of the initial weights
-            same_rows = "eval.max_problems" not in changed
-            setup.warnings.extend(check_identity(digests, described, setup.run.device, same_evaluation=same_rows))
-            loop = Loop(setup, RunDir(run_dir, described["id"]), display)
-            loop.restore(same_measure=not changed & MEASURE)
-            _describe_run(run_dir, config, {**described, "identity": digests})
-            return _run(loop, resumed=True)
+        quiet = quiet or distributed.rank() > 0
+        display = held.enter_context(Display(every=config.run.log_every, steps=config.optim.steps, quiet=quiet))
+        held.enter_context(models.progress_bars(not quiet))
+        check_trackers(config.run.trackers)
+        began_at = datetime.fromisoformat(described["created"])
+        setup = set_up(config, Parts(rollouts, teacher, loss, evaluate, step), began_at)
+        digests = digest_inputs(setup)  # of the initial weights
+        same_rows = "eval.max_problems" not in changed
+        setup.warnings.extend(check_identity(digests, described, setup.run.device, same_evaluation=same_rows))
+        loop = Loop(setup, _run_dir(run_dir, described["id"]), display)
+        loop.restore(same_measure=not changed & MEASURE)
+        distributed.of_first(lambda: _describe_run(run_dir, config, {**described, "identity": digests}))
+        return _run(loop, resumed=True)
+
+
+def _run_dir(path: Path, run_id: str) -> RunDir:
+    """The directory as this process uses it; of several, the first one writes."""
+    return ReadOnly(path, run_id) if distributed.rank() else RunDir(path, run_id)
+
+
+def _place(name: str | None) -> Path | None:
+    """`run.dir`, which a new run may use as it looks before all is loaded."""
+    directory = check_new(name)
+    check_writable(directory)
+    if directory is not None and (directory / LOCK).exists():
+        with suppress(OSError), locked(directory):
+            pass  # refuses now what it would refuse once all is loaded
+    return directory
 
 
 def _run(loop: Loop, *, resumed: bool = False) -> RunResult:
@@ -166,7 +194,7 @@ def _run(loop: Loop, *, resumed: bool = False) -> RunResult:
         finished = loop.finished()
         loop.display.note(f"the run is finished: {finished}" if finished else f"going on after step {step}")
     trackers = make_trackers(
-        config.run.trackers,
+        None if distributed.rank() else config.run.trackers,
         run_dir=run_dir.path,
         config=config.model_dump(),
         resume_step=step if resumed else None,

@@ -18,6 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from opsd import distributed
 from opsd.errors import ConfigError, one_line
 from opsd.models import autocast, causal_lm
 from opsd.options import ModelConfig
@@ -89,7 +90,8 @@ class GenerateEngine:
             prompts: token ids, padded on the left within a batch.
             seeds: one for each prompt. A rollout depends on its prompt and its seed, not on `batch`, its neighbours or
                 torch's random state, which is neither used nor changed.
-            batch: prompts generated together, those of similar length with each other.
+            batch: prompts generated together, those of similar length with each other. Several processes each write
+                their share of the prompts, and all return all rollouts.
 
         Returns:
             Rollouts with the sampler's log-probabilities, or without (None) where `sampling.temperature` is 0.
@@ -103,13 +105,15 @@ class GenerateEngine:
         if len(seeds) != len(prompts):
             raise ValueError(f"seeds must have one entry for each of {len(prompts)} prompts, got {len(seeds)}")
         lm = causal_lm(model)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        order = distributed.own(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
         rollouts: dict[int, Rollout] = {}
         with autocast(self.options, lm.device), _no_generation_config(lm), evaluating(model), torch.no_grad():
             for start in range(0, len(order), batch):
                 chosen = order[start : start + batch]
                 written = self._write(lm, [prompts[i] for i in chosen], sampling, [seeds[i] for i in chosen])
                 rollouts |= zip(chosen, written, strict=True)
+        for others in distributed.gathered(rollouts):
+            rollouts |= others
         return [rollouts[i] for i in range(len(prompts))]
 
     def _write(

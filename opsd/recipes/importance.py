@@ -34,6 +34,10 @@ class Around:
     def workspace_bytes(self) -> int | None:
         return self.recipe.workspace_bytes
 
+    @property
+    def batch_wide(self) -> bool:
+        return getattr(self.recipe, "batch_wide", False)
+
 
 @dataclass(frozen=True)
 class ImportanceWeighted(Around):
