@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from opsd import cache_command, compare, recipes, trainer
+from opsd import cache_command, compare, distributed, recipes, trainer
 from opsd.check import check
 from opsd.config import describe, is_flag, load_config, to_yaml
 from opsd.errors import CheckpointError, ConfigError, Interrupted, RunError
@@ -49,17 +49,15 @@ def _main(argv: Sequence[str] | None) -> int:
         with progress_bars(sys.stderr is not None and sys.stderr.isatty()):
             known.run(known, rest)
         return 0
-    except ConfigError as error:
-        message, code = str(error), 2
-    except Interrupted as error:
-        message, code = str(error), 128 + error.signal
-    except (RunError, CheckpointError) as error:
-        message, code = str(error), 1
-    except torch.cuda.OutOfMemoryError as error:
-        message, code = f"the GPU is out of memory: {known.advice}\n{error}", 1
+    except (ConfigError, RunError, CheckpointError, torch.cuda.OutOfMemoryError) as error:
+        code = 2 if isinstance(error, ConfigError) else 128 + error.signal if isinstance(error, Interrupted) else 1
+        if getattr(error, "said", False):  # by another process
+            return code
+        out = isinstance(error, torch.cuda.OutOfMemoryError)
+        message = f"the GPU is out of memory: {known.advice}\n{error}" if out else str(error)
     except KeyboardInterrupt:
         message, code = "stopped by the user", 130
-    which = f"process {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
+    which = "" if distributed.launched_first() else f"process {os.environ['RANK']}: "
     print(f"opsd: {which}{message}", file=sys.stderr)
     return code
 
@@ -161,6 +159,8 @@ def _train(known: argparse.Namespace, rest: Sequence[str]) -> None:
             print(to_yaml(config), end="")
             return
         result = trainer.train(config)
+    if not distributed.launched_first():
+        return
     if result.evaluations:
         table = Table("", "accuracy", "95 % interval", "problems", "mean length", "truncated", title="accuracy")
         for name, e in result.evaluations.items():

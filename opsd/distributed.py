@@ -23,6 +23,7 @@ from opsd.rollouts import derive_seed
 T = TypeVar("T")
 
 _group: Any = None  # of gloo: objects stay on the host, and it alone can say which process is missing
+_timeout = timedelta(minutes=30)
 
 
 def size() -> int:
@@ -33,6 +34,11 @@ def size() -> int:
 def rank() -> int:
     """The number of this one, from 0."""
     return dist.get_rank(_group) if _group is not None else 0
+
+
+def launched_first() -> bool:
+    """Whether this process is the one to print, as those that launched it have it; also before and after `joined`."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
@@ -46,12 +52,12 @@ def joined(device: str, minutes: float) -> Iterator[None]:
     Raises:
         ConfigError: they do not find each other, or there are fewer GPUs than processes.
     """
-    global _group
+    global _group, _timeout
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _group is not None:
         yield
         return
     on_gpu = device != "cpu" and torch.cuda.is_available()
-    local, timeout = int(os.environ.get("LOCAL_RANK", "0")), timedelta(minutes=minutes)
+    local, _timeout = int(os.environ.get("LOCAL_RANK", "0")), timedelta(minutes=minutes)
     if on_gpu:
         if local >= torch.cuda.device_count():
             raise ConfigError(
@@ -62,8 +68,8 @@ def joined(device: str, minutes: float) -> Iterator[None]:
     began = not dist.is_initialized()
     try:
         if began:
-            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
-        _group = dist.new_group(backend="gloo", timeout=timeout)
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_timeout)
+        _group = dist.new_group(backend="gloo", timeout=_timeout)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"the processes that were launched together do not meet: {one_line(error)}") from error
     try:
@@ -88,10 +94,7 @@ def gathered(value: T) -> list[T]:
     if size() == 1:
         return [value]
     with _together():
-        if rank() == 0:
-            dist.monitored_barrier(_group, wait_all_ranks=True)
-        else:
-            dist.monitored_barrier(_group)
+        dist.monitored_barrier(_group, _timeout, wait_all_ranks=rank() == 0)
         found: list[Any] = [None] * size()
         dist.all_gather_object(found, value, group=_group)
     return found
@@ -109,6 +112,7 @@ def of_first(make: Callable[[], T]) -> T:
             outcome = None, raised
     value, error = gathered(outcome)[0]
     if error is not None:
+        error.said = rank() > 0  # once is enough
         raise error
     return value
 

@@ -179,8 +179,8 @@ class Loop:
 
     def _evaluate(self, name: str, model: nn.Module, examples: Sequence[Example], context: Context) -> Evaluation:
         with evaluating(model), torch.no_grad():  # whatever a user's function does to it
-            result = check_evaluation(self.setup.evaluate(self.run, model, examples, context))
-        result = distributed.gathered(result)[0]  # a scorer with a limit of time may not agree with itself
+            given = check_evaluation(self.setup.evaluate(self.run, model, examples, context))
+        result = distributed.gathered(given)[0]  # scorers that watch the time may differ
         peak_memory(self.run.device)  # starts anew, so that the next step reports its own
         for observer in self.observers:
             observer.on_evaluation({"step": self.progress.step, "name": name, **asdict(result)})

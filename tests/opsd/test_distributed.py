@@ -1,0 +1,164 @@
+"""Several processes on one run: real ones, launched by torchrun, on gloo."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from _models import write_model, write_rows
+from safetensors.torch import load_file
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "0", "--nproc-per-node"]
+
+
+@pytest.fixture
+def options(tmp_path):
+    write_model(tmp_path / "base", "qwen3")
+    found = {
+        "model.path": tmp_path / "base",
+        "data.train": write_rows(tmp_path / "train.jsonl", 9),
+        "data.eval": write_rows(tmp_path / "eval.jsonl", 5),
+        "optim.steps": 3,
+        "optim.batch_size": 3,
+        "optim.micro_batch_size": 2,
+        "optim.lr": 1e-3,
+        "optim.warmup_steps": 0,
+        "rollout.max_new_tokens": 8,
+        "rollout.per_prompt": 3,
+        "eval.scorer": "exact",
+        "run.device": "cpu",
+        "run.checkpoint_every": 1,
+        "run.process_minutes": 1,
+    }
+    return {name: str(value) for name, value in found.items()}
+
+
+def launch(count, *words, **more):
+    threads = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    given = {"env": os.environ | threads, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | more
+    launcher = [*LAUNCH, str(count), "-m"] if count > 1 else [sys.executable, "-m"]
+    return subprocess.Popen([*launcher, "opsd", "train", *words], **given)
+
+
+def words_of(options, directory):
+    return [*(f"--{name}={value}" for name, value in options.items()), f"--run.dir={directory}"]
+
+
+def trained(count, options, directory):
+    process = launch(count, *words_of(options, directory))
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return said
+
+
+def records(directory, name="metrics"):
+    return [json.loads(line) for line in (directory / f"{name}.jsonl").read_text().splitlines()]
+
+
+def weights(directory):
+    (path,) = (directory / "model").glob("*.safetensors")
+    return load_file(path)
+
+
+RECIPES = {
+    "full": {},
+    "adapters": {"lora.enabled": "true", "lora.r": "4", "teacher.kind": "ema"},
+    "rewards": {"objective.recipe": "rlsd", "lora.enabled": "true", "model.packing": "off"},
+}
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("kind", ["full", *(pytest.param(k, marks=pytest.mark.exhaustive) for k in list(RECIPES)[1:])])
+def test_several_processes_take_the_steps_of_one(options, tmp_path, kind, count):
+    """Nine rollouts a step in groups of two or three: no count of processes divides them alike."""
+    options |= RECIPES[kind]
+    trained(1, options, tmp_path / "one")
+    said = trained(count, options, tmp_path / "all")
+    assert said.count("step 3/3") == 1  # one alone prints
+    for one, own in zip(records(tmp_path / "one"), records(tmp_path / "all"), strict=True):
+        assert one.keys() == own.keys()
+        for name, value in one.items():
+            if not name.startswith(("seconds", "peak", "tokens_per", "top_k_overlap", "warnings")):
+                assert own[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    assert records(tmp_path / "one", "evaluations") == records(tmp_path / "all", "evaluations")
+    for name, value in weights(tmp_path / "one").items():
+        torch.testing.assert_close(weights(tmp_path / "all")[name], value, rtol=0, atol=2e-5, msg=name)
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+
+
+def worker(launcher, number):
+    """The process id of a rank."""
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        try:
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                environment = file.read().split(b"\0")
+            with open(f"/proc/{pid}/stat") as file:
+                parent = int(file.read().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        if parent == launcher.pid and f"RANK={number}".encode() in environment:
+            return pid
+    raise AssertionError(f"no process {number}")
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds processes in /proc")
+@pytest.mark.parametrize("again", [2, pytest.param(1, marks=pytest.mark.exhaustive)])
+def test_a_killed_process_ends_the_run_which_goes_on_as_if_it_never_had(options, tmp_path, again):
+    options |= {"lora.enabled": "true", "lora.r": "4", "lora.dropout": "0.2", "optim.steps": "40"}
+    killed, metrics = tmp_path / "killed", tmp_path / "killed" / "metrics.jsonl"
+    process = launch(2, *words_of(options, killed))
+    wait_for(lambda: (killed / "checkpoints" / "step-00000002").exists() or _steps(metrics) > 2, process)
+    os.kill(worker(process, 1), signal.SIGKILL)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode
+    assert "process 0 of 2 goes on no further" in said, said
+    assert "rank      : 1" in said, said
+    done = _steps(metrics)
+    assert 2 <= done < 40
+    process = launch(again, f"--resume={killed}", f"--optim.steps={done + 3}")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert "going on after step" in said, said
+    if again == 2:  # bit for bit, as dropout is another where others share the work
+        trained(2, options | {"optim.steps": str(done + 3)}, tmp_path / "whole")
+        for name, value in weights(tmp_path / "whole").items():
+            assert torch.equal(weights(killed)[name], value), name
+
+
+def _steps(metrics):
+    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+
+@pytest.mark.exhaustive
+def test_a_process_that_hangs_is_named(options, tmp_path):
+    (tmp_path / "hangs.py").write_text(
+        "import os, time\n"
+        "def score(text, row):\n"
+        "    time.sleep(600 if os.environ['RANK'] == '1' else 0)\n"
+        "    return 1.0\n"
+    )
+    options |= {"eval.scorer": f"{tmp_path / 'hangs.py'}:score", "run.process_minutes": "0.1"}
+    process = launch(2, *words_of(options, tmp_path / "out"))
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode
+    assert "process 0 of 2 goes on no further" in said, said
+    assert "Ranks 1 failed to pass monitoredBarrier in 6000 ms" in said, said
+
+
+def test_what_one_process_refuses_is_said_once(options, tmp_path):
+    trained(1, options, tmp_path / "out")
+    process = launch(2, *words_of(options, tmp_path / "out"))
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode, said
+    assert said.count("already holds a run, which is never overwritten") == 1, said
