@@ -76,8 +76,7 @@ class Loop:
                 if stop.signal or (every and (finished or progress.step % every == 0)):
                     self.run_dir.save_checkpoint(progress.step, self._state(), keep=self.config.run.keep_checkpoints)
                 if stop.signal and not finished:
-                    message = f"stopped after step {progress.step}; {self.run_dir.what_is_safe()}"
-                    raise Interrupted(message, stop.signal)
+                    raise Interrupted(f"stopped after step {progress.step}; {self.run_dir.what_is_safe()}", stop.signal)
 
     def finished(self) -> str | None:
         """As `Progress.finished`, by this run's options."""
