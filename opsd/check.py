@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from opsd import models
+from opsd.batching import writing_note
 from opsd.config import Config
 from opsd.data import columns_used
+from opsd.engines import GenerateEngine
 from opsd.errors import ConfigError
 from opsd.memory import memory_of
 from opsd.model_path import hub_notes
@@ -72,6 +74,7 @@ def check(config: Config, show: Callable[[str], None]) -> list[str]:
         (partial(_data, name="eval"), "eval"),
         (_prompts, "tokenizer", "train"),
         (_scoring, "scoring", "model"),
+        (_writing, "writing"),
     )
     for section, *needed in sections:
         given = [attempt.made.get(name, MISSING) for name in needed]
@@ -133,9 +136,13 @@ def _prompts(config: Config, tokenizer: Any, encoded: Encoded) -> Iterable[str]:
     return decoded(tokenizer, encoded.examples[0])
 
 
-def _scoring(config: Config, scoring: tuple[bool, str], model: nn.Module) -> Iterator[str]:
-    packed, how = scoring
+def _scoring(config: Config, scoring: tuple[bool, bool, str], model: nn.Module) -> Iterator[str]:
+    packed, _, how = scoring
     yield how if packed else f"{how}; attention {models.causal_lm(model).config._attn_implementation}"
+
+
+def _writing(config: Config, engine: GenerateEngine) -> list[str]:
+    return writing_note(engine)
 
 
 def _memory(setup: Setup) -> Iterator[str]:

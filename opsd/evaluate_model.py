@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from opsd import models
+from opsd.batching import tried_engine, writing_note
 from opsd.config import Config, load_config, yaml_options
 from opsd.engines import GenerateEngine
 from opsd.errors import ConfigError, Undecided, WriteError
@@ -50,6 +51,7 @@ class Report:
     rows_skipped: int
     rows_too_long: int
     seconds: float
+    notes: list[str]
 
     def summary(self) -> dict[str, Any]:
         """Everything but the answers, for JSON."""
@@ -184,12 +186,15 @@ def evaluate_model(config: Config, context: Context = "student") -> Report:
     model = models.load_trained(config.model, config.model.path, device)
     name = "eval.max_new_tokens" if config.eval.max_new_tokens else "rollout.max_new_tokens"
     new = config.eval.max_new_tokens or config.rollout.max_new_tokens
-    models.check_positions(model, [getattr(example, context) for example in examples], {name: new})
+    longest = models.check_positions(model, [getattr(example, context) for example in examples], {name: new})
     check_prompts(models.causal_lm(model), tokenizer, examples)
     engine = GenerateEngine.of(model, tokenizer, config.model)
     engine.check(model, f"model.path {config.model.path!r}")
+    engine = tried_engine(engine, longest, model)
     evaluator = Evaluator.of(config.eval, new, config.run.seed, tokenizer, engine, scorer)
     answers = evaluator.answers(model, examples, context)
     evaluation = summarise(answers, config.eval.samples)
     seconds = time.perf_counter() - began
-    return Report(evaluation, answers, config, context, len(data.skipped), len(data.too_long), seconds)
+    return Report(
+        evaluation, answers, config, context, len(data.skipped), len(data.too_long), seconds, writing_note(engine)
+    )

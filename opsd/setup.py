@@ -14,6 +14,7 @@ from torch import nn
 from transformers import set_seed
 
 from opsd import models, tiny
+from opsd.batching import scores_alone, tried_engine, writing_note
 from opsd.config import Config, unused_options
 from opsd.data import name_rows, read_rows
 from opsd.display import Display
@@ -91,20 +92,22 @@ def set_up(config: Config, parts: Parts, date: datetime | None = None, attempt: 
         encoded.append(attempt("eval", partial(encode, most=config.eval.max_problems), prompter, rows))
 
     model = attempt("model", models.load_model, options, config.lora, device)
-    attempt("fit", _check_fit, config, model, tokenizer, *encoded)
+    longest = attempt("fit", _check_fit, config, model, tokenizer, *encoded)
     engine = attempt("engine", GenerateEngine.of, model, tokenizer, options)
     attempt("writes", GenerateEngine.check, engine, model, f"model.path {config.model.path!r}")
     head = attempt("head", _head, config, model, tokenizer)
     teacher: Any = attempt("teacher", parts.teacher or make_teacher, config, model, tokenizer)
     teacher = teacher if parts.teacher is None else UserTeacher(teacher)
-    scoring = attempt("scoring", choose_packing, options, model, teacher)
-    packed = attempt("packed", itemgetter(0), scoring)
+    engine = attempt("writing", tried_engine, engine, longest, model, teacher)
+    scoring = attempt("scoring", choose_scoring, options, model, teacher, longest)
+    packed, alone = (attempt(name, itemgetter(i), scoring) for i, name in enumerate(("packed", "alone")))
     reward = attempt("reward", lambda _, scorer: scorer if needs_reward(config) else None, recipe, scorer)
-    run = attempt("run", Run, config, model, tokenizer, head, teacher, engine, recipe, device, packed, reward)
+    run = attempt("run", Run, config, model, tokenizer, head, teacher, engine, recipe, device, packed, alone, reward)
     run = attempt("run", _with_parts, run, parts)
     new, seed = config.rollout.max_new_tokens, config.run.seed
     evaluator = attempt("evaluator", Evaluator.of, config.eval, new, seed, tokenizer, engine, scorer)
-    return attempt("setup", _finished, run, parts, evaluator, prompter, scoring, *encoded)
+    notes = attempt("notes", lambda scoring, engine: [scoring[2], *writing_note(engine)], scoring, engine)
+    return attempt("setup", _finished, run, parts, evaluator, prompter, notes, *encoded)
 
 
 def _device(config: Config) -> torch.device:
@@ -135,7 +138,8 @@ def _model_options(config: Config) -> ModelConfig:
     return config.model
 
 
-def _check_fit(config: Config, model: nn.Module, tokenizer: Any, *data: Encoded) -> None:
+def _check_fit(config: Config, model: nn.Module, tokenizer: Any, *data: Encoded) -> int:
+    """Checks lengths and ids of the prompts; how many tokens the longest context of the run can have."""
     if not config.lora.enabled:  # adapters are saved without it
         check_savable(models.causal_lm(model).config, f"model.path {config.model.path!r}")
     added = {"rollout.max_new_tokens": max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)}
@@ -143,8 +147,9 @@ def _check_fit(config: Config, model: nn.Module, tokenizer: Any, *data: Encoded)
         added["teacher.reason_max_new_tokens"] = config.teacher.reason_max_new_tokens
     examples = [example for one in data for example in one.examples]
     prompts = [ids for e in examples for ids in (e.student, e.teacher, e.reason, *e.contexts.values())]
-    models.check_positions(model, prompts, added)
+    longest = models.check_positions(model, prompts, added)
     check_prompts(models.causal_lm(model), tokenizer, examples)
+    return longest
 
 
 def _head(config: Config, model: nn.Module, tokenizer: Any) -> Head:
@@ -163,7 +168,7 @@ def _with_parts(run: Run, parts: Parts) -> Run:
 
 
 def _finished(
-    run: Run, parts: Parts, evaluator: Evaluator, prompter: Prompter, scoring: tuple[bool, str], *encoded: Encoded
+    run: Run, parts: Parts, evaluator: Evaluator, prompter: Prompter, notes: list[str], *encoded: Encoded
 ) -> Setup:
     data = dict(zip(("train", "eval"), encoded, strict=False))
     return Setup(
@@ -174,7 +179,7 @@ def _finished(
         data["train"].examples,
         data["eval"].examples if "eval" in data else [],
         _counts(data),
-        [scoring[1]],
+        notes,
         [*_warnings(run.config, data), *_ignored(run.config, parts), *_ended(data, run.engine.end_ids)],
     )
 
@@ -269,21 +274,34 @@ def introduce(setup: Setup, run_dir: Path, display: Display) -> None:
         display.warn(warning)
 
 
-def choose_packing(options: ModelConfig, model: nn.Module, teacher: Teacher) -> tuple[bool, str]:
-    """Whether both contexts run as packed rows, and a line that says how; `plan_passes` tries a few tokens.
+def choose_scoring(
+    options: ModelConfig, model: nn.Module, teacher: Teacher, longest: int = 0
+) -> tuple[bool, bool, str]:
+    """Whether both contexts run as packed rows, else whether one rollout at a time, and a line that says how. Either
+    is tried on contexts that show all that one of `longest` tokens would.
 
     Raises:
-        ConfigError: they are to, and the model does not allow it.
+        ConfigError: rows are to be packed and the model does not allow it; or it is not causal.
     """
-    if options.packing == "off":
-        return False, "scoring: padded, as asked"
-    try:
-        model.train()
-        with models.autocast(options, next(model.parameters()).device):
-            plan = plan_passes(model, teacher=teacher.source)
-    except (TypeError, ValueError) as error:
-        if options.packing == "on":
-            raise ConfigError(f"model.packing is on, but {error}") from error
-        return False, f"scoring: padded, since {error}"
+    reason = "as asked"
+    if options.packing != "off":
+        try:
+            return True, False, _packed(options, model, teacher, longest)
+        except (TypeError, ValueError) as error:
+            if options.packing == "on":
+                raise ConfigError(f"model.packing is on, but {error}") from error
+            reason = f"since {error}"
+    theirs = [("teacher.path", teacher.source)] if isinstance(teacher.source, nn.Module) else []
+    for name, one in (("model.path", model), *theirs):
+        if why := scores_alone(one, longest, f"{name} {models.causal_lm(one).name_or_path!r}"):
+            also = "" if why in reason else f"; not packed, {reason}"
+            return False, True, f"scoring: one rollout at a time, since {why}{also}"
+    return False, False, f"scoring: padded, {reason}"
+
+
+def _packed(options: ModelConfig, model: nn.Module, teacher: Teacher, longest: int) -> str:
+    model.train()
+    with models.autocast(options, next(model.parameters()).device):
+        plan = plan_passes(model, teacher=teacher.source, longest=longest)
     how = f"scoring: packed rows, student and teacher in {'one pass' if plan.passes == 'joint' else 'two passes'}"
-    return True, f"{how} ({plan.reason})"
+    return f"{how} ({plan.reason})"
