@@ -97,11 +97,13 @@ def step(trainer: Any, batch: dict[str, Tensor]) -> float:
     return float(loss.detach())
 
 
-def measured(theirs: Any, ours: Any, case: Case, rounds: int) -> dict[str, Any]:
+def measured(theirs: Any, ours: Any, case: Case, rounds: int, privileged: bool) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {"TRL": [], "opsd": []}
     peaks: dict[str, int] = {}
     for number in range(rounds + 1):  # the first is not timed
         batch, losses = batch_of(draw(case, SHAPES["small"].vocab, number)), {}
+        if not privileged:
+            batch = {name: value for name, value in batch.items() if not name.startswith("teacher_")}
         both = [("TRL", theirs), ("opsd", ours)]
         for name, trainer in both if number % 2 else both[::-1]:
             gc.collect()
@@ -145,7 +147,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for trainer, (theirs, ours) in pairs_of(folder).items():
             for name, case in CASES.items():
-                found = measured(theirs, ours, case, known.rounds)
+                found = measured(theirs, ours, case, known.rounds, trainer == "SDFT")
                 records.append({"trainer": trainer, "case": name, **found})
                 print(trainer, name, found, flush=True)
     data = {"machine": machine(torch.device("cpu")), "records": records}

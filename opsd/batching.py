@@ -1,4 +1,5 @@
-"""Whether a model gives in a batch what it gives alone: tried at set-up, on contexts as long as the run needs."""
+"""Whether a model gives in a batch, padded or packed, what it gives alone: tried at set-up, on contexts as long as the
+run needs."""
 
 from __future__ import annotations
 
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 
 from opsd.engines import GenerateEngine
 from opsd.errors import ConfigError
-from opsd.models import causal_lm, positions
+from opsd.models import autocast, causal_lm, positions
+from opsd.options import ModelConfig
+from opsd.run import Teacher
 from opsd.scoring import rollout_hidden
+from opsd_kernels.packing import plan_passes
 from opsd_kernels.packing.prove import rounding
 from opsd_kernels.packing.vet import crossed_border, trial_length
 from opsd_kernels.probe import no_trial, undisturbed
@@ -45,7 +49,49 @@ def writing_note(engine: GenerateEngine) -> list[str]:
     return [f"writing: one prompt at a time, since {engine.alone}"] if engine.alone else []
 
 
-def scores_alone(model: nn.Module, longest: int, where: str) -> str | None:
+def choose_scoring(
+    options: ModelConfig, model: nn.Module, teacher: Teacher, longest: int = 0
+) -> tuple[bool, bool, str]:
+    """Whether all contexts run as packed rows, else whether one rollout at a time, and a line that says how. Either
+    is tried on contexts that show all that one of `longest` tokens would.
+
+    Raises:
+        ConfigError: rows are to be packed and the model does not allow it; or it is not causal.
+    """
+    reason = "as asked"
+    if options.packing != "off":
+        try:
+            return True, False, _packed(options, model, teacher, longest)
+        except (TypeError, ValueError) as error:
+            if options.packing == "on":
+                raise ConfigError(f"model.packing is on, but {error}") from error
+            reason = f"since {error}"
+    theirs = [("teacher.path", teacher.source)] if isinstance(teacher.source, nn.Module) else []
+    for name, one in (("model.path", model), *theirs):
+        if why := _scores_alone(one, longest, f"{name} {causal_lm(one).name_or_path!r}"):
+            also = "" if why in reason else f"; not packed, {reason}"
+            return False, True, f"scoring: one rollout at a time, since {why}{also}"
+    return False, False, f"scoring: padded, {reason}"
+
+
+def _packed(options: ModelConfig, model: nn.Module, teacher: Teacher, longest: int) -> str:
+    """How packed rows run.
+
+    Raises:
+        TypeError, ValueError: they cannot.
+    """
+    model.train()
+    student_alone = teacher.source is None
+    with autocast(options, next(model.parameters()).device):
+        source, passes = teacher.source or "live", "two" if student_alone else "auto"
+        plan = plan_passes(model, teacher=source, passes=passes, longest=longest)
+    if student_alone:
+        return f"scoring: packed rows of the student alone ({plan.reason})"
+    how = f"scoring: packed rows, student and teacher in {'one pass' if plan.passes == 'joint' else 'two passes'}"
+    return f"{how} ({plan.reason})"
+
+
+def _scores_alone(model: nn.Module, longest: int, where: str) -> str | None:
     """Why rows of hidden states have to be computed for one rollout at a time; None where padded batches serve.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The command line: `opsd check`, `train`, `eval`, `report`, `compare` and `recipes`."""
+"""The command line: `opsd check`, `train`, `cache-teacher`, `eval`, `report`, `compare` and `recipes`."""
 
 import argparse
 import sys
@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from opsd import compare, recipes, trainer
+from opsd import cache_command, compare, recipes, trainer
 from opsd.check import check
 from opsd.config import describe, is_flag, load_config, to_yaml
 from opsd.errors import CheckpointError, ConfigError, Interrupted, RunError
@@ -41,7 +41,7 @@ def _main(argv: Sequence[str] | None) -> int:
     parser.add_argument("--version", action="version", version=f"opsd {_version()}")
     parser.set_defaults(advice="")  # on memory; a command may have its own
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_check, _add_train, _add_eval, _add_report, _add_compare, _add_recipes):
+    for add in (_add_check, _add_train, _add_cache_teacher, _add_eval, _add_report, _add_compare, _add_recipes):
         add(commands)
     known, rest = parser.parse_known_args(argv)
     try:
@@ -178,6 +178,10 @@ def _train(known: argparse.Namespace, rest: Sequence[str]) -> None:
 
 def _interval(value: float, bounds: Any) -> tuple[str, str]:
     return f"{value:.1%}", f"{bounds.low:.1%} to {bounds.high:.1%}"
+
+
+def _add_cache_teacher(commands: Any) -> None:
+    cache_command.add_command(commands, _add_sources, parse_overrides)
 
 
 def _add_eval(commands: Any) -> None:

@@ -22,6 +22,7 @@ from opsd.limits import beyond
 from opsd.presets import PRESETS, TINY
 from opsd.section import Section, accepted
 from opsd.strict_yaml import read_yaml
+from opsd.top_k_options import KINDS, PATHS, check_top_k
 
 ABBREVIATED = {"learning-rate": "lr", "learnrate": "lr", "rank": "r"}
 """Names of options that one would expect, too far from ours to be found by their letters."""
@@ -104,6 +105,8 @@ def load_config(
                 raise ConfigError(f"{needed} is not given: an evaluation needs a model and data with answers")
     made: dict[str, Any] = {name: section(**user.get(name, {})) for name, section in SECTIONS.items()}
     # "tiny" is what there is without a model, and names its own: it must not stand beside that name in config.yaml.
+    if made["teacher"].kind in KINDS and "tail_bucket" not in user.get("objective", {}):
+        made["objective"] = made["objective"].model_copy(update={"tail_bucket": True})
     config = Config(**made, preset=preset if training and preset != "tiny" else None)
     _check_together(config, complete)
     return config if config.optim.lr else config.changed({"optim.lr": 5e-6 if config.lora.enabled else 1e-6})
@@ -150,10 +153,11 @@ def _check_together(config: Config, complete: bool) -> None:
     Without a model.path it is the embedded set-up, which has data of its own.
     """
     teacher, objective, options = config.teacher, config.objective, config.eval
-    if teacher.kind != "model" and teacher.path is not None:
+    if teacher.kind not in PATHS and teacher.path is not None:
         belongs = f"with teacher.kind {teacher.kind}, which has none; set teacher.kind model or leave it out"
         raise ConfigError(f"teacher.path is {teacher.path!r} {belongs}")
-    if objective.tail_bucket and objective.top_k is None:
+    check_top_k(config.options())
+    if objective.tail_bucket and objective.top_k is None and teacher.kind not in KINDS:
         raise ConfigError("objective.tail_bucket is true without objective.top_k: it holds the mass outside the top k")
     for name in ("entry_clip", "token_clip", "top_k"):
         if objective.form == "sampled_token" and getattr(objective, name) is not None:
@@ -162,8 +166,8 @@ def _check_together(config: Config, complete: bool) -> None:
         if (value := getattr(options, name)) and not options.every:
             needed = "set eval.every to the steps between two"
             raise ConfigError(f"eval.{name} is {_shown(value)} without eval.every: {needed}")
-    if complete and teacher.kind == "model" and teacher.path is None:
-        raise ConfigError("teacher.kind model needs teacher.path: a local directory or hub id")
+    if complete and teacher.kind in PATHS and teacher.path is None:
+        raise ConfigError(f"teacher.kind {teacher.kind} needs teacher.path: {PATHS[teacher.kind]}")
     if complete and options.every and config.model.path and not config.data.eval:
         raise ConfigError(f"eval.every is {options.every} without data.eval: name a file with problem and answer")
     if options.temperature > 0:

@@ -15,6 +15,7 @@ from torch import nn
 from opsd.errors import ConfigError
 from opsd.prompts import Example
 from opsd.setup import Setup
+from opsd.teacher_cache import CachedTeacher
 
 
 def digest_inputs(setup: Setup) -> dict[str, str]:
@@ -25,6 +26,8 @@ def digest_inputs(setup: Setup) -> dict[str, str]:
         "data.train": _digest(setup.examples),
         "data.eval": _digest(setup.eval_examples),
     }
+    if isinstance(run.teacher, CachedTeacher):
+        found["teacher.path"] = run.teacher.cache.digest
     if run.config.teacher.kind == "model" and isinstance(run.teacher.source, nn.Module):
         found["teacher.path"] = fingerprint(sorted(run.teacher.source.named_parameters()))
     return found

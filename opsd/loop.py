@@ -148,7 +148,7 @@ class Loop:
     def _evaluate_before(self) -> None:
         examples = self.setup.eval_examples
         self._evaluate("base", self.run.model, examples, "student")
-        if all(example.teacher for example in examples):
+        if self.run.teacher.source is not None and all(example.teacher for example in examples):
             if self.config.teacher.reason_first:
                 examples = analyse(self.run, self.setup.prompter, examples, 0).examples
             with self.run.teacher.active() as model:

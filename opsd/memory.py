@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from opsd import models
 from opsd.objective import supplied
 from opsd.prompts import Example
+from opsd.recipes.batch import TopK
 from opsd.rollouts import Rollout
 from opsd.run import MicroBatch, Run
 from opsd.scoring import rollout_index, score
 from opsd.setup import Setup
+from opsd.top_k import TopKTeacher
 from opsd_kernels.probe import evaluating
 from opsd_kernels.workspace import budget_bytes
 
@@ -110,6 +112,8 @@ def _kept(run: Run, example: Example, few: int = 16) -> Kept:
 
 def _saved(run: Run, example: Example, prompt: int, new: int) -> int:
     """Bytes that scoring a rollout of `new` tokens after `prompt` tokens keeps for the backward pass, weights aside."""
+    if isinstance(run.teacher, TopKTeacher):
+        run = replace(run, teacher=run.teacher.unasked())
     weights, held = _storages(run), dict[int, tuple[int, Tensor]]()
 
     def pack(tensor: Tensor) -> Tensor:
@@ -133,5 +137,5 @@ def _saved(run: Run, example: Example, prompt: int, new: int) -> int:
         with models.autocast(run.config.model, run.device):
             run.recipe.loss(student, teachers, batch, new)
     for stream in (student, *teachers.values()):
-        pack(stream.hidden)
+        pack(stream.logprobs if isinstance(stream, TopK) else stream.hidden)
     return sum(size for size, _ in held.values())

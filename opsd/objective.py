@@ -13,8 +13,10 @@ from opsd.errors import ConfigError, config_error
 from opsd.recipes.importance import ImportanceWeighted
 from opsd.recipes.in_loop import SUPPLIED, InLoop, lacking
 from opsd.rewards import REWARDED
+from opsd.rollouts import Rollout
 from opsd.run import Recipe, Run
 from opsd.scoring import stream_of
+from opsd.top_k import TopKTeacher
 
 
 def make_recipe(config: Config) -> Recipe:
@@ -87,6 +89,9 @@ def check_recipe(run: Run) -> None:
     student, teacher = (
         stream_of(head.weight.new_zeros(2, head.weight.shape[1]), head) for head in (run.head, run.teacher.head)
     )
+    known: Any = teacher
+    if isinstance(run.teacher, TopKTeacher):
+        known = run.teacher.unasked().top_k([], [Rollout([0, 0], False)])
     zeros = torch.zeros(2, dtype=torch.int64, device=run.device)
     batch = recipes.TokenBatch(target_ids=zeros, sequence_ids=zeros, **supplied(zeros.float()))
     with (
@@ -94,4 +99,4 @@ def check_recipe(run: Run) -> None:
         torch.no_grad(),
         models.autocast(run.config.model, run.device),
     ):
-        run.recipe.loss(student, dict.fromkeys(run.recipe.contexts, teacher), batch, 2)
+        run.recipe.loss(student, dict.fromkeys(run.recipe.contexts, known), batch, 2)

@@ -153,12 +153,17 @@ class RolloutConfig(Section):
 
 
 class TeacherConfig(Section):
-    kind: Literal["base", "live", "ema", "model"] = option(
+    kind: Literal["base", "live", "ema", "model", "cached", "server"] = option(
         "base",
         "base: the initial weights, frozen; live: the weights being trained; ema: their moving average; "
-        "model: another model, teacher.path",
+        "model: another model, teacher.path; cached: what opsd cache-teacher wrote to teacher.path, its rollouts too, "
+        "which are then no longer the student's own; server: objective.top_k tokens of the vLLM server at teacher.path",
     )
-    path: str | None = option(None, "with kind model: local directory, GGUF file or hub id, of the same vocabulary")
+    path: str | None = option(
+        None,
+        "with kind model: local directory, GGUF file or hub id, of the same vocabulary; with cached: a directory of "
+        "opsd cache-teacher; with server: http://HOST:PORT",
+    )
     ema_decay: float = option(0.99, "with kind ema: teacher = decay * teacher + (1 - decay) * student", ge=0, le=1)
     ema_every: int = option(1, "with kind ema: steps between updates of the teacher", ge=1)
     reason_first: bool = option(
@@ -193,7 +198,11 @@ class ObjectiveConfig(Section):
     token_clip: float | None = option(None, "upper bound of each token's divergence (nats)", gt=0)
     top_k: int | None = option(None, "compare the k likeliest tokens only", ge=1)
     top_k_from: Literal["teacher", "student"] = option("teacher", "whose k likeliest tokens")
-    tail_bucket: bool = option(False, "with top_k: one more entry for the rest of the mass, instead of renormalising")
+    tail_bucket: bool = option(
+        False,
+        "with top_k: one more entry for the rest of the mass, instead of renormalising; true by itself where the "
+        "teacher is cached or a server",
+    )
     reduction: Literal["mean", "sequence_mean"] = option(
         "mean", "over all rollout tokens, or over rollouts of their means"
     )

@@ -95,8 +95,10 @@ class Teacher(Protocol):
     head: Head
     """Holds the student's own weight tensor where the two share it."""
 
-    source: str | nn.Module
-    """What `opsd_kernels.dual_hidden_states` calls this teacher: "live", "base", or the model it is."""
+    @property
+    def source(self) -> str | nn.Module | None:
+        """What `opsd_kernels.dual_hidden_states` calls this teacher: "live", "base", or the model it is. None: it is
+        no model here, but an `opsd.top_k.TopKTeacher`."""
 
     def active(self) -> AbstractContextManager[nn.Module]:
         """A context in which the value it yields is the teacher as a model: its weights, dropout off."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,31 +11,34 @@ from torch import Tensor, nn
 from opsd.clock import Clock
 from opsd.models import autocast, body
 from opsd.recipes.base import columns
+from opsd.recipes.batch import TopK
 from opsd.run import MicroBatch, Run
 from opsd_kernels import Head, Stream, dual_hidden_states, lm_head_of, pack_dual_context, token_logprobs, top_k_logprobs
-from opsd_kernels.packing import plan_passes
+from opsd_kernels.packing import context_hidden_states, plan_passes
 
 
-def score(run: Run, batch: MicroBatch, clock: Clock | None = None) -> tuple[Stream, dict[str, Stream]]:
+def score(run: Run, batch: MicroBatch, clock: Clock | None = None) -> tuple[Stream, dict[str, Any]]:
     """The student's rows, with a gradient, and the constant rows of the contexts that the recipe reads, by name.
 
     Packed, all contexts run without padding, a prompt is computed once for all its rollouts, the constant contexts are
     one layout, and a gradient-checkpointed model takes them and the student's in one pass. `clock` gets the phases
-    "teacher" and "student", or "score" where all run in one pass.
+    "teacher" and "student", or "score" where all run in one pass. A teacher that is no model here gives a `TopK`.
     """
     clock = clock or Clock(run.device)
-    options, teacher = run.config.model, run.teacher
+    options, teacher, source = run.config.model, run.teacher, run.teacher.source
     prompts = [example.student for example in batch.examples]
+    if source is None:
+        return _beside_top_k(run, teacher, prompts, batch, clock)
     names = ("teacher", *(name for name in run.recipe.contexts if name != "teacher"))  # what is reported needs it
     read = {name: [example.read_as(name) for example in batch.examples] for name in names}
     ids = [rollout.ids for rollout in batch.rollouts]
     if run.packed:
         packed = pack_dual_context(prompts, [*chain(*read.values())], ids, contexts=len(read))
         with autocast(options, run.device):
-            joint = plan_passes(run.model, teacher=teacher.source).passes == "joint"
-            taught = run.model if isinstance(teacher.source, str) else teacher.source
+            joint = plan_passes(run.model, teacher=source).passes == "joint"
+            taught = run.model if isinstance(source, str) else source
             with clock("score") if joint else teacher_then_student(clock, taught):
-                hidden = dual_hidden_states(run.model, packed, teacher=teacher.source)
+                hidden = dual_hidden_states(run.model, packed, teacher=source)
         constant = hidden.teacher.tensor_split(len(read))
         return stream_of(hidden.student, run.head), _by_name(read, constant, teacher.head)
     # Each in an autocast of its own: what the teacher's casts without a gradient must not reach the student.
@@ -43,6 +47,20 @@ def score(run: Run, batch: MicroBatch, clock: Clock | None = None) -> tuple[Stre
     with clock("student"), autocast(options, run.device):
         student_hidden = rollout_hidden(run.model, prompts, ids)
     return stream_of(student_hidden, run.head), _by_name(read, readings, teacher.head)
+
+
+def _beside_top_k(
+    run: Run, teacher: Any, prompts: Sequence[Sequence[int]], batch: MicroBatch, clock: Clock
+) -> tuple[Stream, dict[str, Any]]:
+    ids = [rollout.ids for rollout in batch.rollouts]
+    with clock("teacher"):
+        known = teacher.top_k(batch.examples, batch.rollouts)
+    with clock("student"), autocast(run.config.model, run.device):
+        if run.packed:
+            hidden = context_hidden_states(run.model, pack_dual_context(prompts, prompts, ids))
+        else:
+            hidden = rollout_hidden(run.model, prompts, ids)
+    return stream_of(hidden, run.head), {"teacher": known}
 
 
 def _by_name(names: Iterable[str], hidden: Sequence[Tensor], head: Head) -> dict[str, Stream]:
@@ -106,16 +124,22 @@ def stream_of(hidden: Tensor, head: Head) -> Stream:
 
 
 @torch.no_grad()
-def top_k_overlap(student: Stream, teacher: Stream, k: int = 8, rows: int = 256) -> Tensor:
+def top_k_overlap(student: Stream, teacher: Stream | TopK, k: int = 8, rows: int = 256) -> Tensor:
     """0-d: the share of the teacher's k likeliest tokens that are among the student's k likeliest, an estimate.
 
     Both tops cost a product with the head, so they are taken on at most `rows` tokens, spread evenly.
     """
     every = -(-len(student.hidden) // rows)
-    valid = min(columns(student), columns(teacher))
-    k = min(k, valid)
-    (_, ours, _), (_, theirs, _) = (
-        top_k_logprobs(stream.hidden[::every], stream.weight, k, **stream.options() | {"valid_vocab": valid})
+    if isinstance(teacher, TopK):
+        valid = columns(student)
+        k = min(k, teacher.ids.shape[1])
+    else:
+        valid = min(columns(student), columns(teacher))
+        k = min(k, valid)
+    ours, theirs = (
+        stream.ids[::every, :k]
+        if isinstance(stream, TopK)
+        else top_k_logprobs(stream.hidden[::every], stream.weight, k, **stream.options() | {"valid_vocab": valid})[1]
         for stream in (student, teacher)
     )
     return (theirs[:, :, None] == ours[:, None, :]).any(-1).double().mean()

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import set_seed
 
 from opsd import models, tiny
-from opsd.batching import scores_alone, tried_engine, writing_note
+from opsd.batching import choose_scoring, tried_engine, writing_note
 from opsd.config import Config, unused_options
 from opsd.data import name_rows, read_rows
 from opsd.display import Display
@@ -28,14 +28,14 @@ from opsd.optim import learning_rate
 from opsd.options import ModelConfig
 from opsd.plugins import Evaluate, Parts, UserEngine, UserLoss, UserTeacher
 from opsd.prompts import Encoded, Example, Prompter, decoded, encode_read
-from opsd.run import Recipe, Run, Step, Teacher
+from opsd.run import Recipe, Run, Step
 from opsd.scorers import scorer_of
 from opsd.step import opsd_step
+from opsd.teacher_cache import with_cache
 from opsd.teachers import make_teacher
 from opsd.vocabulary import check_prompts, without_padding
 from opsd.weights import check_savable
 from opsd_kernels import Head, lm_head_of
-from opsd_kernels.packing import plan_passes
 
 T = TypeVar("T")
 
@@ -98,7 +98,8 @@ def set_up(config: Config, parts: Parts, date: datetime | None = None, attempt: 
     head = attempt("head", _head, config, model, tokenizer)
     teacher: Any = attempt("teacher", parts.teacher or make_teacher, config, model, tokenizer)
     teacher = teacher if parts.teacher is None else UserTeacher(teacher)
-    engine = attempt("writing", tried_engine, engine, longest, model, teacher)
+    tried = attempt("writing", tried_engine, engine, longest, model, teacher)
+    engine = attempt("rollouts", with_cache, tried, teacher, encoded[0])
     scoring = attempt("scoring", choose_scoring, options, model, teacher, longest)
     packed, alone = (attempt(name, itemgetter(i), scoring) for i, name in enumerate(("packed", "alone")))
     reward = attempt("reward", lambda _, scorer: scorer if needs_reward(config) else None, recipe, scorer)
@@ -106,7 +107,7 @@ def set_up(config: Config, parts: Parts, date: datetime | None = None, attempt: 
     run = attempt("run", _with_parts, run, parts)
     new, seed = config.rollout.max_new_tokens, config.run.seed
     evaluator = attempt("evaluator", Evaluator.of, config.eval, new, seed, tokenizer, engine, scorer)
-    notes = attempt("notes", lambda scoring, engine: [scoring[2], *writing_note(engine)], scoring, engine)
+    notes = attempt("notes", lambda scoring, engine: [scoring[2], *writing_note(engine)], scoring, tried)
     return attempt("setup", _finished, run, parts, evaluator, prompter, notes, *encoded)
 
 
@@ -272,36 +273,3 @@ def introduce(setup: Setup, run_dir: Path, display: Display) -> None:
         display.note(note)
     for warning in setup.warnings:
         display.warn(warning)
-
-
-def choose_scoring(
-    options: ModelConfig, model: nn.Module, teacher: Teacher, longest: int = 0
-) -> tuple[bool, bool, str]:
-    """Whether both contexts run as packed rows, else whether one rollout at a time, and a line that says how. Either
-    is tried on contexts that show all that one of `longest` tokens would.
-
-    Raises:
-        ConfigError: rows are to be packed and the model does not allow it; or it is not causal.
-    """
-    reason = "as asked"
-    if options.packing != "off":
-        try:
-            return True, False, _packed(options, model, teacher, longest)
-        except (TypeError, ValueError) as error:
-            if options.packing == "on":
-                raise ConfigError(f"model.packing is on, but {error}") from error
-            reason = f"since {error}"
-    theirs = [("teacher.path", teacher.source)] if isinstance(teacher.source, nn.Module) else []
-    for name, one in (("model.path", model), *theirs):
-        if why := scores_alone(one, longest, f"{name} {models.causal_lm(one).name_or_path!r}"):
-            also = "" if why in reason else f"; not packed, {reason}"
-            return False, True, f"scoring: one rollout at a time, since {why}{also}"
-    return False, False, f"scoring: padded, {reason}"
-
-
-def _packed(options: ModelConfig, model: nn.Module, teacher: Teacher, longest: int) -> str:
-    model.train()
-    with models.autocast(options, next(model.parameters()).device):
-        plan = plan_passes(model, teacher=teacher.source, longest=longest)
-    how = f"scoring: packed rows, student and teacher in {'one pass' if plan.passes == 'joint' else 'two passes'}"
-    return f"{how} ({plan.reason})"

@@ -15,6 +15,9 @@ from opsd.models import body, is_adapted, load_tokenizer, load_trained
 from opsd.options import ModelConfig
 from opsd.run import Teacher
 from opsd.scoring import rollout_hidden
+from opsd.served_teacher import ServedTeacher
+from opsd.teacher_cache import CachedTeacher
+from opsd.vocabulary import without_padding
 from opsd_kernels import lm_head_of
 from opsd_kernels.probe import evaluating
 
@@ -92,10 +95,10 @@ def make_teacher(config: Config, model: nn.Module, tokenizer: Any) -> Teacher:
 
     "live" is the weights being trained. "base" is the initial weights: with adapters, the model without them; else a
     frozen copy, a second model in memory. "ema" is their moving average, a second copy of what is trained. "model" is
-    `teacher.path`, which must have the same vocabulary.
+    `teacher.path`, which must have the same vocabulary. "cached" and "server" are no models here.
 
     Raises:
-        ConfigError: the other model cannot be loaded or has another vocabulary.
+        ConfigError: the other model cannot be loaded or has another vocabulary; the cache or the server does not serve.
     """
     options = config.teacher
     if options.kind == "live":
@@ -104,6 +107,10 @@ def make_teacher(config: Config, model: nn.Module, tokenizer: Any) -> Teacher:
         return _AverageTeacher(model, options.ema_decay, options.ema_every)
     if options.kind == "model":
         return _other_model(config.model, options.path, model, tokenizer)
+    if options.kind in ("cached", "server"):
+        kind: Any = CachedTeacher if options.kind == "cached" else ServedTeacher
+        head = without_padding(lm_head_of(model), tokenizer)
+        return kind(config, head, tokenizer, next(model.parameters()).device)
     if is_adapted(model):
         return _ModelTeacher(model, "base")
     frozen = _frozen_copy(model)

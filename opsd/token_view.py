@@ -47,9 +47,9 @@ def token_view(run: Run, example: Example, rollout: Rollout) -> list[dict[str, A
       term None where it is infinite.
 
     Numbers have four significant digits. The weights are as they are now, dropout off; modes are left as they were, and
-    only a few tokens' logits exist at a time.
+    only a few tokens' logits exist at a time. Empty where the teacher is no model here.
     """
-    if not rollout.ids:
+    if not rollout.ids or run.teacher.source is None:  # what a teacher that is no model here thought of all others
         return []
     with autocast(run.config.model, run.device):
         teacher_hidden = run.teacher.hidden([example.teacher], [rollout.ids])

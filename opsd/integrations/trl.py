@@ -19,7 +19,7 @@ from trl.models.utils import _ForwardRedirection
 
 from opsd.scoring import rollout_hidden
 from opsd_kernels import Head, dual_hidden_states, jsd_loss, lm_head_of, pack_dual_context, token_logprobs
-from opsd_kernels.packing import plan_passes
+from opsd_kernels.packing import context_hidden_states, plan_passes
 from opsd_kernels.probe import evaluating
 
 __all__ = ["DistillationTrainer", "SDFTTrainer", "SDPOTrainer"]
@@ -48,7 +48,7 @@ class _Packed:
     ) -> tuple[Tensor, Tensor]:
         """(R, H) and (R, H_t): what predicts the R completion tokens, row by row of the batch, in each context.
 
-        `source` is how `dual_hidden_states` calls the teacher; None: it cannot, and `teacher` is run within `context`.
+        `source` is how `dual_hidden_states` calls the teacher; None: it is `teacher` within `context`.
         """
         width = inputs["completion_ids"].shape[1]
         prompts = _listed(inputs["prompt_ids"], inputs["prompt_mask"])
@@ -57,19 +57,23 @@ class _Packed:
         if "teacher_input_ids" in inputs:
             taught = _listed(inputs["teacher_input_ids"][:, :-width], inputs["teacher_attention_mask"][:, :-width])
         if self._packs is None:
-            self._packs = source is not None
+            self._packs = True
             try:
-                if source is not None:
-                    plan_passes(student, teacher=source)
+                plan_passes(student, teacher=source or "live")
             except (TypeError, ValueError) as error:
                 warnings.warn(f"scored padded, since {error}", stacklevel=2)
                 self._packs = False
         if self._packs and source is not None:
             hidden = dual_hidden_states(student, pack_dual_context(prompts, taught, rollouts), teacher=source)
             return hidden.student, hidden.teacher
+        alone = _packed if self._packs else rollout_hidden
         with torch.no_grad(), evaluating(teacher), context:
-            teacher_hidden = rollout_hidden(teacher, taught, rollouts)
-        return rollout_hidden(student, prompts, rollouts), teacher_hidden
+            teacher_hidden = alone(teacher, taught, rollouts)
+        return alone(student, prompts, rollouts), teacher_hidden
+
+
+def _packed(model: nn.Module, prompts: list[list[int]], rollouts: list[list[int]]) -> Tensor:
+    return context_hidden_states(model, pack_dual_context(prompts, prompts, rollouts))
 
 
 def _heads(student: Head, teacher: Head) -> dict[str, Any]:

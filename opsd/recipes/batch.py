@@ -43,6 +43,14 @@ class TokenBatch:
     gate_open: bool | Tensor | None = None  #: whether AntiSD's gate was open after the last step
 
 
+@dataclass(frozen=True)
+class TopK:
+    """A constant context of which the likeliest tokens alone are known, in place of a `Stream`."""
+
+    ids: Tensor  #: (N, k) int64, no id twice in a row
+    logprobs: Tensor  #: (N, k), over the whole vocabulary at the temperature of the loss
+
+
 def reduced(losses: Tensor, batch: TokenBatch, reduction: str, denominator: int) -> Tensor:
     """The share of a step's loss, 0-d, of (N,) losses, with `batch.token_weight`; as `Recipe.loss` says."""
     if batch.token_weight is not None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..probe import evaluating
 from .attention import BACKENDS, backend_obstacle, choose_backend, register
@@ -80,6 +80,20 @@ def dual_hidden_states(
         side = batch.teacher.to(other.device)
         teacher_hidden = run_context(other, side, backend)
     return DualHidden(run_context(student, batch.student.to(student.device), backend), teacher_hidden)
+
+
+def context_hidden_states(model: nn.Module, batch: DualContextBatch, *, backend: str = "auto") -> Tensor:
+    """(R, H): as `dual_hidden_states`, of the student's context alone, with a graph where gradients are on.
+
+    For a teacher that is no model here, of which the log-probabilities are known. Raises as `dual_hidden_states` does.
+    """
+    body, _ = _bodies(model, "live", "two", backend)
+    plan = _plan(body, body, "live", "two", backend)
+    body.check("model", batch.largest_id, batch.student.layout.longest)
+    if not batch.student.layout.rows:
+        return body.embedding.weight.new_zeros(0, body.width).requires_grad_(torch.is_grad_enabled())
+    register()
+    return run_context(body, batch.student.to(body.device), plan.backend)
 
 
 def plan_passes(

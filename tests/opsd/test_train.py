@@ -13,6 +13,7 @@ import torch
 from _models import SIZES, lora, model, write_model, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, DogeConfig, DogeForCausalLM
 
+from opsd.batching import choose_scoring
 from opsd.cli import main, parse_overrides
 from opsd.config import load_config
 from opsd.errors import ConfigError, NonFiniteError
@@ -21,7 +22,6 @@ from opsd.optim import learning_rate, make_optimizer
 from opsd.options import OptimConfig
 from opsd.run import StepResult
 from opsd.scoring import supervised_loss
-from opsd.setup import choose_scoring
 from opsd.step import opsd_step
 from opsd.trainer import train
 
