@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from opsd.errors import ConfigError, Undecided, WriteError
 from opsd.evaluation import Answer, Context, Evaluation, Evaluator, check_examples, summarise
 from opsd.files import replace_file
 from opsd.prompts import Prompter, read_examples
+from opsd.run_dir import read_description
 from opsd.scorers import scorer_of
 from opsd.vocabulary import check_prompts
 
@@ -131,8 +133,8 @@ def evaluation_config(
     """The configuration that evaluates `model` on `data`, and a line that says where its defaults are from.
 
     If `model` is a directory with a run's config.yaml above it, the prompts, the lengths, the options of `eval`, the
-    model's types and the seed default to that run's. A YAML file `path` goes before those, and `overrides` before all.
-    Of a YAML file, what concerns training alone is passed over.
+    model's types and the seed default to that run's, and a date in the prompts is that of the run. A YAML file `path`
+    goes before those, and `overrides` before all. Of a YAML file, what concerns training alone is passed over.
 
     Raises:
         ConfigError: model or data is missing, an option is unusable or would change nothing.
@@ -164,6 +166,13 @@ def evaluation_config(
     return config, f"defaults from {of_run}: {', '.join(shown) or 'as opsd has them'}"
 
 
+def _began(model: str | None) -> datetime | None:
+    """When the run began that wrote `model`, whose prompts hold that date; None for a model of no run."""
+    with contextlib.suppress(ConfigError):
+        return datetime.fromisoformat(read_description(Path(os.path.normpath(Path(str(model)) / "..")))["created"])
+    return None
+
+
 def evaluate_model(config: Config, context: Context = "student") -> Report:
     """Load `model.path`, a model or an adapter, and evaluate it on `data.eval`. `config` is from `evaluation_config`.
 
@@ -176,7 +185,7 @@ def evaluate_model(config: Config, context: Context = "student") -> Report:
         torch.set_num_threads(config.run.threads)
     scorer = scorer_of(config.eval)
     tokenizer = models.load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    prompter = Prompter(tokenizer, config.prompts)
+    prompter = Prompter(tokenizer, config.prompts, _began(config.model.path))
     most = config.eval.max_problems
     data = read_examples(config.data, prompter, config.data.eval or "", required=("problem", "answer"), most=most)
     examples = data.examples
