@@ -263,7 +263,7 @@ def examine(name: str) -> dict[str, Any]:
 
 def writes_alone(model: Any) -> str | None:
     """Why `opsd` has the model continue one prompt at a time, or that it cannot write at all; None for neither."""
-    engine = GenerateEngine([2], 0, ModelConfig())
+    engine, model = GenerateEngine([2], 0, ModelConfig()), model.float()  # whose masks hold the least float32
     try:
         engine.check(model, "it")
         return tried_engine(engine, 20, model).alone
