@@ -24,7 +24,7 @@ from opsd.options import ModelConfig
 from opsd.prompts import Example
 from opsd.rollouts import Rollout, Sampling, derive_seed, first_end
 from opsd.run import Run
-from opsd.vocabulary import end_ids, pad_id, token_columns
+from opsd.vocabulary import end_ids, holes, pad_id, token_columns
 from opsd_kernels.probe import evaluating
 
 
@@ -43,6 +43,7 @@ class GenerateEngine:
     options: ModelConfig
     vocabulary: int | None = None
     alone: str | None = None
+    holes: tuple[int, ...] = ()  #: ids below `vocabulary` that are no tokens either
 
     @classmethod
     def of(cls, model: nn.Module, tokenizer: Any, options: ModelConfig) -> GenerateEngine:
@@ -54,7 +55,8 @@ class GenerateEngine:
         lm = causal_lm(model)
         ends = end_ids(lm, tokenizer)
         columns = lm.get_output_embeddings().weight.shape[0]
-        return cls(ends, pad_id(lm, tokenizer, ends), options, token_columns(columns, tokenizer))
+        valid = token_columns(columns, tokenizer)
+        return cls(ends, pad_id(lm, tokenizer, ends), options, valid, holes=holes(columns, tokenizer))
 
     def check(self, model: nn.Module, where: str) -> None:
         """Has `model` write two tokens, the second with its cache.
@@ -158,6 +160,8 @@ class GenerateEngine:
         """A logits processor that leaves what is no token no chance."""
         if self.vocabulary is not None:
             scores[:, self.vocabulary :] = -torch.inf
+        if self.holes:
+            scores[:, list(self.holes)] = -torch.inf
         return scores
 
 
