@@ -3,7 +3,8 @@
     python -m benchmarks.models [--only NAME ...] [--seconds 60]
 
 For each type that `AutoModelForCausalLM` knows: whether `lm_head_of` reads its head, whether `dual_hidden_states` takes
-it in two passes and in one, and whether a padded batch gives what single passes give. All of it is compared with
+it in two passes and in one, whether a padded batch gives what single passes give, and whether prompts in a batch are
+continued as they are alone. All of it is compared with
 separate plain passes, hidden states and gradients, on contexts longer than the trial that the package makes itself and
 longer than the sliding windows. Results go to results/models.json and, as a table, into the README.
 """
@@ -28,6 +29,9 @@ from torch import Tensor
 
 from benchmarks.machine import machine
 from benchmarks.report import replace_section
+from opsd.batching import tried_engine
+from opsd.engines import GenerateEngine
+from opsd.options import ModelConfig
 
 RESULTS = Path(__file__).parent / "results" / "models.json"
 VERDICTS = {
@@ -253,7 +257,18 @@ def examine(name: str) -> dict[str, Any]:
     found: dict[str, Any] = {"class": type(model).__name__, "head": _attempt(head)}
     found |= {"two": _attempt(lambda: packed("two")), "joint": _attempt(lambda: packed("joint"))}
     found["padded"] = _attempt(batch)
+    found["written alone"] = writes_alone(model)
     return {"verdict": verdict(found), **found}
+
+
+def writes_alone(model: Any) -> str | None:
+    """Why `opsd` has the model continue one prompt at a time, or that it cannot write at all; None for neither."""
+    engine, model = GenerateEngine([2], 0, ModelConfig()), model.float()  # whose masks hold the least float32
+    try:
+        engine.check(model, "it")
+        return tried_engine(engine, 20, model).alone
+    except Exception as failure:
+        return f"cannot write: {str(failure).splitlines()[0][:300]}"
 
 
 def verdict(found: dict[str, Any]) -> str:
@@ -310,6 +325,12 @@ def table(results: dict[str, Any]) -> str:
         if counts[kind]:
             names = ", ".join(n for n, m in models.items() if m["verdict"] == kind)
             lines.append(f"| {VERDICTS[kind]} | {counts[kind]} | {names} |")
+    runs = {n: m.get("written alone") or "" for n, m in models.items() if m["verdict"] in list(VERDICTS)[:3]}
+    for what, begins in (("of the packed and padded: one prompt is continued at a time", False),
+                         ("of the packed and padded: they cannot write", True)):  # fmt: skip
+        names = [n for n, why in runs.items() if why and why.startswith("cannot write") is begins]
+        if names:
+            lines.append(f"| {what} | {len(names)} | {', '.join(names)} |")
     return "\n".join(lines)
 
 

@@ -44,5 +44,7 @@ def test_a_model_is_examined():
     assert found["verdict"] == "packed"
     assert all(found[k]["error"] <= models.LIMIT for k in ("head", "two", "joint", "padded"))
     refused = models.examine("electra")
+    assert found["written alone"] is None
+    assert models.examine("rwkv")["written alone"].startswith("RwkvForCausalLM continues padded prompts otherwise")
     assert refused["verdict"] == "refused"
     assert "not understood" in refused["head"]["reason"]

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from opsd import models
+from opsd.batching import writing_note
 from opsd.config import Config
 from opsd.data import columns_used
+from opsd.engines import GenerateEngine
 from opsd.errors import ConfigError
 from opsd.memory import memory_of
 from opsd.model_path import hub_notes
@@ -20,7 +22,7 @@ from opsd.prompts import Encoded, decoded
 from opsd.run_dir import check_new
 from opsd.setup import Setup, absolute_paths, set_up
 from opsd.trackers import check_trackers
-from opsd.vocabulary import embedding_rows, token_columns
+from opsd.vocabulary import embedding_rows, holes, token_columns
 
 MISSING: Any = object()
 """In place of a part that cannot be made."""
@@ -72,6 +74,7 @@ def check(config: Config, show: Callable[[str], None]) -> list[str]:
         (partial(_data, name="eval"), "eval"),
         (_prompts, "tokenizer", "train"),
         (_scoring, "scoring", "model"),
+        (_writing, "writing"),
     )
     for section, *needed in sections:
         given = [attempt.made.get(name, MISSING) for name in needed]
@@ -114,6 +117,8 @@ def _vocabulary(config: Config, tokenizer: Any, model: nn.Module) -> Iterator[st
     columns, rows = lm.get_output_embeddings().weight.shape[0], embedding_rows(lm)
     valid = token_columns(columns, tokenizer)
     masked = f"ids {valid} to {columns - 1} are no tokens and masked" if valid < columns else "none masked"
+    gaps = holes(columns, tokenizer)
+    masked += f"; {len(gaps)} ids between have no token ({gaps[0]} first) and are never written" if gaps else ""
     yield f"vocabulary: {len(tokenizer.get_vocab())} tokens; embedding of {rows} rows, head of {columns}, {masked}"
 
 
@@ -133,9 +138,13 @@ def _prompts(config: Config, tokenizer: Any, encoded: Encoded) -> Iterable[str]:
     return decoded(tokenizer, encoded.examples[0])
 
 
-def _scoring(config: Config, scoring: tuple[bool, str], model: nn.Module) -> Iterator[str]:
-    packed, how = scoring
+def _scoring(config: Config, scoring: tuple[bool, bool, str], model: nn.Module) -> Iterator[str]:
+    packed, _, how = scoring
     yield how if packed else f"{how}; attention {models.causal_lm(model).config._attn_implementation}"
+
+
+def _writing(config: Config, engine: GenerateEngine) -> list[str]:
+    return writing_note(engine)
 
 
 def _memory(setup: Setup) -> Iterator[str]:

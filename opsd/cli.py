@@ -219,6 +219,8 @@ def _eval(known: argparse.Namespace, rest: Sequence[str]) -> None:
     for line in [*([origin] if origin else []), *hub_notes(config.model.path)]:
         print(line, flush=True)
     report = evaluate_model(config, known.context)
+    for line in report.notes:
+        print(line)
     e = report.evaluation
     each = "1 answer" if e.samples == 1 else f"{e.samples} answers"
     print(f"{config.model.path} on {config.data.eval}, {known.context}'s prompts: {e.problems} problems, {each} each")

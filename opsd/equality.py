@@ -11,19 +11,19 @@ import os
 import re
 import signal
 import sys
-from collections import Counter
-from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sympy
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy.physics import units
-from sympy.physics.units.systems import SI
+
+if TYPE_CHECKING:
+    from opsd.answer_quantities import DECIMAL, WRAPPED, Unit, quantity
+else:  # the file beside this one: the package would import torch
+    from answer_quantities import DECIMAL, WRAPPED, Unit, quantity
 
 MEMORY = 2 << 30  # bytes of address space
 DIGITS = 50  # of the numerical check
-DECIMAL = r"(?:(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+)(?!,?\d)(?:\.\d*)?|\.\d+)"
 TIDY = [
     (r"\\(?:left|right|displaystyle|[Bb]igg?[lr]?)(?![A-Za-z])|\\!", ""),
     (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])| +", " "),
@@ -33,6 +33,8 @@ TIDY = [
     (r"\^ ?(?:\{ ?\\circ ?\}|\\circ)|\\degree(?![A-Za-z])", "°"),
     (r"(?<![\\A-Za-z])pi(?![A-Za-z])|π", r"\\pi "),
     (r"[−–]", "-"),
+    (r"\\varnothing(?![A-Za-z])|∅", r"\\emptyset "),
+    (r"\\neq?(?![A-Za-z])|≠|\\not ?=", r"\\ne "),
     (r"\\leq?(?:slant)?(?![A-Za-z])|≤|<=", r"\\le "),
     (r"\\geq?(?:slant)?(?![A-Za-z])|≥|>=", r"\\ge "),
     (r"\+?(?:\\infty(?![A-Za-z])|∞)", r"\\infty"),
@@ -44,45 +46,16 @@ TIDY = [
     (r"^([+-]?) ?(\\\$|[€£¥₹]) ?(.*)$", r"\1\3 \2"),  # the mark of a currency goes where other units are
     (r"^\( ?(\d{1,3}(?:,\d{3})*,0\d\d(?:,\d{3})*) ?\)$", r"\1"),  # (1,000) can be no pair, (2,100) can
 ]
-NUMBER = re.compile(
-    r"(?P<sign>[+-]?) ?(?:"
-    rf"(?:(?P<whole>\d+) ?)?\\frac ?\{{ ?(?P<over>-?{DECIMAL}) ?\}} ?\{{ ?(?P<under>-?{DECIMAL}) ?\}}"
-    r"|(?P<digits>\d+)_(?:\{ ?(?P<base>\d+) ?\}|(?P<base1>\d))"
-    rf"|(?:(?P<factor>{DECIMAL}) ?(?:\\times|\\cdot|[×*x]) ?)?10 ?\^ ?\{{ ?(?P<power>[+-]?\d{{1,4}}) ?\}}"
-    rf"|(?P<decimal>{DECIMAL})(?:\\overline ?\{{(?P<period>\d+)\}}|[eE](?P<exponent>[+-]?\d{{1,4}}))?)"
-)
-WRAPPED = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|mathrm|mathbf|mathit|mbox|operatorname) ?\{([^{}]*)\}")
-FACTOR = (
-    r" ?(/|per |\\cdot |\*)? ?(square |sq |cubic )?(° ?[CF]?(?![A-Za-z])|[A-Za-z]+|[%€£¥₹]|\\\$)"
-    r"\.?(?: ?\^ ?\{? ?(-?\d) ?\}?)? ?"
-)
-TAIL = re.compile(rf"{WRAPPED.pattern}|[°%]| (?=[A-Za-z]{{2}})")
-ALIASES = {"%": "percent", "°": "degree", "deg": "degree", "\\$": "dollar", "min": "minute", "sec": "second",
-           "hr": "hour", "lb": "pound", "in": "inch"}  # fmt: skip
-MULTIPLES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 NAME = r"(?:[A-Za-z]|[A-Za-z]{4,}|\\[a-z]+|\\text ?\{[A-Za-z ]+\})(?:_(?:\w|\{\w+\}))?"
 ASSIGNED = re.compile(rf"({NAME}(?: ?\([a-z, ]+\))?|\([a-z](?: ?, ?[a-z])+\)) ?(?:=|\\in(?![A-Za-z])) ?([^=<>]+)")
 VARIABLE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]")
+PRODUCT = re.compile(r"(?<![\\A-Za-z])(?!m ?\\angle)[a-z][A-Za-z]{0,2}(?![A-Za-z]| ?\()")  # one or more variables
+PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{4}")
+BUILT = re.compile(rf"\\?\{{ ?({NAME})(?: ?\\in ?\\mathbb ?\{{? ?R ?\}}?)? ?(?::|\||\\mid|\\vert) ?(.+?) ?\\?\}}")
+UNEQUAL = re.compile(rf"({NAME}) ?\\ne ?([^=<>]+)")
 SIGN = re.compile(r" ?(<|>|\\[lg]e(?![A-Za-z])) ?")
 MIRROR = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
 CUP, OR, AND = r"\\cup(?![A-Za-z])", r"\\text ?\{ ?or ?\}| or ", r"[,;]|\\text ?\{ ?and ?\}| and "
-
-
-class Unit(NamedTuple):
-    scale: Fraction = Fraction(1)  # in the base units of `dimensions`
-    dimensions: frozenset[tuple[str, int]] = frozenset()
-    words: frozenset[tuple[str, int]] = frozenset()  # that name no unit of physics: apples, dollars
-
-    def like(self, other: "Unit") -> bool:
-        """Of one kind. 6 red apples are 6 apples."""
-        subset = self.words <= other.words or other.words <= self.words
-        return subset and self.dimensions == other.dimensions
-
-
-class Quantity(NamedTuple):
-    text: str  # without the unit
-    value: Fraction | None  # of a plain number
-    unit: Unit = Unit()
 
 
 class Structure(NamedTuple):
@@ -126,7 +99,7 @@ def equal(gold: str, given: str) -> bool:
         same = p.unit.like(q.unit) and p.value * p.unit.scale == q.value * q.unit.scale
         return same or (not both and p.value == q.value)
     these, those = ASSIGNED.fullmatch(a), ASSIGNED.fullmatch(b)
-    if (these or those) and (not these or not those or these[1] == those[1]):
+    if these[1] == those[1] if these and those else (these or those) and not ("=" in a and "=" in b):
         return equal(these[2] if these else a, those[2] if those else b)
     first, second = (structure(x) if of.value is None else None for x, of in ((a, p), (b, q)))
     if first and second:
@@ -135,7 +108,18 @@ def equal(gold: str, given: str) -> bool:
         return False  # several things, or an interval, and one number
     if both and (not p.unit.like(q.unit) or p.unit.scale != q.unit.scale):
         return False
+    for equation, value in ((a, b), (b, a)):
+        if "=" in equation and "=" not in value:
+            return not names_nothing(equation) and equal(equation.rpartition("=")[2], value)
     return expressions_equal(p.text, q.text)
+
+
+def names_nothing(equation: str) -> bool:
+    """What stands before the first = is an expression in variables, as in xy = 5 or 2x = 10: 5 is no answer to those.
+    A variable, a function's value, a segment AB and words are names of what comes after."""
+    before, _, _ = equation.partition("=")
+    lone = re.fullmatch(NAME, before.strip()) or ASSIGNED.fullmatch(equation) or PROSE.search(before)
+    return not lone and PRODUCT.search(before) is not None
 
 
 def tidy(text: str) -> str:
@@ -144,7 +128,7 @@ def tidy(text: str) -> str:
     text = re.sub(r"^\s*\$", r"\\$", text)
     for pattern, replacement in TIDY:
         text = re.sub(pattern, replacement, " ".join(text.split()))
-    return text.rstrip("., ")
+    return text.rstrip("., ;")
 
 
 def as_words(text: str) -> tuple[str, bool]:
@@ -155,74 +139,15 @@ def as_words(text: str) -> tuple[str, bool]:
     return (words, bare != text or len(words) > 3) if found else ("", False)
 
 
-def quantity(text: str) -> Quantity:
-    match = NUMBER.match(text)
-    if match and (unit := unit_of(text[match.end() :])) and (value := number(match)) is not None:
-        value *= unit[0]
-        return Quantity(f"\\frac{{{value.numerator}}}{{{value.denominator}}}", value, unit[1])
-    for tail in TAIL.finditer(text, 1):
-        unit = unit_of(text[tail.start() :])
-        if unit and unit[0] == 1:
-            return Quantity(text[: tail.start()].strip(), None, unit[1])
-    return Quantity(text, None)
-
-
-def number(match: re.Match[str]) -> Fraction | None:
-    """The value of a match of NUMBER. None: it is no number after all."""
-    part = {name: re.sub("[ ,]", "", text) for name, text in match.groupdict().items() if text}
-    sign = -1 if part.get("sign") == "-" else 1
-    if "under" in part:
-        whole, over, under = (Fraction(part.get(name, 0)) for name in ("whole", "over", "under"))
-        return sign * (whole + over / under) if under and (not whole or 0 < over / under < 1) else None
-    if "digits" in part:
-        base = int(part.get("base") or part["base1"])
-        digits = "0123456789"[:base]
-        return (
-            Fraction(sign * int(part["digits"], base)) if 1 < base < 37 and not part["digits"].strip(digits) else None
-        )
-    if "power" in part:
-        return sign * Fraction(part.get("factor", "1")) * Fraction(10) ** int(part["power"])
-    value = Fraction(part["decimal"]) * Fraction(10) ** int(part.get("exponent", 0))
-    if "period" in part:
-        places = len(part["decimal"].partition(".")[2])
-        value += Fraction(int(part["period"]), (10 ** len(part["period"]) - 1) * 10**places)
-    return sign * value
-
-
-def unit_of(text: str) -> tuple[int, Unit] | None:
-    """What stands after a number: how many times it is meant (million), and its unit. None where it is something else.
-
-    A lone letter, or a short word that sympy does not know as a unit, is a variable unless it is wrapped in \\text{}.
-    """
-    bare = " ".join(WRAPPED.sub(r" \1 ", text).split())
-    if not re.fullmatch(f"(?:{FACTOR})* ?", bare):
-        return None
-    times, scale, dimensions, words = 1, Fraction(1), Counter[str](), Counter[str]()
-    for over, area, name, power in re.findall(FACTOR, bare):
-        exponent = int(power or {"square ": 2, "sq ": 2, "cubic ": 3}.get(area, 1))
-        exponent *= -1 if over in ("/", "per ") else 1
-        name = ALIASES.get(name, name.replace(" ", ""))
-        if name in MULTIPLES:
-            times *= MULTIPLES[name]
-            continue
-        found = vars(units).get(name) or vars(units).get(name.lower())
-        known = isinstance(found, units.Quantity) and found.scale_factor.is_Rational
-        lone = len(name) == 1 and not (name in "mgshlL" and text[0] == " ")
-        if not WRAPPED.search(text) and (lone if known else len(name) < 4):
-            return None
-        if known:
-            scale *= Fraction(str(found.scale_factor)) ** exponent
-            base = SI.get_dimension_system().get_dimensional_dependencies(found.dimension)
-            dimensions.update({str(dimension.name): n * exponent for dimension, n in base.items()})
-        else:
-            words[name.lower().rstrip("s")] += exponent
-    return times, Unit(scale, frozenset(item for item in dimensions.items() if item[1]), frozenset(words.items()))
-
-
 def structure(text: str) -> Structure | None:
     """A tuple, interval, set, union, list (which is a set) or inequality; None for anything else."""
+    if built := BUILT.fullmatch(text):  # of values of a variable whose name is of no matter
+        found = structure(built[2])
+        return found and found._replace(name="")
     if found := interval(text):
         return found
+    if apart := UNEQUAL.fullmatch(text):
+        return Structure("union", [f"(-\\infty,{apart[2]})", f"({apart[2]},\\infty)"], apart[1])
     for separator in (CUP, OR, AND + "|" + OR):
         parts = [part for part in split(text, separator) if part]
         if len(parts) > 1:

@@ -7,18 +7,21 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from opsd import models
+from opsd.batching import tried_engine, writing_note
 from opsd.config import Config, load_config, yaml_options
 from opsd.engines import GenerateEngine
 from opsd.errors import ConfigError, Undecided, WriteError
 from opsd.evaluation import Answer, Context, Evaluation, Evaluator, check_examples, summarise
 from opsd.files import replace_file
 from opsd.prompts import Prompter, read_examples
+from opsd.run_dir import read_description
 from opsd.scorers import scorer_of
 from opsd.vocabulary import check_prompts
 
@@ -50,6 +53,7 @@ class Report:
     rows_skipped: int
     rows_too_long: int
     seconds: float
+    notes: list[str]
 
     def summary(self) -> dict[str, Any]:
         """Everything but the answers, for JSON."""
@@ -129,8 +133,8 @@ def evaluation_config(
     """The configuration that evaluates `model` on `data`, and a line that says where its defaults are from.
 
     If `model` is a directory with a run's config.yaml above it, the prompts, the lengths, the options of `eval`, the
-    model's types and the seed default to that run's. A YAML file `path` goes before those, and `overrides` before all.
-    Of a YAML file, what concerns training alone is passed over.
+    model's types and the seed default to that run's, and a date in the prompts is that of the run. A YAML file `path`
+    goes before those, and `overrides` before all. Of a YAML file, what concerns training alone is passed over.
 
     Raises:
         ConfigError: model or data is missing, an option is unusable or would change nothing.
@@ -162,6 +166,13 @@ def evaluation_config(
     return config, f"defaults from {of_run}: {', '.join(shown) or 'as opsd has them'}"
 
 
+def _began(model: str | None) -> datetime | None:
+    """When the run began that wrote `model`, whose prompts hold that date; None for a model of no run."""
+    with contextlib.suppress(ConfigError):
+        return datetime.fromisoformat(read_description(Path(os.path.normpath(Path(str(model)) / "..")))["created"])
+    return None
+
+
 def evaluate_model(config: Config, context: Context = "student") -> Report:
     """Load `model.path`, a model or an adapter, and evaluate it on `data.eval`. `config` is from `evaluation_config`.
 
@@ -174,7 +185,7 @@ def evaluate_model(config: Config, context: Context = "student") -> Report:
         torch.set_num_threads(config.run.threads)
     scorer = scorer_of(config.eval)
     tokenizer = models.load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    prompter = Prompter(tokenizer, config.prompts)
+    prompter = Prompter(tokenizer, config.prompts, _began(config.model.path))
     most = config.eval.max_problems
     data = read_examples(config.data, prompter, config.data.eval or "", required=("problem", "answer"), most=most)
     examples = data.examples
@@ -184,12 +195,15 @@ def evaluate_model(config: Config, context: Context = "student") -> Report:
     model = models.load_trained(config.model, config.model.path, device)
     name = "eval.max_new_tokens" if config.eval.max_new_tokens else "rollout.max_new_tokens"
     new = config.eval.max_new_tokens or config.rollout.max_new_tokens
-    models.check_positions(model, [getattr(example, context) for example in examples], {name: new})
+    longest = models.check_positions(model, [getattr(example, context) for example in examples], {name: new})
     check_prompts(models.causal_lm(model), tokenizer, examples)
     engine = GenerateEngine.of(model, tokenizer, config.model)
     engine.check(model, f"model.path {config.model.path!r}")
+    engine = tried_engine(engine, longest, model)
     evaluator = Evaluator.of(config.eval, new, config.run.seed, tokenizer, engine, scorer)
     answers = evaluator.answers(model, examples, context)
     evaluation = summarise(answers, config.eval.samples)
     seconds = time.perf_counter() - began
-    return Report(evaluation, answers, config, context, len(data.skipped), len(data.too_long), seconds)
+    return Report(
+        evaluation, answers, config, context, len(data.skipped), len(data.too_long), seconds, writing_note(engine)
+    )

@@ -90,6 +90,7 @@ def _digest(examples: Sequence[Example]) -> str:
             row.answer,
             row.teacher_prompt,
             row.record,
+            *([example.reason] if example.reason else []),
         )
         digest.update(json.dumps(read, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]

@@ -269,8 +269,16 @@ def save_model(model: nn.Module, tokenizer: Any, ends: Sequence[int], directory:
     tokenizer.save_pretrained(directory)
 
 
-def check_positions(model: nn.Module, prompts: Iterable[Sequence[int]], added: Mapping[str, int]) -> None:
-    """A model run beyond its positions degrades without a word, or fails in the middle of a run.
+def positions(lm: Any) -> int | None:
+    """How many tokens the transformers model `lm` says it can read; None where it has no bound."""
+    limit = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+    return limit if limit is not None and limit > 0 else None
+
+
+def check_positions(model: nn.Module, prompts: Iterable[Sequence[int]], added: Mapping[str, int]) -> int:
+    """The most tokens that a context of the run can have.
+
+    A model run beyond its positions degrades without a word, or fails in the middle of a run.
 
     Args:
         added: the most tokens that may follow a prompt, by the options that say so.
@@ -278,7 +286,7 @@ def check_positions(model: nn.Module, prompts: Iterable[Sequence[int]], added: M
     Raises:
         DataError: the longest of `prompts` and what is added exceed the positions that `model` says it has.
     """
-    limit = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+    limit = positions(causal_lm(model))
     longest = max(map(len, prompts))
     if limit is not None and longest + sum(added.values()) > limit:
         more = ", ".join(f"{name} adds {count}" for name, count in added.items())
@@ -286,3 +294,4 @@ def check_positions(model: nn.Module, prompts: Iterable[Sequence[int]], added: M
             f"the longest prompt has {longest} tokens and {more}, but the model has {limit} positions; lower "
             f"data.max_prompt_tokens (with data.too_long drop) or {' or '.join(added)}"
         )
+    return longest + sum(added.values())

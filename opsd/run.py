@@ -39,6 +39,7 @@ class Run:
     recipe: Recipe
     device: torch.device
     packed: bool = False  #: all contexts run as rows without padding
+    alone: bool = False  #: each rollout is scored by itself, since the model's batches are not its single passes
     reward: Scorer | None = None  #: of rollouts, where the recipe needs it
 
 

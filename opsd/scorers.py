@@ -104,7 +104,8 @@ class _Judge:
     def _start(self) -> "subprocess.Popen[str]":
         # Not as a module of opsd, which would import torch; with the paths of this process, wherever they are from.
         code = "import runpy, sys; sys.path[:] = sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
-        command = [sys.executable, "-c", code, str(Path(__file__).with_name("equality.py")), *sys.path]
+        program = Path(__file__).with_name("equality.py")
+        command = [sys.executable, "-c", code, str(program), *sys.path, str(program.parent)]
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import set_seed
 
 from opsd import models, tiny
+from opsd.batching import choose_scoring, tried_engine, writing_note
 from opsd.config import Config, unused_options
 from opsd.data import name_rows, read_rows
 from opsd.display import Display
@@ -27,7 +28,7 @@ from opsd.optim import learning_rate
 from opsd.options import ModelConfig
 from opsd.plugins import Evaluate, Parts, UserEngine, UserLoss, UserTeacher
 from opsd.prompts import Encoded, Example, Prompter, decoded, encode_read
-from opsd.run import Recipe, Run, Step, Teacher
+from opsd.run import Recipe, Run, Step
 from opsd.scorers import scorer_of
 from opsd.step import opsd_step
 from opsd.teacher_cache import with_cache
@@ -35,7 +36,6 @@ from opsd.teachers import make_teacher
 from opsd.vocabulary import check_prompts, without_padding
 from opsd.weights import check_savable
 from opsd_kernels import Head, lm_head_of
-from opsd_kernels.packing import plan_passes
 
 T = TypeVar("T")
 
@@ -92,21 +92,23 @@ def set_up(config: Config, parts: Parts, date: datetime | None = None, attempt: 
         encoded.append(attempt("eval", partial(encode, most=config.eval.max_problems), prompter, rows))
 
     model = attempt("model", models.load_model, options, config.lora, device)
-    attempt("fit", _check_fit, config, model, tokenizer, *encoded)
+    longest = attempt("fit", _check_fit, config, model, tokenizer, *encoded)
     engine = attempt("engine", GenerateEngine.of, model, tokenizer, options)
     attempt("writes", GenerateEngine.check, engine, model, f"model.path {config.model.path!r}")
     head = attempt("head", _head, config, model, tokenizer)
     teacher: Any = attempt("teacher", parts.teacher or make_teacher, config, model, tokenizer)
     teacher = teacher if parts.teacher is None else UserTeacher(teacher)
-    engine = attempt("rollouts", with_cache, engine, teacher, encoded[0])
-    scoring = attempt("scoring", choose_packing, options, model, teacher)
-    packed = attempt("packed", itemgetter(0), scoring)
+    tried = attempt("writing", tried_engine, engine, longest, model, teacher)
+    engine = attempt("rollouts", with_cache, tried, teacher, encoded[0])
+    scoring = attempt("scoring", choose_scoring, options, model, teacher, longest)
+    packed, alone = (attempt(name, itemgetter(i), scoring) for i, name in enumerate(("packed", "alone")))
     reward = attempt("reward", lambda _, scorer: scorer if needs_reward(config) else None, recipe, scorer)
-    run = attempt("run", Run, config, model, tokenizer, head, teacher, engine, recipe, device, packed, reward)
+    run = attempt("run", Run, config, model, tokenizer, head, teacher, engine, recipe, device, packed, alone, reward)
     run = attempt("run", _with_parts, run, parts)
     new, seed = config.rollout.max_new_tokens, config.run.seed
     evaluator = attempt("evaluator", Evaluator.of, config.eval, new, seed, tokenizer, engine, scorer)
-    return attempt("setup", _finished, run, parts, evaluator, prompter, scoring, *encoded)
+    notes = attempt("notes", lambda scoring, engine: [scoring[2], *writing_note(engine)], scoring, tried)
+    return attempt("setup", _finished, run, parts, evaluator, prompter, notes, *encoded)
 
 
 def _device(config: Config) -> torch.device:
@@ -137,7 +139,8 @@ def _model_options(config: Config) -> ModelConfig:
     return config.model
 
 
-def _check_fit(config: Config, model: nn.Module, tokenizer: Any, *data: Encoded) -> None:
+def _check_fit(config: Config, model: nn.Module, tokenizer: Any, *data: Encoded) -> int:
+    """Checks lengths and ids of the prompts; how many tokens the longest context of the run can have."""
     if not config.lora.enabled:  # adapters are saved without it
         check_savable(models.causal_lm(model).config, f"model.path {config.model.path!r}")
     added = {"rollout.max_new_tokens": max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)}
@@ -145,8 +148,9 @@ def _check_fit(config: Config, model: nn.Module, tokenizer: Any, *data: Encoded)
         added["teacher.reason_max_new_tokens"] = config.teacher.reason_max_new_tokens
     examples = [example for one in data for example in one.examples]
     prompts = [ids for e in examples for ids in (e.student, e.teacher, e.reason, *e.contexts.values())]
-    models.check_positions(model, prompts, added)
+    longest = models.check_positions(model, prompts, added)
     check_prompts(models.causal_lm(model), tokenizer, examples)
+    return longest
 
 
 def _head(config: Config, model: nn.Module, tokenizer: Any) -> Head:
@@ -165,7 +169,7 @@ def _with_parts(run: Run, parts: Parts) -> Run:
 
 
 def _finished(
-    run: Run, parts: Parts, evaluator: Evaluator, prompter: Prompter, scoring: tuple[bool, str], *encoded: Encoded
+    run: Run, parts: Parts, evaluator: Evaluator, prompter: Prompter, notes: list[str], *encoded: Encoded
 ) -> Setup:
     data = dict(zip(("train", "eval"), encoded, strict=False))
     return Setup(
@@ -176,7 +180,7 @@ def _finished(
         data["train"].examples,
         data["eval"].examples if "eval" in data else [],
         _counts(data),
-        [scoring[1]],
+        notes,
         [*_warnings(run.config, data), *_ignored(run.config, parts), *_ended(data, run.engine.end_ids)],
     )
 
@@ -269,26 +273,3 @@ def introduce(setup: Setup, run_dir: Path, display: Display) -> None:
         display.note(note)
     for warning in setup.warnings:
         display.warn(warning)
-
-
-def choose_packing(options: ModelConfig, model: nn.Module, teacher: Teacher) -> tuple[bool, str]:
-    """Whether both contexts run as packed rows, and a line that says how; `plan_passes` tries a few tokens.
-
-    Raises:
-        ConfigError: they are to, and the model does not allow it.
-    """
-    if options.packing == "off":
-        return False, "scoring: padded, as asked"
-    try:
-        model.train()
-        with models.autocast(options, next(model.parameters()).device):
-            alone = teacher.source is None
-            plan = plan_passes(model, teacher=teacher.source or "live", passes="two" if alone else "auto")
-    except (TypeError, ValueError) as error:
-        if options.packing == "on":
-            raise ConfigError(f"model.packing is on, but {error}") from error
-        return False, f"scoring: padded, since {error}"
-    if alone:
-        return True, f"scoring: packed rows of the student alone ({plan.reason})"
-    how = f"scoring: packed rows, student and teacher in {'one pass' if plan.passes == 'joint' else 'two passes'}"
-    return True, f"{how} ({plan.reason})"

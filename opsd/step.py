@@ -96,9 +96,10 @@ class Totals:
 def micro_batches(
     run: Run, examples: Sequence[Example], rollouts: Sequence[Rollout], number: int = 1, rewards: Rewards | None = None
 ) -> Iterator[MicroBatch]:
-    """The rollouts in groups of at most `optim.micro_batch_size`; packed, those of a prompt stay together."""
+    """The rollouts in groups of at most `optim.micro_batch_size`, or 1 where `run.alone`; packed, those of a prompt
+    stay together."""
     each = run.config.rollout.per_prompt
-    size, together = run.config.optim.micro_batch_size, each if run.packed else 1
+    size, together = 1 if run.alone else run.config.optim.micro_batch_size, each if run.packed else 1
     if not getattr(run.recipe, "batch_wide", False):
         size = min(size, -(-len(rollouts) // distributed.size()))  # something to do for every process
     for chosen in distributed.own(group_rollouts([len(rollout.ids) for rollout in rollouts], size, together)):

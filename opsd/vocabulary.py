@@ -65,6 +65,13 @@ def token_columns(columns: int, tokenizer: Any) -> int:
     return min(columns, max(tokenizer.get_vocab().values(), default=columns - 1) + 1)
 
 
+def holes(columns: int, tokenizer: Any) -> tuple[int, ...]:
+    """The ids below `token_columns` that `tokenizer` has no token for."""
+    missing = sorted(set(range(token_columns(columns, tokenizer))) - set(tokenizer.get_vocab().values()))
+    # Two ids may share a token, of which the vocabulary then names one.
+    return tuple(i for i in missing if tokenizer.convert_ids_to_tokens(i) is None)
+
+
 def without_padding(head: Head, tokenizer: Any) -> Head:
     """`head` whose columns beyond the last token of `tokenizer` take no part in a loss."""
     rows = head.weight.shape[0]

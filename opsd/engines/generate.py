@@ -25,7 +25,7 @@ from opsd.options import ModelConfig
 from opsd.prompts import Example
 from opsd.rollouts import Rollout, Sampling, derive_seed, first_end
 from opsd.run import Run
-from opsd.vocabulary import end_ids, pad_id, token_columns
+from opsd.vocabulary import end_ids, holes, pad_id, token_columns
 from opsd_kernels.probe import evaluating
 
 
@@ -35,13 +35,16 @@ class GenerateEngine:
 
     `end_ids`: any of these ends a rollout, which keeps the first one and nothing after it. `pad_id` fills a batch; it
     may equal an end id, or be any token: what tells padding is its position, not its id. Columns of the logits from
-    `vocabulary` on are no tokens and never written; None: all are.
+    `vocabulary` on are no tokens and never written; None: all are. `alone`: why prompts are continued one
+    at a time, whatever is asked; None: they are not.
     """
 
     end_ids: Sequence[int]
     pad_id: int
     options: ModelConfig
     vocabulary: int | None = None
+    alone: str | None = None
+    holes: tuple[int, ...] = ()  #: ids below `vocabulary` that are no tokens either
 
     @classmethod
     def of(cls, model: nn.Module, tokenizer: Any, options: ModelConfig) -> GenerateEngine:
@@ -53,7 +56,8 @@ class GenerateEngine:
         lm = causal_lm(model)
         ends = end_ids(lm, tokenizer)
         columns = lm.get_output_embeddings().weight.shape[0]
-        return cls(ends, pad_id(lm, tokenizer, ends), options, token_columns(columns, tokenizer))
+        valid = token_columns(columns, tokenizer)
+        return cls(ends, pad_id(lm, tokenizer, ends), options, valid, holes=holes(columns, tokenizer))
 
     def check(self, model: nn.Module, where: str) -> None:
         """Has `model` write two tokens, the second with its cache.
@@ -105,6 +109,7 @@ class GenerateEngine:
         if len(seeds) != len(prompts):
             raise ValueError(f"seeds must have one entry for each of {len(prompts)} prompts, got {len(seeds)}")
         lm = causal_lm(model)
+        batch = 1 if self.alone else batch
         order = distributed.own(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
         rollouts: dict[int, Rollout] = {}
         with autocast(self.options, lm.device), _no_generation_config(lm), evaluating(model), torch.no_grad():
@@ -120,30 +125,47 @@ class GenerateEngine:
         self, lm: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
     ) -> list[Rollout]:
         """A batch of rollouts."""
+        sampler = _Sampler(sampling, seeds, lm.device) if sampling.temperature > 0 else None
+        output = self._generated(lm, prompts, sampling.max_new_tokens, [self._tokens_alone, *filter(None, [sampler])])
+        logprobs = sampler.logprobs() if sampler else [None] * len(prompts)
+        rows = zip(output, logprobs, strict=True)
+        return [first_end(row, self.end_ids, row_logprobs) for row, row_logprobs in rows]
+
+    def scores(self, lm: Any, prompts: Sequence[Sequence[int]], forced: Sequence[int]) -> Tensor:
+        """(B, T, V): the logits of `generate` from which each of the T tokens `forced` is drawn, after each of B
+        `prompts` in one batch, whatever they are."""
+        recorder = _Recorder(forced)
+        with torch.no_grad():
+            self._generated(lm, prompts, len(forced), [recorder])
+        return torch.stack(recorder.scores, dim=1)
+
+    def _generated(
+        self, lm: Any, prompts: Sequence[Sequence[int]], most: int, processors: Sequence[Any]
+    ) -> list[list[int]]:
+        """At most `most` ids after each of `prompts`, with no padding before and any after them."""
         width = max(map(len, prompts))
         ids = [[self.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
         mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        sampler = _Sampler(sampling, seeds, lm.device) if sampling.temperature > 0 else None
         output = lm.generate(
             input_ids=torch.tensor(ids, device=lm.device),
             attention_mask=torch.tensor(mask, device=lm.device),
             generation_config=GenerationConfig(
-                max_new_tokens=sampling.max_new_tokens,
+                max_new_tokens=most,
                 do_sample=False,
                 eos_token_id=list(self.end_ids) or None,
                 pad_token_id=self.pad_id,
                 use_cache=True,  # even where training turned it off for gradient checkpointing
             ),
-            logits_processor=LogitsProcessorList([self._tokens_alone, *([sampler] if sampler else [])]),
+            logits_processor=LogitsProcessorList(processors),
         )
-        logprobs = sampler.logprobs() if sampler else [None] * len(prompts)
-        rows = zip(output[:, width:].tolist(), logprobs, strict=True)
-        return [first_end(row, self.end_ids, row_logprobs) for row, row_logprobs in rows]
+        return output[:, width:].tolist()
 
     def _tokens_alone(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """A logits processor that leaves what is no token no chance."""
         if self.vocabulary is not None:
             scores[:, self.vocabulary :] = -torch.inf
+        if self.holes:
+            scores[:, list(self.holes)] = -torch.inf
         return scores
 
 
@@ -177,6 +199,19 @@ class _Sampler:
     def logprobs(self) -> list[list[float]]:
         """For each row of the batch those of its tokens, whatever was padded over later included."""
         return torch.stack(self.chosen_logprobs, dim=1).tolist()
+
+
+class _Recorder:
+    """A logits processor that keeps what it is given, and leaves the next of `forced` possible alone."""
+
+    def __init__(self, forced: Sequence[int]):
+        self.forced, self.scores = forced, list[Tensor]()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.scores.append(scores.clone())
+        chosen = torch.full_like(scores, -torch.inf)
+        chosen[:, self.forced[len(self.scores) - 1]] = 0.0
+        return chosen
 
 
 def _uniforms(seed: int, count: int) -> Tensor:

@@ -97,10 +97,23 @@ def context_hidden_states(model: nn.Module, batch: DualContextBatch, *, backend:
 
 
 def plan_passes(
-    model: nn.Module, *, teacher: str | nn.Module = "live", passes: str = "auto", backend: str = "auto"
+    model: nn.Module,
+    *,
+    teacher: str | nn.Module = "live",
+    passes: str = "auto",
+    backend: str = "auto",
+    longest: int = 0,
 ) -> Plan:
-    """What `dual_hidden_states` does with these arguments, which are its own, and raises as it does."""
-    return _plan(*_bodies(model, teacher, passes, backend), teacher, passes, backend)
+    """What `dual_hidden_states` does with these arguments, which are its own, and raises as it does.
+
+    Args:
+        longest: tokens of the longest context to come, so that what only shows in long ones shows now: windows are
+            tried beyond their end, and a rotary embedding that changes at this length is refused.
+    """
+    bodies = _bodies(model, teacher, passes, backend)
+    for name, body in zip(("model", "teacher"), bodies, strict=True):
+        body.check(name, 0, longest)
+    return _plan(*bodies, teacher, passes, backend, longest)
 
 
 def _bodies(model: nn.Module, teacher: str | nn.Module, passes: str, backend: str) -> tuple[Body, Body]:
@@ -125,7 +138,7 @@ def _bodies(model: nn.Module, teacher: str | nn.Module, passes: str, backend: st
     return body, other
 
 
-def _plan(body: Body, other: Body, teacher: str | nn.Module, passes: str, backend: str) -> Plan:
+def _plan(body: Body, other: Body, teacher: str | nn.Module, passes: str, backend: str, longest: int = 0) -> Plan:
     for one in (body, other):
         obstacle = backend_obstacle(backend, *one.attention)
         if obstacle:
@@ -137,7 +150,7 @@ def _plan(body: Body, other: Body, teacher: str | nn.Module, passes: str, backen
     obstacle = joint_obstacle(body, teacher)
     if passes == "joint" and obstacle:
         raise ValueError(f"passes='joint' is not possible: {obstacle}; accepted here: 'two'")
-    trials = [try_rows(one) for one in ([body] if other is body else [body, other])]
+    trials = [try_rows(one, longest) for one in ([body] if other is body else [body, other])]
     for one, trial in zip((body, other), trials, strict=False):
         if trial.refusal:
             raise one.refused(trial.refusal)

@@ -15,7 +15,7 @@ from .attention import Pass, register
 from .joint import run_joint
 from .layout import DualContextBatch, pack_dual_context
 from .switches import adapters_off, attention_named
-from .vet import Body
+from .vet import Body, trial_length
 
 
 class Trial(NamedTuple):
@@ -25,12 +25,15 @@ class Trial(NamedTuple):
     untried: str | None = None  #: why the model could not be run
 
 
-_found: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Trial]]] = weakref.WeakKeyDictionary()
+_found: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Any, int, Trial]]] = weakref.WeakKeyDictionary()
+_SHORT = 18  # tokens of a trial's contexts, unless a window is longer
 
 
-def try_rows(body: Body) -> Trial:
-    """Whether the packed rows of either context give the hidden states of separate plain passes."""
-    return _once(body, "rows", lambda batch: _rows(body, batch))
+def try_rows(body: Body, longest: int = 0) -> Trial:
+    """Whether the packed rows of either context give the hidden states of separate plain passes; with one context
+    beyond each of the model's windows that contexts of `longest` tokens reach the end of."""
+    length = trial_length(body.text, longest, _SHORT)
+    return _once(body, "rows", lambda batch: _rows(body, batch), length)
 
 
 def try_joint(body: Body, *, base_teacher: bool) -> Trial:
@@ -38,11 +41,12 @@ def try_joint(body: Body, *, base_teacher: bool) -> Trial:
     return _once(body, "joint, base" if base_teacher else "joint", lambda batch: _joint(body, batch, base_teacher))
 
 
-def _once(body: Body, name: str, attempt: Any) -> Trial:
-    """`attempt` on a small batch, or what came of it before, if the model still has the same settings."""
+def _once(body: Body, name: str, attempt: Any, length: int = _SHORT) -> Trial:
+    """`attempt` on a small batch, or what came of it before, if the model still has the same settings and no context
+    was shorter than `length`."""
     known = _found.setdefault(body.lm, {})
     key = body.settings
-    if name not in known or known[name][0] != key:
+    if name not in known or known[name][0] != key or known[name][1] < length:
         untried = no_trial(body.lm)
         if untried:
             warn_unproven("whether packed rows serve the attention", body.lm, untried)
@@ -50,9 +54,19 @@ def _once(body: Body, name: str, attempt: Any) -> Trial:
         else:
             register()
             with undisturbed(body.model, body.device):
-                trial = Trial(refusal=_attempt(attempt, _small_batch(body)))
-        known[name] = (key, trial)
-    return known[name][1]
+                trial = _tried(body, attempt, length)
+        known[name] = (key, length, trial)
+    return known[name][2]
+
+
+def _tried(body: Body, attempt: Any, length: int) -> Trial:
+    refusal = _attempt(attempt, _small_batch(body, _SHORT))
+    if refusal or length == _SHORT:
+        return Trial(refusal)
+    try:
+        return Trial(_attempt(attempt, _small_batch(body, length)))
+    except torch.OutOfMemoryError:
+        return Trial(untried=f"there is no memory for a plain pass over {length} tokens, beyond its windows")
 
 
 def _attempt(attempt: Any, batch: DualContextBatch) -> str | None:
@@ -67,13 +81,17 @@ def _attempt(attempt: Any, batch: DualContextBatch) -> str | None:
         return f"on a few tokens it raises {type(error).__name__}: {text.splitlines()[0] if text else ''}"
 
 
-def _small_batch(body: Body) -> DualContextBatch:
-    """A shared prefix in each context, one that the contexts share, and a second prompt, all of ids that exist."""
+def _small_batch(body: Body, length: int) -> DualContextBatch:
+    """A shared prefix in each context, one that the contexts share, and a second prompt, all of ids that exist; and
+    where `length` is more than those have, a third prompt with a context of so many tokens."""
     rows = min(body.vocabulary, getattr(body.text, "vocab_size", body.vocabulary))
     ids = [(i + 1) * rows // 20 for i in range(18)]
     students, teachers = [ids[:4], ids[4:6]], [[*ids[:3], *ids[6:10]], ids[10:13]]
-    batch = pack_dual_context(students, teachers, [[ids[13:17], ids[15:18]], [ids[2:5]]])
-    return batch.to(body.device)
+    rollouts = [[ids[13:17], ids[15:18]], [ids[2:5]]]
+    if length > _SHORT:
+        long = [ids[i * i % 17] for i in range(length - 3)]
+        students, teachers, rollouts = [*students, long], [*teachers, [*ids[3:8], *long[5:]]], [*rollouts, [ids[6:10]]]
+    return pack_dual_context(students, teachers, rollouts).to(body.device)
 
 
 def _plain(body: Body, batch: DualContextBatch, side: int) -> Tensor:
@@ -157,7 +175,7 @@ def _gradient_difference(body: Body, got: Tensor, want: Tensor) -> str | None:
     )
     for (_, name), mine, theirs in zip(trained, ours, plain, strict=True):
         error, size = float((mine - theirs).double().norm()), float(theirs.double().norm())
-        if not error <= 10 * _limit(want.dtype) * size + 1e-12:
+        if not error <= 10 * rounding(want.dtype) * size + 1e-12:
             return (
                 f"on a few tokens the gradient of {type(body.layers[0]).__name__}.{name} is off by {error:.3g} "
                 f"of {size:.3g} in one pass over both contexts"
@@ -165,14 +183,14 @@ def _gradient_difference(body: Body, got: Tensor, want: Tensor) -> str | None:
     return None
 
 
-def _limit(dtype: torch.dtype) -> float:
+def rounding(dtype: torch.dtype) -> float:
     """The relative error of a row that is rounding alone: several percent in a deep model of 16 bits."""
     return 0.1 if dtype in (torch.float16, torch.bfloat16) else tolerance(dtype)
 
 
 def _hidden_difference(got: Tensor, want: Tensor, sequence_ids: Tensor, what: str) -> str | None:
     """Where `got` is not `want`, both (R, H). By rollouts: in 16 bits a router may send single rows elsewhere."""
-    limit = _limit(want.dtype)
+    limit = rounding(want.dtype)
     errors = (got - want).double().norm(dim=-1) / want.double().norm(dim=-1).clamp_min(1e-30)
     errors = errors.nan_to_num(torch.inf)
     for sequence in sequence_ids.unique().tolist():

@@ -83,14 +83,9 @@ class Body:
             raise ValueError(
                 f"batch has token id {largest_id}, the embedding of {argument} accepts 0 to {self.vocabulary - 1}"
             )
-        for rope in _rope_settings(self.text):
-            kind = rope.get("rope_type", "default")
-            limit = rope.get("original_max_position_embeddings") or getattr(self.text, "max_position_embeddings", 0)
-            if kind in ("dynamic", "longrope") and longest > (limit or 0):
-                raise self.refused(
-                    f"its rotary embedding ({kind}) changes for every row once one context is longer than {limit}, "
-                    f"and one has {longest} tokens"
-                )
+        border = crossed_border(self.text, longest)
+        if border:
+            raise self.refused(border)
 
     def run(self, packed: Pass, **inputs: Any) -> Tensor:
         """(rows, H): the hidden states of packed rows; raises if any layer never saw the layout."""
@@ -107,6 +102,27 @@ class Body:
                 "unknown"
             )
         return out[0]
+
+
+def crossed_border(config: Any, longest: int) -> str | None:
+    """What a context of `longest` tokens changes for those it is run with, or None."""
+    for rope in _rope_settings(config):
+        kind = rope.get("rope_type", "default")
+        limit = rope.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", 0)
+        if kind in ("dynamic", "longrope") and longest > (limit or 0):
+            return (
+                f"its rotary embedding ({kind}) changes for every row once one context is longer than {limit}, "
+                f"and one has {longest} tokens"
+            )
+    return None
+
+
+def trial_length(config: Any, longest: int, least: int = 18) -> int:
+    """How many tokens a trial needs to show what no shorter context would: a little more than each window, or chunk,
+    that contexts of at most `longest` tokens reach the end of; at least `least`."""
+    spans = [value for name, value in vars(config).items() if any(word in name for word in ("window", "chunk"))]
+    spans = [n for one in spans for n in (one if isinstance(one, list | tuple) else [one]) if type(n) is int]
+    return max([least, *(min(longest, n + 8) for n in spans if 0 < n < longest)])
 
 
 def _rope_settings(config: Any) -> list[dict[str, Any]]:

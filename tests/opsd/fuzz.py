@@ -1,4 +1,4 @@
-"""Random inputs for the command: data files, YAML files, options and the JSON files of a model.
+"""Random inputs for the command: data files and directories, YAML files, options, files of a model and an adapter.
 
 Whatever it is given, the command ends with success or with exit code 2 and one line that names what is wrong: no
 traceback, no hang, and nothing written but the run directory, this neither where the input is refused.
@@ -442,6 +442,134 @@ def load_model_files(given: ModelFile, scratch: Path) -> None:
     )
 
 
+# --- the files of an adapter, and those of a directory of a data set -------------------------------------------------
+
+ADAPTER = [
+    "r", "lora_alpha", "target_modules", "peft_type", "task_type", "bias", "modules_to_save", "layers_to_transform",
+    "rank_pattern", "alpha_pattern", "base_model_name_or_path", "use_dora", "use_rslora", "fan_in_fan_out",
+    "init_lora_weights", "lora_dropout", "exclude_modules", "auto_mapping", "peft_version", "revision",
+    "trainable_token_indices", "layer_replication", "target_parameters", "eva_config", "corda_config", "loftq_config",
+    "megatron_config", "runtime_config", "alora_invocation_tokens", "num_virtual_tokens", "token_dim", "inference_mode",
+]  # fmt: skip
+PEFT = [
+    "LORA",
+    "IA3",
+    "PROMPT_TUNING",
+    "PREFIX_TUNING",
+    "P_TUNING",
+    "ADALORA",
+    "VERA",
+    "BOFT",
+    "POLY",
+    "lora",
+    "x",
+    "OFT",
+]
+
+
+class Files(NamedTuple):
+    """Files that take the place of those of a good directory; None: it is not there."""
+
+    changed: Mapping[str, bytes | None]
+    use: str
+
+
+@cache
+def good_adapter() -> Path:
+    return good_model().parent / "out" / "model"
+
+
+def changed_json(draw: Any, content: Mapping[str, Any], more: list[str], chosen: Mapping[str, Any]) -> bytes:
+    """`content` with some keys taken out or of another value, `chosen` ones for their keys."""
+    changed = dict(content)
+    for key in draw(st.lists(st.sampled_from([*content, *more]), min_size=1, max_size=3)):
+        if draw(st.integers(0, 4)) == 0:
+            changed.pop(key, None)
+        else:
+            changed[key] = draw(chosen[key] | values if key in chosen else values)
+    return damaged(draw, json.dumps(changed).encode())
+
+
+@st.composite
+def adapter_files(draw: Any) -> Files:
+    known = json.loads((good_adapter() / "adapter_config.json").read_text())
+    layers = st.sampled_from(["all-linear", ["q_proj"], ["lm_head"], ["embed_tokens"], [], "x", ".*proj", "["])
+    chosen = {
+        "peft_type": st.sampled_from(PEFT), "target_modules": layers, "modules_to_save": layers,
+        "r": st.sampled_from([0, -1, 2**40, 1, 1.5]), "layers_to_transform": st.sampled_from([0, [0], [9], -1]),
+        "base_model_name_or_path": st.sampled_from(["", "model", ".", "nowhere", "/", "adapter"]),
+        "task_type": st.sampled_from(["SEQ_CLS", "CAUSAL_LM", "x", "SEQ_2_SEQ_LM"]),
+    }  # fmt: skip
+    files: dict[str, bytes | None] = {"adapter_config.json": changed_json(draw, known, ADAPTER, chosen)}
+    if draw(st.integers(0, 5)) == 0:
+        tensors = (good_adapter() / "adapter_model.safetensors").read_bytes()
+        files = {"adapter_model.safetensors": draw(st.sampled_from([None, damaged(draw, tensors)]))}
+    return Files(files, draw(st.sampled_from(["eval", "eval", "teacher", "model"])))
+
+
+def load_adapter_files(given: Files, scratch: Path) -> None:
+    shutil.copytree(good_model(), scratch / "model")
+    shutil.copytree(good_adapter(), scratch / "adapter")
+    put(given, scratch / "adapter")
+    words = {"eval": ["--model.path=adapter"], "model": ["--model.path=adapter"]}
+    words["teacher"] = ["--teacher.kind=model", "--teacher.path=adapter"]
+    command = "eval" if given.use == "eval" else "train"
+    run_command(Command(command, words[given.use], None), scratch, to_end=given.use != "model")
+
+
+@cache
+def good_data(split: bool) -> Path:
+    import datasets
+
+    where = good_model().parent / f"data{split:d}"
+    rows = datasets.Dataset.from_list([{"problem": f"{i}", "solution": "s", "answer": "1"} for i in range(3)])
+    with redirect_stderr(io.StringIO()):
+        (datasets.DatasetDict({"train": rows, "test": rows}) if split else rows).save_to_disk(str(where))
+    return where
+
+
+@st.composite
+def data_directories(draw: Any) -> Files:
+    split = draw(st.booleans())
+    there = sorted(str(p.relative_to(good_data(split))) for p in good_data(split).rglob("*") if p.is_file())
+    files: dict[str, bytes | None] = {}
+    for name in draw(st.lists(st.sampled_from(there), min_size=1, max_size=2)):
+        content = (good_data(split) / name).read_bytes()
+        chosen = {"splits": st.sampled_from([["train"], ["test"], ["x"], [], ["..", "train"], [1]]),
+                  "_data_files": st.sampled_from([[], [{"filename": "x"}], [{"filename": "../x"}], [{}]])}  # fmt: skip
+        if draw(st.integers(0, 7)) == 0:
+            files[name] = None
+        elif name.endswith(".json"):
+            files[name] = changed_json(draw, json.loads(content), ["x", "splits", "features", "builder_name"], chosen)
+        else:
+            files[name] = damaged(draw, content)
+    files |= draw(st.sampled_from([{}, {}, {"x": b""}, {"a.jsonl": b"{}"}, {"dataset_info.json": b"{}"}]))
+    return Files(files, draw(st.sampled_from(["train", "eval"])) + "+" * split)
+
+
+def read_directory(given: Files, scratch: Path) -> None:
+    top = scratch / "d"
+    shutil.copytree(good_data(given.use.endswith("+")), top)
+    put(given, top)
+    needed = ("problem", "solution") if given.use.startswith("train") else ("problem", "answer")
+    with watched(scratch), redirect_stderr(io.StringIO()):
+        try:
+            read = read_examples(DataConfig(), prompter(False), str(top), required=needed)
+        except ConfigError as error:
+            check_message(str(error), (str(top), "data."))
+        else:
+            if not read.examples:
+                raise Failure("no example, and no word of it")
+
+
+def put(given: Files, directory: Path) -> None:
+    for name, content in given.changed.items():
+        if content is None:
+            (directory / name).unlink()
+        else:
+            (directory / name).write_bytes(content)
+
+
 # --- one input ------------------------------------------------------------------------------------------------------
 
 
@@ -529,9 +657,11 @@ def watched(scratch: Path) -> Iterator[None]:
 
 KINDS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any, Path], None], float]] = {
     "data": (data_files(), read_data, 0.4),
-    "yaml": (yaml_files(), run_command, 0.3),
-    "options": (command_lines(), run_command, 0.2),
+    "yaml": (yaml_files(), run_command, 0.25),
+    "options": (command_lines(), run_command, 0.15),
     "model": (model_files(), load_model_files, 0.1),
+    "adapter": (adapter_files(), load_adapter_files, 0.05),
+    "directory": (data_directories(), read_directory, 0.05),
 }
 """The inputs, what is done with one, and their share among all inputs."""
 

@@ -243,7 +243,15 @@ def test_a_run_keeps_the_date_of_its_prompts(setup, tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("transformers.utils.chat_template_utils.datetime", Later)
         assert main(["train", "--resume", str(out), "--optim.steps", "2"]) == 0, capsys.readouterr().err
-    assert f"\n{datetime.now():%Y-%m-%d}[user]" in capsys.readouterr().out
+        assert f"\n{datetime.now():%Y-%m-%d}[user]" in capsys.readouterr().out
+        began, read = json.loads((out / "run.json").read_text())["created"], []
+        patch.setattr("opsd.evaluate_model.check_prompts", lambda *given: read.extend(given[2]))
+        for model_of_it, date in ((out / "model", began[:10]), (model, f"{Later.now():%Y-%m-%d}")):
+            patch.setattr("opsd.prompts.datetime", Later)
+            data = f"--data={setup['data.train']}"
+            given = ["eval", f"--model={model_of_it}", data, "--rollout.max-new-tokens=2", "--run.device=cpu"]
+            assert main(given) == 0, capsys.readouterr().err
+            assert words_of_it.decode(read[-1].student).startswith(f"{date}[user]")
 
 
 @pytest.mark.parametrize("own", [False, True])

@@ -248,6 +248,22 @@ def test_columns_without_a_token_are_never_written(temperature):
         assert all(math.isclose(p, -math.log(121), rel_tol=1e-4) for rollout in written for p in rollout.logprobs)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ids_between_tokens_that_have_none_are_never_written(temperature):
+    tokens = {token: i + 10 * (i >= 60) for i, token in enumerate(TOKENS)}
+    raw = Tokenizer(models.WordLevel(tokens, unk_token="<unk>"))
+    gapped = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>", unk_token="<unk>", pad_token="<pad>")
+    model = build(vocab_size=len(TOKENS) + 10)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.bias = torch.nn.Parameter(torch.zeros(131).index_fill(0, torch.arange(60, 70), 20.0))
+    engine = GenerateEngine.of(model, gapped, ModelConfig())
+    assert engine.holes == tuple(range(60, 70))
+    written = engine.write(model, [[5, 6], [7]], Sampling(8, temperature), [0, 1], 2)
+    assert all(not 60 <= i < 70 for rollout in written for i in rollout.ids)
+    assert GenerateEngine.of(build(), words(), ModelConfig()).holes == ()
+
+
 def test_columns_without_a_token_take_no_part_in_the_loss(tmp_path):
     model = write(tmp_path / "m", vocab_size=160)
     words_of = command(model, rows(tmp_path))[1:]

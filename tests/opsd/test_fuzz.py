@@ -6,7 +6,7 @@ from pathlib import Path
 import fuzz
 import pytest
 
-COUNTS = {"data": 150, "yaml": 60, "options": 30, "model": 15}
+COUNTS = {"data": 150, "yaml": 60, "options": 30, "model": 15, "adapter": 15, "directory": 30}
 
 
 @pytest.mark.exhaustive

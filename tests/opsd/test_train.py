@@ -13,6 +13,7 @@ import torch
 from _models import SIZES, lora, model, write_model, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, DogeConfig, DogeForCausalLM
 
+from opsd.batching import choose_scoring
 from opsd.cli import main, parse_overrides
 from opsd.config import load_config
 from opsd.errors import ConfigError, NonFiniteError
@@ -21,7 +22,6 @@ from opsd.optim import learning_rate, make_optimizer
 from opsd.options import OptimConfig
 from opsd.run import StepResult
 from opsd.scoring import supervised_loss
-from opsd.setup import choose_packing
 from opsd.step import opsd_step
 from opsd.trainer import train
 
@@ -420,8 +420,9 @@ def test_what_shows_only_in_a_pass_shows_before_the_first_step():
     config = load_config(None, [("model.path", "m"), ("data.train", "t")])
     doge = DogeForCausalLM(DogeConfig(**SIZES)).eval()
     teacher = SimpleNamespace(source="live")
-    packed, how = choose_packing(config.model, doge, teacher)
+    packed, alone, how = choose_scoring(config.model, doge, teacher)
     assert not packed
+    assert not alone
     refused = "model DogeForCausalLM cannot run on packed rows"
     assert how == f"scoring: padded, since {refused}: DogeAttention brings an attention mask, packed rows take none"
     dropping = lora(model())
@@ -429,7 +430,7 @@ def test_what_shows_only_in_a_pass_shows_before_the_first_step():
         if hasattr(module, "lora_dropout"):
             module.lora_dropout["default"] = torch.nn.Dropout(0.5)
     before = torch.get_rng_state()
-    assert choose_packing(config.model, dropping, teacher)[0]
+    assert choose_scoring(config.model, dropping, teacher)[0]
     assert torch.equal(torch.get_rng_state(), before)
 
 
