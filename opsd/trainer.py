@@ -18,7 +18,7 @@ from opsd.limits import PATHS
 from opsd.loop import Loop
 from opsd.model_path import hub_notes
 from opsd.options import EvalConfig
-from opsd.plugins import Divergence, Evaluate, MakeTeacher, Parts, Sampler
+from opsd.plugins import Callback, Callbacks, Divergence, Evaluate, MakeTeacher, Parts, Sampler, check_callbacks
 from opsd.run import Step
 from opsd.run_dir import (
     LOCK,
@@ -59,6 +59,7 @@ def train(
     loss: Divergence | None = None,
     evaluate: Evaluate | None = None,
     step: Step | None = None,
+    callbacks: Iterable[Callback] = (),
     quiet: bool = False,
 ) -> RunResult:
     """Train as `config` says; everything written goes to the run directory.
@@ -70,6 +71,7 @@ def train(
         loss: in place of the objective; see `opsd.plugins.Divergence`.
         evaluate: in place of `opsd.evaluation.Evaluator`; see `opsd.plugins.Evaluate`.
         step: in place of the whole step; see `opsd.run.Step`.
+        callbacks: functions of (run, record), called after each step; see `opsd.plugins.Callback`.
         quiet: print nothing.
 
     Raises:
@@ -80,6 +82,7 @@ def train(
         RunError: something else stopped the run between two steps, a scorer that failed, say.
         TypeError, ValueError: what was given in place of a part returned something that cannot be used.
     """
+    callbacks = check_callbacks(callbacks)
     config = absolute_paths(config if isinstance(config, Config) else load_config(config))
     options = config.run
     # Those of the embedded model, which is small, would only flash by.
@@ -105,7 +108,7 @@ def train(
                 check_new(options.dir)  # again: another process may have been at work in the meantime
                 (directory / "evaluations.jsonl").unlink(missing_ok=True)  # of an attempt that finished no step
                 _describe_run(directory, config, described)
-            return _run(Loop(setup, RunDir(directory, described["id"]), display))
+            return _run(Loop(setup, RunDir(directory, described["id"]), display), callbacks)
 
 
 def resume(
@@ -117,6 +120,7 @@ def resume(
     loss: Divergence | None = None,
     evaluate: Evaluate | None = None,
     step: Step | None = None,
+    callbacks: Iterable[Callback] = (),
     quiet: bool = False,
 ) -> RunResult:
     """Go on with the run in `run_dir` from its newest usable checkpoint, or from its start if it has none.
@@ -137,6 +141,7 @@ def resume(
         CheckpointError: there are checkpoints, and none can be used.
         Others: as `train`.
     """
+    callbacks = check_callbacks(callbacks)
     run_dir, overrides = Path(run_dir), list(overrides)
     described = read_description(run_dir)
     with locked(run_dir):
@@ -155,10 +160,10 @@ def resume(
             loop = Loop(setup, RunDir(run_dir, described["id"]), display)
             loop.restore(same_measure=not changed & MEASURE)
             _describe_run(run_dir, config, {**described, "identity": digests})
-            return _run(loop, resumed=True)
+            return _run(loop, callbacks, resumed=True)
 
 
-def _run(loop: Loop, *, resumed: bool = False) -> RunResult:
+def _run(loop: Loop, callbacks: tuple[Callback, ...], *, resumed: bool = False) -> RunResult:
     """Has `loop` come to its end, with trackers."""
     config, run_dir, step = loop.config, loop.run_dir, loop.progress.step
     introduce(loop.setup, run_dir.path, loop.display)
@@ -172,7 +177,7 @@ def _run(loop: Loop, *, resumed: bool = False) -> RunResult:
         resume_step=step if resumed else None,
         warn=loop.display.warn,
     )
-    loop.observers.append(trackers)
+    loop.observers.extend([trackers, Callbacks(callbacks, loop.run)])
     try:
         with trackers:
             summary = loop.run_to_end()
