@@ -49,8 +49,8 @@ class LoraConfig(Section):
 class DataConfig(Section):
     train: str | None = option(
         None,
-        "JSONL or Parquet file, or a datasets directory: problem and solution, or prompt and "
-        "privileged_context; optionally answer and teacher_prompt",
+        "JSONL or Parquet file, datasets directory, or hub:org/name[[:CONFIG]:SPLIT]: problem and solution, "
+        "or prompt and privileged_context; optionally answer and teacher_prompt",
     )
     eval: str | None = option(None, "the same with answer; solution only if the teacher is to be evaluated too")
     columns: tuple[str, ...] | None = option(
