@@ -291,6 +291,12 @@ class RunConfig(Section):
     keep_checkpoints: int = option(2, "how many of the last ones stay", ge=1)
     trackers: tuple[str, ...] | None = option(None, "also log to these: tensorboard, wandb, trackio", min_length=1)
 
+    push_to_hub: str | None = option(
+        None,
+        "also upload what is saved to this repository org/name of the Hugging Face hub, made private if it is new",
+        pattern=r"^\w[\w.-]*/\w[\w.-]*$",
+    )
+
     @field_validator("trackers")
     @classmethod
     def _known(cls, trackers: tuple[str, ...] | None) -> tuple[str, ...] | None:

@@ -19,6 +19,7 @@ from opsd.loop import Loop
 from opsd.model_path import hub_notes
 from opsd.options import EvalConfig
 from opsd.plugins import Callback, Callbacks, Divergence, Evaluate, MakeTeacher, Parts, Sampler, check_callbacks
+from opsd.push import make_repository, push
 from opsd.run import Step
 from opsd.run_dir import (
     LOCK,
@@ -97,6 +98,7 @@ def train(
         if config.model.path is None:
             config = embedded(config, display)
         check_trackers(options.trackers)
+        make_repository(options.push_to_hub)
         for note in hub_notes(config.model.path, config.teacher.path):
             display.note(note)
         setup = set_up(config, Parts(rollouts, teacher, loss, evaluate, step))
@@ -152,6 +154,7 @@ def resume(
         display = Display(every=config.run.log_every, steps=config.optim.steps, quiet=quiet)
         with display, models.progress_bars(not quiet):
             check_trackers(config.run.trackers)
+            make_repository(config.run.push_to_hub)
             began_at = datetime.fromisoformat(described["created"])
             setup = set_up(config, Parts(rollouts, teacher, loss, evaluate, step), began_at)
             digests = digest_inputs(setup)  # of the initial weights
@@ -186,6 +189,8 @@ def _run(loop: Loop, callbacks: tuple[Callback, ...], *, resumed: bool = False) 
     except KeyboardInterrupt:
         raise Interrupted(f"stopped by the user; {run_dir.what_is_safe()}") from None
     model_dir = run_dir.path / "model" if summary["model"] else None
+    if model_dir and config.run.push_to_hub:
+        push(config.run.push_to_hub, model_dir, loop.display.warn)
     evaluations = {name: Evaluation.of(values) for name, values in summary["evaluations"].items()}
     return RunResult(run_dir.path, model_dir, evaluations, summary["seconds"], summary)
 

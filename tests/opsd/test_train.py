@@ -454,6 +454,45 @@ def test_what_a_callback_raises_stops_the_run_after_that_step(setup, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+class Hub:
+    """What a run asks of huggingface_hub's HfApi, kept; nothing goes over the network."""
+
+    calls: list = []  # noqa: RUF012
+    failing = ""
+
+    def _called(self, name, values):
+        if name == self.failing:
+            raise OSError("no such\nluck")
+        self.calls.append((name, values))
+
+    def create_repo(self, name, **options):
+        self._called("create", (name, options))
+
+    def upload_folder(self, *, repo_id, folder_path, **options):
+        self._called("upload", (repo_id, sorted(path.name for path in folder_path.iterdir())))
+
+
+def test_the_trained_model_goes_to_the_hub(setup, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("opsd.push.HfApi", Hub)
+    monkeypatch.setattr(Hub, "calls", [])
+    setup["run.push_to_hub"] = "org/name"
+    monkeypatch.setattr(Hub, "failing", "create")
+    assert main(words(setup)) == 2
+    assert "run.push_to_hub 'org/name': the repository cannot be made: no such luck" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(Hub, "failing", "upload")
+    assert main(words(setup)) == 0
+    shown = "".join(capsys.readouterr())
+    assert "run.push_to_hub: no such luck; by hand: hf upload org/name" in " ".join(shown.split())
+    monkeypatch.setattr(Hub, "failing", "")
+    assert main(["train", "--resume", setup["run.dir"]]) == 0  # finished: nothing is left but to upload it
+    files = sorted(path.name for path in (tmp_path / "out" / "model").iterdir())
+    asked = ("create", ("org/name", {"private": True, "exist_ok": True}))
+    assert Hub.calls == [asked, asked, ("upload", ("org/name", files))]
+    assert main(words({**setup, "run.push_to_hub": "../x"})) == 2
+    assert "run.push_to_hub is '../x'" in capsys.readouterr().err
+
+
 def test_what_shows_only_in_a_pass_shows_before_the_first_step():
     """Doge brings a mask of its own to its attention, of which its config and its code's names say nothing."""
     config = load_config(None, [("model.path", "m"), ("data.train", "t")])

@@ -1,0 +1,29 @@
+"""The trained model to the Hugging Face hub."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from huggingface_hub import HfApi
+
+from opsd.errors import ConfigError, one_line
+
+
+def make_repository(name: str | None) -> None:
+    """Makes the private repository `name` unless it is there, before anything that takes time.
+
+    Raises:
+        ConfigError: the hub refuses, or cannot be reached.
+    """
+    if name is not None:
+        try:
+            HfApi().create_repo(name, private=True, exist_ok=True)
+        except Exception as error:  # of the hub, of the network, of the token
+            raise ConfigError(f"run.push_to_hub {name!r}: the repository cannot be made: {one_line(error)}") from error
+
+
+def push(name: str, directory: Path, warn: Callable[[str], None]) -> None:
+    """Uploads `directory`; the run is finished, so what fails is only warned of."""
+    try:
+        HfApi().upload_folder(repo_id=name, folder_path=directory, commit_message="Trained by opsd")
+    except Exception as error:
+        warn(f"run.push_to_hub: {one_line(error)}; by hand: hf upload {name} {directory}")
