@@ -6,15 +6,19 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from opsd.errors import ConfigError, one_line
+from opsd.options import RunConfig
 
 
-def make_repository(name: str | None) -> None:
-    """Makes the private repository `name` unless it is there, before anything that takes time.
+def make_repository(options: RunConfig) -> None:
+    """Makes the private repository `run.push_to_hub`, where one is named, unless it is there, before anything that takes time.
 
     Raises:
-        ConfigError: the hub refuses, or cannot be reached.
+        ConfigError: the hub refuses, or cannot be reached, or nothing will be saved.
     """
+    name = options.push_to_hub
     if name is not None:
+        if not options.save:
+            raise ConfigError(f"run.push_to_hub is {name!r}, but run.save is False; accepted: run.save true")
         try:
             HfApi().create_repo(name, private=True, exist_ok=True)
         except Exception as error:  # of the hub, of the network, of the token

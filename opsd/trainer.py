@@ -98,7 +98,7 @@ def train(
         if config.model.path is None:
             config = embedded(config, display)
         check_trackers(options.trackers)
-        make_repository(options.push_to_hub)
+        make_repository(options)
         for note in hub_notes(config.model.path, config.teacher.path):
             display.note(note)
         setup = set_up(config, Parts(rollouts, teacher, loss, evaluate, step))
@@ -154,7 +154,7 @@ def resume(
         display = Display(every=config.run.log_every, steps=config.optim.steps, quiet=quiet)
         with display, models.progress_bars(not quiet):
             check_trackers(config.run.trackers)
-            make_repository(config.run.push_to_hub)
+            make_repository(config.run)
             began_at = datetime.fromisoformat(described["created"])
             setup = set_up(config, Parts(rollouts, teacher, loss, evaluate, step), began_at)
             digests = digest_inputs(setup)  # of the initial weights

@@ -489,6 +489,9 @@ def test_the_trained_model_goes_to_the_hub(setup, tmp_path, monkeypatch, capsys)
     files = sorted(path.name for path in (tmp_path / "out" / "model").iterdir())
     asked = ("create", ("org/name", {"private": True, "exist_ok": True}))
     assert Hub.calls == [asked, asked, ("upload", ("org/name", files))]
+    unsaved = {**setup, "run.dir": str(tmp_path / "new"), "run.save": "false"}
+    assert main(words(unsaved)) == 2
+    assert "run.push_to_hub is 'org/name', but run.save is False" in capsys.readouterr().err
     assert main(words({**setup, "run.push_to_hub": "../x"})) == 2
     assert "run.push_to_hub is '../x'" in capsys.readouterr().err
 
