@@ -294,8 +294,14 @@ class RunConfig(Section):
     push_to_hub: str | None = option(
         None,
         "also upload what is saved to this repository org/name of the Hugging Face hub, made private if it is new",
-        pattern=r"^\w[\w.-]*/\w[\w.-]*$",
     )
+
+    @field_validator("push_to_hub")
+    @classmethod
+    def _repository(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+            raise ValueError("org/name of a repository on the hub")
+        return name
 
     @field_validator("trackers")
     @classmethod

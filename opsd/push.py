@@ -10,7 +10,7 @@ from opsd.options import RunConfig
 
 
 def make_repository(options: RunConfig) -> None:
-    """Makes the private repository `run.push_to_hub`, where one is named, unless it is there, before anything that takes time.
+    """Makes the private repository `run.push_to_hub`, if one is named and unless it is there, before the run.
 
     Raises:
         ConfigError: the hub refuses, or cannot be reached, or nothing will be saved.

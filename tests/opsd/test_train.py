@@ -493,7 +493,7 @@ def test_the_trained_model_goes_to_the_hub(setup, tmp_path, monkeypatch, capsys)
     assert main(words(unsaved)) == 2
     assert "run.push_to_hub is 'org/name', but run.save is False" in capsys.readouterr().err
     assert main(words({**setup, "run.push_to_hub": "../x"})) == 2
-    assert "run.push_to_hub is '../x'" in capsys.readouterr().err
+    assert "run.push_to_hub is '../x'; accepted: org/name of a repository" in capsys.readouterr().err
 
 
 def test_what_shows_only_in_a_pass_shows_before_the_first_step():
