@@ -10,6 +10,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from opsd.dataset_records import HUB, dataset_records
 from opsd.errors import ConfigError, DataError, brief, one_line
 from opsd.json_lines import ACCEPTED, COMPRESSED, json_lines, parse_object
 
@@ -65,7 +66,8 @@ def read_rows(
         path: a JSONL file (any name not listed here; blank lines do not count); a `.parquet` file; a directory written
             by `Dataset.save_to_disk`; one by `DatasetDict.save_to_disk` with a single split or one that fits: train for
             training; one of eval, validation and test for evaluation; or a directory of the numbered `.jsonl` or
-            `.parquet` parts of one data set. All but JSONL need the extra `data`.
+            `.parquet` parts of one data set; or `hub:org/name`, `hub:org/name:SPLIT` or `hub:org/name:CONFIG:SPLIT`, a
+            data set of the Hugging Face hub. All but JSONL need the extra `data`.
         required: the fields each row must have. A `teacher_prompt` stands in for a required `solution`. The file is
             read for training if "solution" is among them, else for evaluation.
         columns: "field=column" pairs for columns with names of their own; a field named here is read from there alone.
@@ -138,13 +140,16 @@ def _parse_columns(columns: Iterable[str]) -> dict[str, str]:
 
 def _records(path: Path, use: str) -> Iterator[tuple[str, Any]]:
     """(source, row) for each row of `path`: bytes of a line, or what a library made of it."""
+    if str(path).startswith(HUB):
+        yield from dataset_records(path, SPLITS[use])
+        return
     try:
         files = [file.name for file in path.iterdir()] if path.is_dir() else None
     except OSError as error:  # no permission, or a name that is too long
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     if files is not None:
         if "dataset_dict.json" in files or "dataset_info.json" in files:
-            yield from _dataset_records(path, use)
+            yield from dataset_records(path, SPLITS[use])
         else:
             for part in _parts(path, files):
                 yield from _records(part, use)
@@ -184,33 +189,6 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
             yield from ((f"{path}:row {number}", record) for number, record in enumerate(records, start=1))
     except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:  # text that is not UTF-8, or a date
         raise DataError(f"{path}: cannot be read as Parquet: {one_line(error)}") from error
-
-
-def _dataset_records(path: Path, use: str) -> Iterator[tuple[str, Any]]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ConfigError(f"{path}: this directory needs the package datasets: pip install 'opsd[data]'") from error
-    try:
-        loaded = datasets.load_from_disk(str(path))
-    except Exception as error:  # the library raises whatever a damaged file makes of its parsers
-        raise DataError(f"{path}: cannot be read by datasets: {one_line(error)}") from error
-    if isinstance(loaded, datasets.DatasetDict):
-        fitting = [name for name in SPLITS[use] if name in loaded]
-        if len(loaded) > 1 and len(fitting) != 1:
-            raise DataError(
-                f"{path}: has the splits {', '.join(loaded)}; for data.{use} exactly one of {', '.join(SPLITS[use])} "
-                f"is expected, or the directory of one split, such as {path / next(iter(loaded))}"
-            )
-        (split,) = loaded if len(loaded) == 1 else fitting
-        path, loaded = path / split, loaded[split]
-    # A saved set remembers its format; its rows may be tensors and lack columns.
-    number = 0
-    try:
-        for number, record in enumerate(loaded.with_format(None), start=1):
-            yield f"{path}:row {number}", record
-    except Exception as error:  # decoding: images need another package, say
-        raise DataError(f"{path}:row {number + 1}: cannot be read by datasets: {one_line(error)}") from error
 
 
 def _row(record: Mapping[str, Any], source: str, required: Sequence[str], mapped: Mapping[str, str]) -> Row:

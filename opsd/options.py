@@ -49,8 +49,8 @@ class LoraConfig(Section):
 class DataConfig(Section):
     train: str | None = option(
         None,
-        "JSONL or Parquet file, or a datasets directory: problem and solution, or prompt and "
-        "privileged_context; optionally answer and teacher_prompt",
+        "JSONL or Parquet file, datasets directory, or hub:org/name[[:CONFIG]:SPLIT]: problem and solution, "
+        "or prompt and privileged_context; optionally answer and teacher_prompt",
     )
     eval: str | None = option(None, "the same with answer; solution only if the teacher is to be evaluated too")
     columns: tuple[str, ...] | None = option(
@@ -291,6 +291,18 @@ class RunConfig(Section):
     checkpoint_every: int = option(50, "steps between checkpoints in <dir>/checkpoints; 0: off", ge=0)
     keep_checkpoints: int = option(2, "how many of the last ones stay", ge=1)
     trackers: tuple[str, ...] | None = option(None, "also log to these: tensorboard, wandb, trackio", min_length=1)
+
+    push_to_hub: str | None = option(
+        None,
+        "also upload what is saved to this repository org/name of the Hugging Face hub, made private if it is new",
+    )
+
+    @field_validator("push_to_hub")
+    @classmethod
+    def _repository(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+            raise ValueError("org/name of a repository on the hub")
+        return name
 
     @field_validator("trackers")
     @classmethod

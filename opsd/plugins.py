@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from opsd import distributed
@@ -20,6 +21,7 @@ from opsd.recipes.base import columns
 from opsd.rollouts import Rollout
 from opsd.run import Engine, MicroBatch, Run, Step, StepResult, Stream, Teacher
 from opsd_kernels import Head
+from opsd_kernels.probe import evaluating
 
 OWN_NAMES = ("step", "loss", "grad_norm")
 """What the loop itself records of a step, so that nothing else may be called so."""
@@ -64,6 +66,31 @@ class Evaluate(Protocol):
 
     def __call__(self, run: Run, model: nn.Module, examples: Sequence[Example], context: Context, /) -> Evaluation:
         """How well `model`, which is not always the student, answers under the prompts of `context`."""
+
+
+class Callback(Protocol):
+    """What is called after each step, to watch or to end a run: a function of (run, record)."""
+
+    def __call__(self, run: Run, record: Mapping[str, Any], /) -> None:
+        """`record` is the step's line of `metrics.jsonl`, already written; the weights of `run.model` are those after
+        the step, in evaluation mode and without gradients for this call. What it raises stops the run. Of several
+        processes each calls it, with times of its own in the record; see `opsd.distributed.rank`."""
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """The user's functions as an observer of `run`."""
+
+    functions: tuple[Callback, ...]
+    run: Run
+
+    def on_step(self, record: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
+        with evaluating(self.run.model), torch.no_grad():  # whatever a function does to it
+            for function in self.functions:
+                function(self.run, dict(record))
+
+    def on_evaluation(self, record: Mapping[str, Any]) -> None:
+        """Of no concern to them."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +230,15 @@ class UserTeacher:
         expect(tuple(hidden.shape) == wanted, f"{what} shape {tuple(hidden.shape)}", accepted)
         expect(not hidden.requires_grad, f"{what} states with a gradient", accepted)
         return hidden
+
+
+def check_callbacks(callbacks: Iterable[Callback]) -> tuple[Callback, ...]:
+    """`callbacks`, if each can be called."""
+    expect_type(callbacks, Iterable, "callbacks is", "a list of functions of (run, record)")
+    functions = tuple(callbacks)
+    for function in functions:
+        expect(callable(function), f"callbacks has {function!r:.80}", "functions of (run, record)", TypeError)
+    return functions
 
 
 def check_step_result(result: Any) -> StepResult:

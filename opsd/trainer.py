@@ -19,7 +19,8 @@ from opsd.limits import PATHS
 from opsd.loop import Loop
 from opsd.model_path import hub_notes
 from opsd.options import EvalConfig
-from opsd.plugins import Divergence, Evaluate, MakeTeacher, Parts, Sampler
+from opsd.plugins import Callback, Callbacks, Divergence, Evaluate, MakeTeacher, Parts, Sampler, check_callbacks
+from opsd.push import make_repository, push
 from opsd.run import Step
 from opsd.run_dir import (
     LOCK,
@@ -61,6 +62,7 @@ def train(
     loss: Divergence | None = None,
     evaluate: Evaluate | None = None,
     step: Step | None = None,
+    callbacks: Iterable[Callback] = (),
     quiet: bool = False,
 ) -> RunResult:
     """Train as `config` says; everything written goes to the run directory.
@@ -72,6 +74,7 @@ def train(
         loss: in place of the objective; see `opsd.plugins.Divergence`.
         evaluate: in place of `opsd.evaluation.Evaluator`; see `opsd.plugins.Evaluate`.
         step: in place of the whole step; see `opsd.run.Step`.
+        callbacks: functions of (run, record), called after each step; see `opsd.plugins.Callback`.
         quiet: print nothing.
 
     Raises:
@@ -82,6 +85,7 @@ def train(
         RunError: something else stopped the run between two steps, a scorer that failed, say.
         TypeError, ValueError: what was given in place of a part returned something that cannot be used.
     """
+    callbacks = check_callbacks(callbacks)
     config = absolute_paths(config if isinstance(config, Config) else load_config(config))
     options = config.run
     # Those of the embedded model, which is small, would only flash by.
@@ -96,6 +100,7 @@ def train(
         if config.model.path is None:
             config = distributed.of_first(partial(embedded, config, display))
         check_trackers(options.trackers)
+        distributed.of_first(partial(make_repository, options))
         for note in hub_notes(config.model.path, config.teacher.path):
             display.note(note)
         setup = set_up(config, Parts(rollouts, teacher, loss, evaluate, step))
@@ -111,7 +116,7 @@ def train(
                 _describe_run(made, config, described)
             return made, described["id"]
 
-        return _run(Loop(setup, _run_dir(*distributed.of_first(begin)), display))
+        return _run(Loop(setup, _run_dir(*distributed.of_first(begin)), display), callbacks)
 
 
 def resume(
@@ -123,6 +128,7 @@ def resume(
     loss: Divergence | None = None,
     evaluate: Evaluate | None = None,
     step: Step | None = None,
+    callbacks: Iterable[Callback] = (),
     quiet: bool = False,
 ) -> RunResult:
     """Go on with the run in `run_dir` from its newest usable checkpoint, or from its start if it has none.
@@ -143,6 +149,7 @@ def resume(
         CheckpointError: there are checkpoints, and none can be used.
         Others: as `train`.
     """
+    callbacks = check_callbacks(callbacks)
     run_dir, overrides = Path(run_dir), list(overrides)
     described = read_description(run_dir)
     began = load_config(run_dir / "config.yaml")
@@ -160,6 +167,7 @@ def resume(
         display = held.enter_context(Display(every=config.run.log_every, steps=config.optim.steps, quiet=quiet))
         held.enter_context(models.progress_bars(not quiet))
         check_trackers(config.run.trackers)
+        distributed.of_first(partial(make_repository, config.run))
         began_at = datetime.fromisoformat(described["created"])
         setup = set_up(config, Parts(rollouts, teacher, loss, evaluate, step), began_at)
         digests = digest_inputs(setup)  # of the initial weights
@@ -168,7 +176,7 @@ def resume(
         loop = Loop(setup, _run_dir(run_dir, described["id"]), display)
         loop.restore(same_measure=not changed & MEASURE)
         distributed.of_first(lambda: _describe_run(run_dir, config, {**described, "identity": digests}))
-        return _run(loop, resumed=True)
+        return _run(loop, callbacks, resumed=True)
 
 
 def _run_dir(path: Path, run_id: str) -> RunDir:
@@ -186,7 +194,7 @@ def _place(name: str | None) -> Path | None:
     return directory
 
 
-def _run(loop: Loop, *, resumed: bool = False) -> RunResult:
+def _run(loop: Loop, callbacks: tuple[Callback, ...], *, resumed: bool = False) -> RunResult:
     """Has `loop` come to its end, with trackers."""
     config, run_dir, step = loop.config, loop.run_dir, loop.progress.step
     introduce(loop.setup, run_dir.path, loop.display)
@@ -200,7 +208,7 @@ def _run(loop: Loop, *, resumed: bool = False) -> RunResult:
         resume_step=step if resumed else None,
         warn=loop.display.warn,
     )
-    loop.observers.append(trackers)
+    loop.observers.extend([trackers, Callbacks(callbacks, loop.run)])
     try:
         with trackers:
             summary = loop.run_to_end()
@@ -209,6 +217,8 @@ def _run(loop: Loop, *, resumed: bool = False) -> RunResult:
     except KeyboardInterrupt:
         raise Interrupted(f"stopped by the user; {run_dir.what_is_safe()}") from None
     model_dir = run_dir.path / "model" if summary["model"] else None
+    if model_dir and config.run.push_to_hub and distributed.rank() == 0:
+        push(config.run.push_to_hub, model_dir, loop.display.warn)
     evaluations = {name: Evaluation.of(values) for name, values in summary["evaluations"].items()}
     return RunResult(run_dir.path, model_dir, evaluations, summary["seconds"], summary)
 

@@ -210,6 +210,43 @@ def test_a_saved_dataset_is_read_whatever_format_it_remembers(tmp_path):
     assert (row.problem, row.answer, row.record["answer"]) == ("a", "3", 3)
 
 
+def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    published = tmp_path / "org" / "name"  # in the form of a repository, which datasets loads from here as from there
+    for split, problems in (("train", "abc"), ("test", "de")):
+        for config in ("easy", "hard"):
+            (published / config).mkdir(parents=True, exist_ok=True)
+            rows = [{"problem": f"{config} {each}", "solution": "s", "answer": 1} for each in problems]
+            (published / config / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (published / "README.md").write_text(
+        "---\nconfigs:\n"
+        + "".join(
+            f"- config_name: {c}\n  data_dir: {c}\n  default: {d}\n" for c, d in (("easy", "true"), ("hard", "false"))
+        )
+        + "---\n"
+    )
+    monkeypatch.chdir(tmp_path)
+
+    def problems(path, **options):
+        return [row.problem for row in read_rows(path, **options).rows]
+
+    assert problems("hub:org/name") == ["easy a", "easy b", "easy c"]
+    assert problems("hub:org/name", required=("problem", "answer")) == ["easy d", "easy e"]
+    assert problems("hub:org/name:test") == ["easy d", "easy e"]
+    assert problems("hub:org/name:hard:train") == ["hard a", "hard b", "hard c"]
+    assert read_rows("hub:org/name:hard:test").rows[1].source == "hub:org/name:hard:test:row 2"
+    with pytest.raises(DataError, match=r'hub:org/name:dev: cannot be read by datasets: .*"dev"'):
+        read_rows("hub:org/name:dev")
+    for wrong in ("hub:", "hub:org/name:", "hub:org/name:a:b:c"):
+        with pytest.raises(ConfigError, match="accepted: hub:org/name, hub:org/name:SPLIT or"):
+            read_rows(wrong)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match=r"hub:org/name: a data set of the hub needs the package datasets: pip"):
+        read_rows("hub:org/name")
+
+
 def test_splits_of_a_saved_dataset_dict(tmp_path):
     datasets = pytest.importorskip("datasets")
 

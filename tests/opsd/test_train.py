@@ -1,6 +1,7 @@
 import json
 import os
 import pydoc
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -264,7 +265,7 @@ def test_what_is_no_result_of_a_step_is_named(setup, changes, said):
 
 
 def test_the_parts_that_may_be_replaced_are_documented():
-    from opsd.plugins import Divergence, Evaluate, MakeTeacher, Sampler
+    from opsd.plugins import Callback, Divergence, Evaluate, MakeTeacher, Sampler
     from opsd.run import Step
     from opsd.scorers import Scorer
 
@@ -275,6 +276,7 @@ def test_the_parts_that_may_be_replaced_are_documented():
         (Evaluate, "student"),
         (MakeTeacher, "student"),
         (Scorer, "Undecided"),
+        (Callback, "metrics.jsonl"),
     ):
         shown = pydoc.render_doc(part, renderer=pydoc.plaintext)
         assert f"class {part.__name__}" in shown
@@ -413,6 +415,85 @@ def test_the_header_says_what_kind_of_training_it_is(setup, capsys):
     assert "preset" not in said
     assert "student and teacher in one pass (" in said
     assert "\n2 steps, " in said
+
+
+def test_callbacks_see_each_step_and_cannot_change_how_training_goes_on(setup, tmp_path):
+    def weights():
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").state_dict()
+
+    train(load_config(None, setup.items()), quiet=True)
+    expected = weights()
+    shutil.rmtree(tmp_path / "out")
+    seen = []
+
+    def callback(run, record):
+        assert not run.model.training
+        assert not torch.is_grad_enabled()
+        seen.append((record.pop("step"), next(run.model.parameters()).clone()))
+        run.model.train()
+
+    train(load_config(None, setup.items()), callbacks=[callback], quiet=True)
+    assert [step for step, _ in seen] == [1, 2]
+    assert [line["step"] for line in lines(tmp_path / "out" / "metrics.jsonl")] == [1, 2]
+    found = weights()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    last = next(iter(AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").parameters()))
+    assert torch.equal(seen[-1][1], last)
+    assert not torch.equal(seen[0][1], last)
+
+
+def test_what_a_callback_raises_stops_the_run_after_that_step(setup, tmp_path):
+    def callback(run, record):
+        raise ArithmeticError(f"enough at step {record['step']}")
+
+    with pytest.raises(ArithmeticError, match="enough at step 1"):
+        train(load_config(None, setup.items()), callbacks=[callback], quiet=True)
+    assert [line["step"] for line in lines(tmp_path / "out" / "metrics.jsonl")] == [1]
+    with pytest.raises(TypeError, match=r"callbacks has 'mine'; accepted: functions of \(run, record\)"):
+        train(load_config(None, {**setup, "run.dir": str(tmp_path / "new")}.items()), callbacks=["mine"], quiet=True)
+    assert not (tmp_path / "new").exists()
+
+
+class Hub:
+    """What a run asks of huggingface_hub's HfApi, kept; nothing goes over the network."""
+
+    calls: list = []  # noqa: RUF012
+    failing = ""
+
+    def _called(self, name, values):
+        if name == self.failing:
+            raise OSError("no such\nluck")
+        self.calls.append((name, values))
+
+    def create_repo(self, name, **options):
+        self._called("create", (name, options))
+
+    def upload_folder(self, *, repo_id, folder_path, **options):
+        self._called("upload", (repo_id, sorted(path.name for path in folder_path.iterdir())))
+
+
+def test_the_trained_model_goes_to_the_hub(setup, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("opsd.push.HfApi", Hub)
+    monkeypatch.setattr(Hub, "calls", [])
+    setup["run.push_to_hub"] = "org/name"
+    monkeypatch.setattr(Hub, "failing", "create")
+    assert main(words(setup)) == 2
+    assert "run.push_to_hub 'org/name': the repository cannot be made: no such luck" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(Hub, "failing", "upload")
+    assert main(words(setup)) == 0
+    shown = "".join(capsys.readouterr())
+    assert "run.push_to_hub: no such luck; by hand: hf upload org/name" in " ".join(shown.split())
+    monkeypatch.setattr(Hub, "failing", "")
+    assert main(["train", "--resume", setup["run.dir"]]) == 0  # finished: nothing is left but to upload it
+    files = sorted(path.name for path in (tmp_path / "out" / "model").iterdir())
+    asked = ("create", ("org/name", {"private": True, "exist_ok": True}))
+    assert Hub.calls == [asked, asked, ("upload", ("org/name", files))]
+    unsaved = {**setup, "run.dir": str(tmp_path / "new"), "run.save": "false"}
+    assert main(words(unsaved)) == 2
+    assert "run.push_to_hub is 'org/name', but run.save is False" in capsys.readouterr().err
+    assert main(words({**setup, "run.push_to_hub": "../x"})) == 2
+    assert "run.push_to_hub is '../x'; accepted: org/name of a repository" in capsys.readouterr().err
 
 
 def test_what_shows_only_in_a_pass_shows_before_the_first_step():
