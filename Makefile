@@ -21,7 +21,7 @@ help:
 	@echo "              the tests with the oldest versions that pyproject.toml admits, or the newest there are (3 GB each)"
 	@echo "make compare  OPSD beside supervised fine-tuning on the small model: several seeds, about half an hour"
 	@echo "make published-quick"
-	@echo "              SmolLM2-135M-Instruct learns to add three numbers: one run, under twenty minutes"
+	@echo "              SmolLM2-135M-Instruct learns to add three numbers: one run, ten minutes or more"
 	@echo "make published all methods, tasks and seeds on that model: days on two cores; goes on where it was stopped"
 	@echo "make bench    the loss beside its peers, at small sizes on a CPU and full ones on a GPU"
 	@echo "make clean    remove the virtual environments"

@@ -2,7 +2,6 @@
 
     python -m benchmarks.published --quick      one task, one seed: base, teacher, and the model after training
     python -m benchmarks.published --measure    all runs that the file of results lacks, most telling first
-    python -m benchmarks.published --table      the README's table and the plot from that file
 
 Every method starts from the same model and sees the same problems in as many steps, with as many rollouts in each. Its
 learning rate is chosen for each task from one grid by the problems of dev.jsonl; what is reported is measured on those
@@ -425,8 +424,8 @@ def quick(place: Place, directory: Path) -> None:
             **place.options,
         }
         print(
-            f"{place.steps} steps of {options['optim.batch_size']} rollouts: 10 to 20 minutes; a run that was stopped"
-            " goes on with the same command",
+            f"{place.steps} steps of {options['optim.batch_size']} rollouts, ten minutes or more; a run that was"
+            " stopped goes on with the same command",
             flush=True,
         )
         result = train(load_config(None, options.items()))
@@ -443,7 +442,6 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--quick", action="store_true")
     what.add_argument("--measure", action="store_true")
-    what.add_argument("--table", action="store_true")
     what.add_argument("--prepare", action="store_true", help="only make the model and the data")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where published.json is and the workers' logs go")
     parser.add_argument("--work", type=Path, default=WORK, help="where the model and the data are made")
@@ -460,10 +458,6 @@ def main() -> None:
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of opsd train")
     given = parser.parse_args()
     began = time.time()
-    if given.table:
-        from benchmarks.published_table import write
-
-        return write(given.out / "published.json")
     steps = given.steps or (QUICK_STEPS if given.quick else STEPS)
     tasks = ("sums",) if given.quick else tuple(given.tasks.split(","))
     data = given.data or given.work / "data"

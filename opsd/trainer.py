@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from opsd import models
+from opsd import models, threads
 from opsd.config import Config, load_config, to_yaml
 from opsd.display import Display
 from opsd.errors import ConfigError, Interrupted, RunError, config_error
@@ -162,6 +162,8 @@ def _run(loop: Loop, *, resumed: bool = False) -> RunResult:
     """Has `loop` come to its end, with trackers."""
     config, run_dir, step = loop.config, loop.run_dir, loop.progress.step
     introduce(loop.setup, run_dir.path, loop.display)
+    if loop.run.device.type == "cpu" and (waiting := threads.advice()):
+        loop.display.warn(waiting)
     if step:
         finished = loop.finished()
         loop.display.note(f"the run is finished: {finished}" if finished else f"going on after step {step}")

@@ -11,7 +11,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 import opsd
 from opsd import gguf_file
 from opsd.errors import ConfigError
-from opsd.models import load_model, load_tokenizer
+from opsd.models import load_model, load_tokenizer, load_trained
 from opsd.options import LoraConfig, ModelConfig
 
 needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="the package gguf is not installed")
@@ -157,7 +157,12 @@ def test_a_run_resumes_and_saves_an_ordinary_model(tmp_path, lora):
     parts = opsd.resume(tmp_path / "parts", [("optim.steps", 3)], quiet=True)
     weights = [next(r.model_dir.glob("*model.safetensors")).read_bytes() for r in (whole, parts)]
     assert weights[0] == weights[1]
-    if not lora:
-        again = loaded(whole.model_dir)
+    again = load_trained(ModelConfig(), str(whole.model_dir), torch.device("cpu")).eval()
+    if lora:  # on the base that the adapter names
+        ids = torch.arange(2, 40)[None]
+        assert not torch.equal(again(ids).logits, loaded(path)(ids).logits)
+        with again.disable_adapter():
+            assert torch.equal(again(ids).logits, loaded(path)(ids).logits)
+    else:
         assert not any(torch.equal(a, b) for a, b in zip(again.parameters(), loaded(path).parameters(), strict=True))
         assert "quantization_config" not in json.loads((whole.model_dir / "config.json").read_text())
