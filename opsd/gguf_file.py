@@ -41,8 +41,10 @@ def source(path: str | None, *, weights: bool = False) -> tuple[str | None, dict
     return str(file.parent), {"gguf_file": file.name, **more}
 
 
-def unpacked(model: Any) -> Any:
-    """`model`, loaded from a GGUF file, without the marks of one, with which it could not be saved."""
+def unpacked(model: Any, path: str | None) -> Any:
+    """`model`, loaded from the GGUF file `path`, without the marks of one, with which it could not be saved, and named
+    by the file, not by its directory: an adapter names its base so."""
+    model.name_or_path = path
     for holder, name in (
         (model, "hf_quantizer"),
         (model, "quantization_method"),

@@ -81,7 +81,7 @@ def load_weights(options: ModelConfig, path: str | None, option: str = "model.pa
             )
         model, info = loaded
         check_loaded(info, f"{option} {path!r}")
-    return gguf_file.unpacked(model) if gguf_file.is_gguf(path) else model
+    return gguf_file.unpacked(model, path) if gguf_file.is_gguf(path) else model
 
 
 def load_model(options: ModelConfig, lora: LoraConfig, device: torch.device) -> nn.Module:

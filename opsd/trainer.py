@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from opsd import distributed, models
+from opsd import distributed, models, threads
 from opsd.config import Config, load_config, to_yaml
 from opsd.display import Display
 from opsd.errors import ConfigError, Interrupted, RunError, config_error
@@ -198,6 +198,8 @@ def _run(loop: Loop, callbacks: tuple[Callback, ...], *, resumed: bool = False) 
     """Has `loop` come to its end, with trackers."""
     config, run_dir, step = loop.config, loop.run_dir, loop.progress.step
     introduce(loop.setup, run_dir.path, loop.display)
+    if loop.run.device.type == "cpu" and (waiting := threads.advice()):
+        loop.display.warn(waiting)
     if step:
         finished = loop.finished()
         loop.display.note(f"the run is finished: {finished}" if finished else f"going on after step {step}")
