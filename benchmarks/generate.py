@@ -93,10 +93,11 @@ def table(found: dict[str, Any]) -> str:
     lengths = [n for own in found["rounds"].values() for one in own for n in one["lengths"]]
     quarter, half, most = (statistics.quantiles(lengths, n=4)[i] for i in range(3))
     of = found["machine"]
+    ours, plain = rates["opsd"], rates["plain"]
     return (
-        f"SmolLM2-135M-Instruct, {found['each']} rollouts of each of {found['prompts']} prompts, {found['together']} at a "
-        f"time, lengths {quarter:.0f} / {half:.0f} / {most:.0f} (quartiles; at most {found['new']}), float32: "
-        f"{rates['opsd']:.0f} tokens/s, plain `generate` {rates['plain']:.0f}: {rates['opsd'] / rates['plain']:.2f} times. "
+        f"SmolLM2-135M-Instruct, float32, {found['each']} rollouts of each of {found['prompts']} prompts, "
+        f"{found['together']} at a time, lengths {quarter:.0f} / {half:.0f} / {most:.0f} (quartiles; at most "
+        f"{found['new']}): {ours:.0f} tokens/s, plain `generate` {plain:.0f}, so {ours / plain:.2f} times. "
         f"{of['threads']} thread(s) of {of['processor']}, {of['date']}, transformers {of['versions']['transformers']}."
     )
 

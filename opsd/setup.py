@@ -18,6 +18,7 @@ from opsd.config import Config, unused_options
 from opsd.data import name_rows, read_rows
 from opsd.display import Display
 from opsd.engines import GenerateEngine
+from opsd.engines.vllm import with_vllm
 from opsd.errors import ConfigError, config_error
 from opsd.evaluation import Evaluator
 from opsd.limits import PATHS
@@ -98,6 +99,7 @@ def set_up(config: Config, parts: Parts, date: datetime | None = None, attempt: 
     head = attempt("head", _head, config, model, tokenizer)
     teacher: Any = attempt("teacher", parts.teacher or make_teacher, config, model, tokenizer)
     teacher = teacher if parts.teacher is None else UserTeacher(teacher)
+    engine = attempt("vllm", with_vllm, config, engine, encoded[0])
     engine = attempt("rollouts", with_cache, engine, teacher, encoded[0])
     scoring = attempt("scoring", choose_packing, options, model, teacher)
     packed = attempt("packed", itemgetter(0), scoring)
