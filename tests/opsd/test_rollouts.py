@@ -1,9 +1,12 @@
+import sys
+
 import pytest
 import torch
-from _models import VOCAB, lora, model
+from _models import VOCAB, lora, model, run_of
 from transformers import GenerationConfig
 
 from opsd.engines.generate import GenerateEngine, inverse_cdf
+from opsd.errors import ConfigError
 from opsd.options import ModelConfig
 from opsd.rollouts import Sampling, first_end
 
@@ -224,3 +227,30 @@ def test_a_recurrent_state_stays_as_it_is():
     rollouts = sample(student, [[5, 6, 7]] * 3, end_ids=range(20, 40))
     apart = [sample(student, [[5, 6, 7]], seeds=[seed], end_ids=range(20, 40))[0] for seed in range(3)]
     assert [r.ids for r in rollouts] == [r.ids for r in apart]
+
+
+def test_vllm_gets_every_weight_as_it_acts_and_lora_stays_apart():
+    from opsd.engines.vllm import trained_weights
+
+    base = model()
+    names = [name for name, _ in base.named_parameters()]
+    adapted = lora(base)
+    given = dict(trained_weights(adapted))
+    kept = {name: value.clone() for name, value in adapted.named_parameters()}
+    assert list(given) == names
+    assert all(torch.equal(value, kept[name]) for name, value in adapted.named_parameters())
+    adapted.merge_and_unload()
+    for name, value in base.named_parameters():
+        assert torch.allclose(given[name], value, atol=1e-6)
+    assert not torch.equal(given["model.layers.0.mlp.up_proj.weight"], kept[
+        "base_model.model.model.layers.0.mlp.up_proj.base_layer.weight"])  # fmt: skip
+
+
+def test_an_engine_that_is_not_installed_is_named(monkeypatch):
+    from opsd.engines.vllm import VllmEngine
+
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    run, state = run_of(model()), torch.get_rng_state()
+    with pytest.raises(ConfigError, match=r"rollout\.engine is vllm, which cannot be imported"):
+        VllmEngine.of(run.config, run.engine, 8, 64)
+    assert torch.equal(torch.get_rng_state(), state)
