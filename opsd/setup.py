@@ -19,6 +19,7 @@ from opsd.config import Config, unused_options
 from opsd.data import name_rows, read_rows
 from opsd.display import Display
 from opsd.engines import GenerateEngine
+from opsd.engines.vllm import with_vllm
 from opsd.errors import ConfigError, config_error
 from opsd.evaluation import Evaluator
 from opsd.limits import PATHS
@@ -99,7 +100,8 @@ def set_up(config: Config, parts: Parts, date: datetime | None = None, attempt: 
     teacher: Any = attempt("teacher", parts.teacher or make_teacher, config, model, tokenizer)
     teacher = teacher if parts.teacher is None else UserTeacher(teacher)
     tried = attempt("writing", tried_engine, engine, longest, model, teacher)
-    engine = attempt("rollouts", with_cache, tried, teacher, encoded[0])
+    engine = attempt("vllm", with_vllm, config, tried, encoded[0])
+    engine = attempt("rollouts", with_cache, engine, teacher, encoded[0])
     scoring = attempt("scoring", choose_scoring, options, model, teacher, longest)
     packed, alone = (attempt(name, itemgetter(i), scoring) for i, name in enumerate(("packed", "alone")))
     reward = attempt("reward", lambda _, scorer: scorer if needs_reward(config) else None, recipe, scorer)

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from opsd import distributed
+from opsd.engines.decoding import Rows, decode
 from opsd.errors import ConfigError, one_line
 from opsd.models import autocast, causal_lm
 from opsd.options import ModelConfig
@@ -125,40 +126,21 @@ class GenerateEngine:
         self, lm: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
     ) -> list[Rollout]:
         """A batch of rollouts."""
-        sampler = _Sampler(sampling, seeds, lm.device) if sampling.temperature > 0 else None
-        output = self._generated(lm, prompts, sampling.max_new_tokens, [self._tokens_alone, *filter(None, [sampler])])
-        logprobs = sampler.logprobs() if sampler else [None] * len(prompts)
-        rows = zip(output, logprobs, strict=True)
-        return [first_end(row, self.end_ids, row_logprobs) for row, row_logprobs in rows]
+        rows = Rows(len(prompts), self.end_ids, lm.device)
+        sampler = _Sampler(sampling, seeds, rows) if sampling.temperature > 0 else None
+        processors = LogitsProcessorList([self._tokens_alone, *([sampler] if sampler else [])])
+        written = decode(lm, prompts, rows, processors, self.pad_id, sampling.max_new_tokens)
+        logprobs = sampler.logprobs.tolist() if sampler else [None] * len(prompts)
+        return [first_end(ids, self.end_ids, own) for ids, own in zip(written, logprobs, strict=True)]
 
     def scores(self, lm: Any, prompts: Sequence[Sequence[int]], forced: Sequence[int]) -> Tensor:
         """(B, T, V): the logits of `generate` from which each of the T tokens `forced` is drawn, after each of B
         `prompts` in one batch, whatever they are."""
         recorder = _Recorder(forced)
+        rows = Rows(len(prompts), (), lm.device)
         with torch.no_grad():
-            self._generated(lm, prompts, len(forced), [recorder])
+            decode(lm, prompts, rows, LogitsProcessorList([recorder]), self.pad_id, len(forced))
         return torch.stack(recorder.scores, dim=1)
-
-    def _generated(
-        self, lm: Any, prompts: Sequence[Sequence[int]], most: int, processors: Sequence[Any]
-    ) -> list[list[int]]:
-        """At most `most` ids after each of `prompts`, with no padding before and any after them."""
-        width = max(map(len, prompts))
-        ids = [[self.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        output = lm.generate(
-            input_ids=torch.tensor(ids, device=lm.device),
-            attention_mask=torch.tensor(mask, device=lm.device),
-            generation_config=GenerationConfig(
-                max_new_tokens=most,
-                do_sample=False,
-                eos_token_id=list(self.end_ids) or None,
-                pad_token_id=self.pad_id,
-                use_cache=True,  # even where training turned it off for gradient checkpointing
-            ),
-            logits_processor=LogitsProcessorList(processors),
-        )
-        return output[:, width:].tolist()
 
     def _tokens_alone(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """A logits processor that leaves what is no token no chance."""
@@ -174,9 +156,11 @@ class _Sampler:
 
     transformers puts a caller's processors before its own temperature and cut-offs and draws after them, from torch's
     one random state, which a batch shares. So it decodes greedily, and all that happens here.
+
+    `logprobs` (B, max_new_tokens) holds those of what it chose for each of the `rows` it began with.
     """
 
-    def __init__(self, sampling: Sampling, seeds: Sequence[int], device: torch.device):
+    def __init__(self, sampling: Sampling, seeds: Sequence[int], rows: Rows):
         self.warpers: list[Any] = [TemperatureLogitsWarper(float(sampling.temperature))]
         if sampling.top_k:
             self.warpers.append(TopKLogitsWarper(sampling.top_k))
@@ -185,20 +169,19 @@ class _Sampler:
         if sampling.min_p > 0:
             self.warpers.append(MinPLogitsWarper(sampling.min_p))
         # One uniform number for each (seed, position), drawn on the CPU: the same on every device.
-        self.uniforms = torch.stack([_uniforms(seed, sampling.max_new_tokens) for seed in seeds]).to(device)
-        self.chosen_logprobs: list[Tensor] = []
+        drawn = torch.stack([_uniforms(seed, sampling.max_new_tokens) for seed in seeds])
+        self.rows, self.uniforms, self.position = rows, drawn.to(rows.numbers.device), 0
+        self.logprobs = torch.zeros_like(self.uniforms, dtype=torch.float32)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         for warper in self.warpers:
             scores = warper(input_ids, scores)
         logprobs = scores.log_softmax(-1)
-        token = inverse_cdf(logprobs.exp(), self.uniforms[:, len(self.chosen_logprobs)])[:, None]
-        self.chosen_logprobs.append(logprobs.gather(1, token)[:, 0])
+        now = self.rows.numbers, self.position
+        token = inverse_cdf(logprobs.exp(), self.uniforms[now])[:, None]
+        self.logprobs[now] = logprobs.gather(1, token)[:, 0]
+        self.position += 1
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
-
-    def logprobs(self) -> list[list[float]]:
-        """For each row of the batch those of its tokens, whatever was padded over later included."""
-        return torch.stack(self.chosen_logprobs, dim=1).tolist()
 
 
 class _Recorder:

@@ -1,9 +1,12 @@
+import sys
+
 import pytest
 import torch
-from _models import VOCAB, lora, model
+from _models import VOCAB, lora, model, run_of
 from transformers import GenerationConfig
 
 from opsd.engines.generate import GenerateEngine, inverse_cdf
+from opsd.errors import ConfigError
 from opsd.options import ModelConfig
 from opsd.rollouts import Sampling, first_end
 
@@ -190,3 +193,64 @@ def test_cache_is_used_with_gradient_checkpointing(monkeypatch):
     sample(student.train())
     assert widths[1:]
     assert set(widths[1:]) == {1}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "sliding"])
+def test_a_prompt_is_read_once_rows_leave_and_the_rollouts_are_those_of_one_call(kind, monkeypatch):
+    window = {"use_sliding_window": True, "sliding_window": 6, "layer_types": ["full_attention", "sliding_attention"]}
+    student = model("qwen3", **window) if kind == "sliding" else model(kind)
+    prompts, ends = [p for p in PROMPTS for _ in range(4)], list(range(20, 26))
+    shapes = []
+    student.register_forward_pre_hook(
+        lambda _, given, more: shapes.append(tuple(more["input_ids"].shape)), with_kwargs=True
+    )
+    together = sample(student, prompts, end_ids=ends, batch_size=12, max_new_tokens=40)
+    assert shapes[0] == (3, 5)
+    rows = [count for count, width in shapes[1:] if width == 1]
+    assert len(rows) == len(shapes) - 1
+    assert rows == sorted(rows, reverse=True)
+    assert rows[0] > rows[-1] >= 1
+    monkeypatch.setattr("opsd.engines.decoding._divisible_cache", lambda _: None)
+    del shapes[:]
+    plain = sample(student, prompts, end_ids=ends, batch_size=12, max_new_tokens=40)
+    assert {count for count, _ in shapes} == {12}
+    assert [r.ids for r in together] == [r.ids for r in plain]
+    for a, b in zip(together, plain, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+
+
+def test_a_recurrent_state_stays_as_it_is():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    student = MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, state_size=4))
+    rollouts = sample(student, [[5, 6, 7]] * 3, end_ids=range(20, 40))
+    apart = [sample(student, [[5, 6, 7]], seeds=[seed], end_ids=range(20, 40))[0] for seed in range(3)]
+    assert [r.ids for r in rollouts] == [r.ids for r in apart]
+
+
+def test_vllm_gets_every_weight_as_it_acts_and_lora_stays_apart():
+    from opsd.engines.vllm import trained_weights
+
+    base = model()
+    names = [name for name, _ in base.named_parameters()]
+    adapted = lora(base)
+    given = dict(trained_weights(adapted))
+    kept = {name: value.clone() for name, value in adapted.named_parameters()}
+    assert list(given) == names
+    assert all(torch.equal(value, kept[name]) for name, value in adapted.named_parameters())
+    adapted.merge_and_unload()
+    for name, value in base.named_parameters():
+        assert torch.allclose(given[name], value, atol=1e-6)
+    assert not torch.equal(given["model.layers.0.mlp.up_proj.weight"], kept[
+        "base_model.model.model.layers.0.mlp.up_proj.base_layer.weight"])  # fmt: skip
+
+
+def test_an_engine_that_is_not_installed_is_named(monkeypatch):
+    from opsd.engines.vllm import VllmEngine
+
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    run, state = run_of(model()), torch.get_rng_state()
+    with pytest.raises(ConfigError, match=r"rollout\.engine is vllm, which cannot be imported"):
+        VllmEngine.of(run.config, run.engine, 8, 64)
+    assert torch.equal(torch.get_rng_state(), state)

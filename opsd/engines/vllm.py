@@ -1,0 +1,156 @@
+"""vLLM in this process. It reads the student's weights anew before each step's rollouts.
+
+Building it seeds the global generators, which are put back; on a CPU it also turns `torch.set_num_threads` off.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opsd import distributed
+from opsd.config import Config
+from opsd.errors import ConfigError, one_line
+from opsd.models import causal_lm
+from opsd.prompts import Encoded, Example
+from opsd.rollouts import Rollout, Sampling, derive_seed, first_end
+from opsd.run import Engine, Run
+
+
+def trained_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of the parameters of the causal LM in `model` as they act: adapters of LoRA are added to what
+    they adapt, into a copy."""
+    lm = causal_lm(model)
+    adapted = {name: module for name, module in lm.named_modules() if hasattr(module, "get_delta_weight")}
+    for name, value in lm.named_parameters():
+        owner, _, last = name.rpartition(".base_layer.")
+        if owner in adapted and last == "weight":
+            module: Any = adapted[owner]
+            for adapter in module.active_adapters:
+                value = value + module.get_delta_weight(adapter).to(value.dtype)
+            yield f"{owner}.weight", value.detach()
+        elif ".lora_" not in name:
+            yield name.replace(".base_layer.", "."), value.detach()
+
+
+@dataclass(frozen=True)
+class VllmEngine:
+    """Has vLLM (`llm`) write the rollouts, and `engine` all the rest: evaluations, and what a teacher writes."""
+
+    llm: Any
+    engine: Engine
+
+    @property
+    def end_ids(self) -> Sequence[int]:
+        return self.engine.end_ids
+
+    @classmethod
+    def of(cls, config: Config, engine: Engine, rows: int, longest: int) -> VllmEngine:
+        """For `rows` rollouts at once, of at most `longest` tokens with their prompts.
+
+        Raises:
+            ConfigError: vLLM is not installed, or cannot serve the model.
+        """
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the weights are handed over in this process
+        states = random.getstate(), torch.get_rng_state()
+        try:
+            from vllm import LLM, _custom_ops
+
+            _custom_ops._supports_onednn = False  # which packs linear weights, so that they cannot be loaded again
+            llm = LLM(
+                model=str(config.model.path),
+                dtype=config.model.dtype,
+                max_model_len=longest,
+                max_num_seqs=rows,
+                enforce_eager=True,
+                logprobs_mode="processed_logprobs",
+                skip_tokenizer_init=True,
+                seed=0,
+            )
+        except ImportError as error:
+            raise ConfigError(f"rollout.engine is vllm, which cannot be imported: {one_line(error)}") from error
+        except (ValueError, RuntimeError, OSError) as error:
+            raise ConfigError(f"rollout.engine is vllm, which cannot serve the model: {one_line(error)}") from error
+        finally:
+            random.setstate(states[0])
+            torch.set_rng_state(states[1])
+        return cls(llm, engine)
+
+    def load(self, model: nn.Module) -> None:
+        """Gives vLLM the weights of `model`.
+
+        Raises:
+            RuntimeError: a parameter of vLLM's model is not among them, and would stay old.
+        """
+        tied = causal_lm(model).config.get_text_config().tie_word_embeddings
+        named = [(n, v) for n, v in trained_weights(model) if not (tied and n == "lm_head.weight")]
+
+        def load(served: Any) -> list[str]:
+            own = {name for name, _ in served.named_parameters()}
+            return sorted(own - set(served.load_weights(iter(named))))
+
+        old = [name for names in self.llm.apply_model(load) for name in names]
+        if old:
+            raise RuntimeError(f"vLLM keeps old weights, nothing of the model goes by these names: {', '.join(old)}")
+        self.llm.reset_prefix_cache()
+
+    def rollouts(self, run: Run, examples: Sequence[Example], number: int) -> list[Rollout]:
+        """As `opsd.run.Engine` says, with a seed for each; other tokens than those of `GenerateEngine`."""
+        options = run.config.rollout
+        self.load(run.model)
+        each = [(place, g) for place in range(len(examples)) for g in range(options.per_prompt)]
+        seeds = [derive_seed(run.config.run.seed, "rollout", number, place, g) for place, g in each]
+        prompts = [examples[place].student for place, _ in each]
+        return self.sample(prompts, Sampling.by_options(options, options.max_new_tokens), seeds)
+
+    def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Rollout]:
+        """One rollout for each prompt and seed, by the weights loaded last."""
+        from vllm import SamplingParams
+
+        asked = [
+            SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                min_p=sampling.min_p,
+                seed=seed,
+                max_tokens=sampling.max_new_tokens,
+                stop_token_ids=list(self.end_ids),
+                ignore_eos=True,  # which may be another end than ours; ours are above
+                logprobs=0,
+                detokenize=False,
+            )
+            for seed in seeds
+        ]
+        given = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        found = []
+        for answer in self.llm.generate(given, asked, use_tqdm=False):
+            ids = list(answer.outputs[0].token_ids)
+            known = [at[token].logprob for at, token in zip(answer.outputs[0].logprobs, ids, strict=True)]
+            found.append(first_end(ids, self.end_ids, known if sampling.temperature > 0 else None))
+        return found
+
+    def write(self, *given: Any) -> list[Rollout]:
+        return self.engine.write(*given)
+
+
+def with_vllm(config: Config, engine: Any, train: Encoded) -> Any:
+    """`engine`, or vLLM in front of it where `rollout.engine` says so.
+
+    Raises:
+        ConfigError: vLLM is not installed, or cannot serve the model, or there are several processes.
+    """
+    if config.rollout.engine != "vllm":
+        return engine
+    if distributed.size() > 1:
+        raise ConfigError(
+            f"rollout.engine is vllm with {distributed.size()} processes; accepted: generate, or one process"
+        )
+    longest = max(len(example.student) for example in train.examples) + config.rollout.max_new_tokens
+    return VllmEngine.of(config, engine, config.rollout.batch_size, longest)
