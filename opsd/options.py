@@ -99,7 +99,14 @@ class PromptsConfig(Section):
         "with teacher.reason_first: how the analysis joins the text of the teacher's prompt",
     )
 
-    @field_validator("student_chat_args", "teacher_chat_args", mode="before")
+    contexts: str | None = option(
+        None,
+        "JSON object of templates by context, the teacher's or another of a recipe: each {name} is problem, solution, "
+        "a column of the row, right_rollout or wrong_rollout (another of the same prompt); or a template's name: "
+        "rubric, feedback, translation, construction, wrong_answer, right_rollout, wrong_rollout; also a mapping",
+    )
+
+    @field_validator("student_chat_args", "teacher_chat_args", "contexts", mode="before")
     @classmethod
     def _json(cls, value: Any) -> Any:
         return json_text(value)
