@@ -13,6 +13,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -40,9 +41,17 @@ BUDGET: dict[str, Any] = {
 }
 """What differs from the embedded set-up: short, so that methods differ, and the same for all."""
 
+CONTEXTS = {"cepo": {"negative": "Q:{problem}\nR:{wrong_rollout}\nA:"}}
+SAME = {"pi_play": "sdft", "rock": "sdft", "vpd": "sdft", "rgsd": "opsd", "zppo": "act_guide"}
+"""Recipes that differ from another in what their teacher reads, or in an option, and not on this data."""
+
+LEFT_OUT = {"mad_opd": "the data have no debates"}
+
 
 def methods() -> list[str]:
-    return [*SFT, *(name for name in recipes.names() if not lacking(recipes.make(name)))]
+    """Those of the divergence first, which are quick to tell apart."""
+    able = [name for name in recipes.names() if not lacking(recipes.make(name)) and name not in {*SAME, *LEFT_OUT}]
+    return [*SFT, *sorted(able, key=lambda name: "advantage" in recipes.make(name).needs)]
 
 
 def run_once(method: str, seed: int) -> dict[str, Any]:
@@ -67,6 +76,8 @@ def run_once(method: str, seed: int) -> dict[str, Any]:
         step["step"] = sft_step
     else:
         options["objective.recipe"] = method
+        if method in CONTEXTS:
+            options["prompts.contexts"] = CONTEXTS[method]
     began, record = time.perf_counter(), {"method": method, "seed": seed}
     with tempfile.TemporaryDirectory() as scratch:
         options["run.dir"] = str(Path(scratch) / "run")
@@ -103,13 +114,17 @@ def read() -> dict[str, Any]:
 
 def result(runs: list[dict[str, Any]], name: str, when: str = "trained") -> str:
     """The mean accuracy with its 95 % interval, and the number of seeds where it is not all."""
+    if name in SAME:
+        return f"as `{SAME[name]}`"
+    if name in LEFT_OUT:
+        return LEFT_OUT[name]
     own = [run for run in runs if run["method"] == name]
     found = [run[when] for run in own if when in run]
     failed = [run["seed"] for run in own if "failed" in run]
     words = []
     if found:
-        mean = estimate(found)
-        words.append(f"{mean.value:.1%} ({mean.low:.0%} to {mean.high:.0%})")
+        all_seeds = estimate(found)
+        words.append(f"{all_seeds.value:.1%} ({all_seeds.low:.0%} to {all_seeds.high:.0%})")
     if failed:
         words.append(f"failed: seed {', '.join(map(str, failed))}")
     elif 0 < len(found) < len(SEEDS):
@@ -130,7 +145,26 @@ def table() -> str:
         contexts, needs = (", ".join(words) or "–" for words in (recipe.contexts, recipe.needs))
         loop = f"no: {why_lacking(recipe)}" if lacking(recipe) else "yes"
         lines.append(f"| `{name}` | {paper} | {contexts} | {needs} | {loop} | {recipe.source} | {result(runs, name)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", reading(runs)]) if runs else "\n".join(lines)
+
+
+def reading(runs: list[dict[str, Any]]) -> str:
+    """What the results are, and what they stand beside."""
+    trained = [run for run in runs if run["method"] not in SFT]
+    of_seed = {run["seed"]: run for run in trained if "base" in run}
+    seeds = ", ".join(map(str, sorted(of_seed)))
+    before, teacher = (f"{mean(run[name]['accuracy'] for run in of_seed.values()):.1%}" for name in ("base", "teacher"))
+    missing = [name for name in methods() if not any(run["method"] == name for run in runs)]
+    return " ".join(
+        [
+            f"Accuracy on {BUDGET['eval.max_problems']} held-out problems after {BUDGET['optim.steps']} steps of 64 "
+            f"rollouts (95 % interval; measured so far: seeds {seeds} of {len(SEEDS)}), at the embedded set-up's "
+            f"own learning rate; before training {before}, the teacher {teacher}, "
+            f"supervised fine-tuning on the reference solutions {result(runs, 'sft')}, on solutions in the model's own "
+            f"notation {result(runs, 'sft_own')}.",
+            *([f"Not measured yet: {', '.join(missing)}."] if missing else []),
+        ]
+    )
 
 
 if __name__ == "__main__":
