@@ -21,7 +21,7 @@ from opsd.evaluate_model import check_output, evaluate_model, evaluation_config,
 from opsd.model_path import hub_notes
 from opsd.models import progress_bars
 from opsd.output import all_shown, drop_rest
-from opsd.recipes.in_loop import lacking
+from opsd.recipes.in_loop import lacking, why_lacking
 from opsd.report import write_report
 
 
@@ -311,5 +311,6 @@ def _recipes(known: argparse.Namespace, rest: Sequence[str]) -> None:
     for name, recipe in ((name, recipes.make(name)) for name in recipes.names()):
         missing = lacking(recipe)
         loop = f"in a trainer of your own: the loop has no {', '.join(missing)}" if missing else "in the loop too"
+        loop += f" ({why_lacking(recipe)})" if missing else ""
         print(f"{name}  ({f'arXiv {recipe.paper}' if recipe.paper else 'no paper found'}; {recipe.source})")
         print(f"  reads {', '.join(recipe.contexts) or 'no other context'}; {loop}")

@@ -128,7 +128,7 @@ def _saved(run: Run, example: Example, prompt: int, new: int) -> int:
     batch = MicroBatch(
         target_ids=targets,
         sequence_ids=sequences,
-        **supplied(torch.zeros(new, device=run.device)),
+        **supplied(torch.zeros(new, device=run.device), run.recipe.contexts),
         examples=[replace(example, student=read, teacher=example.teacher[:2], contexts=short)],
         rollouts=[Rollout(ids, False)],
     )

@@ -99,7 +99,14 @@ class PromptsConfig(Section):
         "with teacher.reason_first: how the analysis joins the text of the teacher's prompt",
     )
 
-    @field_validator("student_chat_args", "teacher_chat_args", mode="before")
+    contexts: str | None = option(
+        None,
+        "JSON object of templates by context, the teacher's or another of a recipe: each {name} is problem, solution, "
+        "a column of the row, right_rollout or wrong_rollout (another of the same prompt); or a template's name: "
+        "rubric, feedback, translation, construction, wrong_answer, right_rollout, wrong_rollout; also a mapping",
+    )
+
+    @field_validator("student_chat_args", "teacher_chat_args", "contexts", mode="before")
     @classmethod
     def _json(cls, value: Any) -> Any:
         return json_text(value)
@@ -287,18 +294,14 @@ class RunConfig(Section):
     seed: int = option(0, "of everything random", ge=0, le=2**64 - 1)
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda if there is one")
     threads: int | None = option(None, "of the CPU; none: torch's choice, too many on a shared machine", ge=1, le=1024)
-    process_minutes: float = option(30, "how long one of several processes waits for another", gt=0)
+    process_minutes: float = option(30, "how long one of several processes waits for another", gt=0, le=10_000)
     log_every: int = option(1, "steps between printed lines; every step is in metrics.jsonl", ge=1)
     sample_every: int = option(10, "steps between rollouts written to samples.jsonl; 0: off", ge=0)
     save: bool = option(True, "save the trained model, or the adapter, in <dir>/model")
     checkpoint_every: int = option(50, "steps between checkpoints in <dir>/checkpoints; 0: off", ge=0)
     keep_checkpoints: int = option(2, "how many of the last ones stay", ge=1)
     trackers: tuple[str, ...] | None = option(None, "also log to these: tensorboard, wandb, trackio", min_length=1)
-
-    push_to_hub: str | None = option(
-        None,
-        "also upload what is saved to this repository org/name of the Hugging Face hub, made private if it is new",
-    )
+    push_to_hub: str | None = option(None, "upload what is saved to this hub repository org/name, private if it is new")
 
     @field_validator("push_to_hub")
     @classmethod

@@ -2,13 +2,14 @@
 
 import inspect
 import json
-import re
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
-from opsd.contexts import first_half
+from opsd.chat import as_messages, fill, plain_ids, special_tokens, text_of, with_text
+from opsd.contexts import confidences, filled, first_half, reads_step, templates_of
 from opsd.data import Messages, Row, Rows, name_rows, read_rows
 from opsd.dates import template_date
 from opsd.errors import ConfigError, DataError
@@ -30,6 +31,7 @@ class Example:
     teacher: list[int]
     reason: list[int] = field(default_factory=list)
     contexts: dict[str, list[int]] = field(default_factory=dict)
+    confidence: tuple[float, ...] = ()  # of each of several teachers, 0 to 100
 
     def read_as(self, context: str) -> list[int]:
         """The prompt of a constant context that a recipe names."""
@@ -44,12 +46,6 @@ class Encoded(NamedTuple):
     skipped: list[str]
 
 
-def fill(template: str, **values: str) -> str:
-    """`template` with each {name} replaced by its value, in one pass: braces within the values mean nothing."""
-    pattern = "|".join(re.escape("{" + name + "}") for name in values)
-    return re.sub(pattern, lambda match: values[match.group()[1:-1]], template)
-
-
 class Prompter:
     """Renders rows with one tokenizer and one set of templates.
 
@@ -61,7 +57,7 @@ class Prompter:
     and special tokens in it are meant.
 
     A chat template that asks for the date gets `date`, by default that of now, each time. `contexts` are the names, of
-    `opsd.contexts`, that every example is to have besides.
+    `opsd.contexts`, that every example is to have besides. What `prompts.contexts` has a template for reads by that.
 
     Raises:
         ConfigError: `prompts.chat` is "on" and the tokenizer has no chat template; or chat arguments that are no JSON
@@ -72,6 +68,8 @@ class Prompter:
         self, tokenizer: Any, config: PromptsConfig, date: datetime | None = None, contexts: Sequence[str] = ()
     ):
         self.tokenizer, self.config, self.contexts = tokenizer, config, contexts
+        self.templates = templates_of(config.contexts, contexts)
+        self.lenient = False  # a row without what the teacher's own template reads has no teacher
         self.date = date or datetime.now().astimezone()
         has_template = getattr(tokenizer, "chat_template", None) is not None
         if config.chat == "on" and not has_template:
@@ -81,7 +79,7 @@ class Prompter:
             "student": self._parse_chat_args("student_chat_args", config.student_chat_args),
             "teacher": self._parse_chat_args("teacher_chat_args", config.teacher_chat_args),
         }
-        self._special = _special_tokens(tokenizer)
+        self._special = special_tokens(tokenizer)
 
     def encode(self, row: Row, analysis: str | None = None) -> Example:
         """`row` with the token ids of both prompts.
@@ -94,35 +92,67 @@ class Prompter:
             DataError: naming the row: its text spells a special token, its chat cannot be rendered, the student's
                 prompt has no tokens, or there is an analysis of nothing.
         """
-        chat = _as_messages(row.problem)
-        student = _with_text(chat, fill(self.config.student, problem=_text(chat)))
+        chat = as_messages(row.problem)
+        student = with_text(chat, fill(self.config.student, problem=text_of(chat)))
         teacher = self._teacher(row)
         self._check(row, row.teacher_prompt if row.teacher_prompt is not None else row.solution)
         if analysis is not None:
             if teacher is None:
                 raise DataError(f"{row.source}: an analysis without a solution or teacher_prompt")
-            text = fill(self.config.analysis, teacher=_text(teacher), analysis=self._without_special(analysis))
-            teacher = _with_text(teacher, text)
+            text = fill(self.config.analysis, teacher=text_of(teacher), analysis=self._without_special(analysis))
+            teacher = with_text(teacher, text)
         ids = self._ids(row, "student", student)
         if not ids:
             raise DataError(f"{row.source}: the student's prompt has no tokens")
         if teacher is None:
             return Example(row, ids, [])
-        contexts = {name: self._context(row, name, ids) for name in self.contexts}
-        return Example(row, ids, self._ids(row, "teacher", teacher), contexts=contexts)
+        taught = self._ids(row, "teacher", teacher)
+        contexts = {name: self._context(row, name, ids, taught) for name in self.contexts}
+        return Example(row, ids, taught, contexts=contexts, confidence=confidences(row, self.contexts))
 
-    def _context(self, row: Row, name: str, student: list[int]) -> list[int]:
+    def for_evaluation(self) -> "Prompter":
+        """One for rows that only the student and the teacher read, and the teacher where it has all that it reads."""
+        other = copy(self)
+        other.contexts, other.lenient = (), True
+        return other
+
+    def by_template(self, row: Row, name: str, **known: str) -> list[int]:
+        """The prompt of a context by its own template, with the rollouts `known` that the model has written."""
+        known = {key: self._without_special(text) for key, text in known.items()}
+        return self._ids(row, "teacher", self._filled(row, name, **known))
+
+    def _filled(self, row: Row, name: str, **known: str) -> Messages:
+        chat = as_messages(row.problem)
+        text, read = filled(self.templates[name], name, row, text_of(chat), **known)
+        self._check(row, *read)
+        return with_text(chat, text)
+
+    def with_problem_of(self, row: Row, other: Row) -> list[int]:
+        """The teacher's prompt of `row`, but for the problem. Raises DataError: it has a prompt of its own."""
+        if row.teacher_prompt is not None:
+            raise DataError(f"{row.source}: its teacher_prompt cannot be shown with another problem, as shuffled_1 is")
+        teacher = self._teacher(replace(row, problem=other.problem))
+        assert teacher is not None  # it has a solution, or what the teacher's template reads
+        return self._ids(row, "teacher", teacher)
+
+    def _context(self, row: Row, name: str, student: list[int], teacher: list[int]) -> list[int]:
         if name in ("base", "plain"):
             return student
+        if name in self.templates:
+            return student if reads_step(self.templates[name]) else self.by_template(row, name)
+        if name in ("positive", "privileged_student"):
+            return teacher
+        if name.startswith("shuffled_"):
+            return self.with_problem_of(row, row)
         if row.solution is None:
             raise DataError(f"{row.source}: 'solution' is missing, which the context {name!r} reads")
-        chat = _as_messages(row.problem)
+        chat = as_messages(row.problem)
         if name == "reference":
             system = [message for message in chat if message["role"] == "system"]
             alone = fill(self.config.reference, solution=row.solution)
             return self._ids(row, "teacher", [*system, {"role": "user", "content": alone}])
-        text = fill(self.config.teacher, problem=_text(chat), solution=first_half(row.solution))
-        return self._ids(row, "teacher", _with_text(chat, text))
+        text = fill(self.config.teacher, problem=text_of(chat), solution=first_half(row.solution))
+        return self._ids(row, "teacher", with_text(chat, text))
 
     def reason(self, row: Row) -> list[int]:
         """The token ids of the prompt under which the teacher writes its analysis of the solution of `row`.
@@ -134,19 +164,26 @@ class Prompter:
         if row.solution is None:
             raise DataError(f"{row.source}: teacher.reason_first needs a solution to analyse")
         self._check(row, row.solution)
-        chat = _as_messages(row.problem)
-        text = fill(self.config.reason, problem=_text(chat), solution=row.solution)
-        return self._ids(row, "teacher", _with_text(chat, text))
+        chat = as_messages(row.problem)
+        text = fill(self.config.reason, problem=text_of(chat), solution=row.solution)
+        return self._ids(row, "teacher", with_text(chat, text))
 
     def _teacher(self, row: Row) -> Messages | None:
         if isinstance(row.teacher_prompt, list):
             return row.teacher_prompt
-        chat = _as_messages(row.problem)
+        chat = as_messages(row.problem)
         if row.teacher_prompt is not None:
-            return _with_text(chat, row.teacher_prompt)
+            return with_text(chat, row.teacher_prompt)
+        if "teacher" in self.templates and not reads_step(self.templates["teacher"]):
+            try:
+                return self._filled(row, "teacher")
+            except DataError:
+                if self.lenient:
+                    return None
+                raise
         if row.solution is None:
             return None
-        return _with_text(chat, fill(self.config.teacher, problem=_text(chat), solution=row.solution))
+        return with_text(chat, fill(self.config.teacher, problem=text_of(chat), solution=row.solution))
 
     def _without_special(self, text: str) -> str:
         while self._special is not None and self._special.search(text):  # leaving one out may join another
@@ -157,7 +194,7 @@ class Prompter:
         if self._special is None or self.config.chat == "off":
             return
         for text in (row.problem, *texts):
-            for message in () if text is None else _as_messages(text):
+            for message in () if text is None else as_messages(text):
                 if found := self._special.search(message["content"]):
                     raise DataError(
                         f"{row.source}: its text has {found.group()!r}, which would become the special token of that "
@@ -171,7 +208,7 @@ class Prompter:
                     f"{row.source}: a chat of more than one user message needs a chat template, and "
                     + ("prompts.chat is 'off'" if self.config.chat == "off" else "the tokenizer has none")
                 )
-            return self._plain_ids(messages[0]["content"])
+            return plain_ids(self.tokenizer, messages[0]["content"])
         try:
             with template_date(self.tokenizer.chat_template, self.date):
                 rendered = self.tokenizer.apply_chat_template(
@@ -184,19 +221,6 @@ class Prompter:
             ) from error
         # The chat template writes the special tokens itself; a second BOS would be a different prompt.
         return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
-
-    def _plain_ids(self, text: str) -> list[int]:
-        """Text as the tokenizer has it, but with one BOS where the text begins with its own, and without an end token
-        that the tokenizer puts after it: the rollout goes on from there."""
-        ids = list(self.tokenizer(text)["input_ids"])
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        twice, ended = bos is not None and ids[:2] == [bos, bos], eos is not None and ids[-1:] == [eos]
-        if not twice and not ended:
-            return ids
-        own = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        if twice and own[:1] == [bos]:
-            ids = ids[1:]
-        return ids[:-1] if own and ended and ids[-len(own) - 1 :] == [*own, eos] else ids
 
     def _parse_chat_args(self, option: str, text: str | None) -> dict[str, Any]:
         if text is None:
@@ -290,29 +314,3 @@ def decoded(tokenizer: Any, example: Example) -> list[str]:
     prompts = {"student": example.student, "teacher": example.teacher, **example.contexts}.items()
     texts = [f"--- first {name} prompt, {len(ids)} tokens ---\n{tokenizer.decode(ids)}" for name, ids in prompts]
     return [*texts, "---"]
-
-
-def _as_messages(prompt: str | Messages) -> Messages:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
-def _last_user(chat: Messages) -> int:
-    return max(number for number, message in enumerate(chat) if message["role"] == "user")
-
-
-def _text(chat: Messages) -> str:
-    return chat[_last_user(chat)]["content"]
-
-
-def _with_text(chat: Messages, text: str) -> Messages:
-    """`chat` with `text` in its last user message."""
-    chosen = _last_user(chat)
-    return [{**message, "content": text} if i == chosen else message for i, message in enumerate(chat)]
-
-
-def _special_tokens(tokenizer: Any) -> re.Pattern[str] | None:
-    """Finds the tokenizer's special tokens in text. Other added tokens, such as "<think>", are ordinary text."""
-    added: Sequence[Any] = list(getattr(tokenizer, "added_tokens_decoder", {}).values())
-    names = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
-    longest_first = sorted((name for name in names if name.strip()), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None

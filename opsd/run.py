@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from opsd.clock import Clock
 from opsd.config import Config
-from opsd.prompts import Example
+from opsd.prompts import Example, Prompter
 from opsd.recipes.batch import Recipe, TokenBatch
 from opsd.rollouts import Rollout, Sampling
 from opsd.scorers import Scorer
@@ -41,6 +41,7 @@ class Run:
     packed: bool = False  #: all contexts run as rows without padding
     alone: bool = False  #: each rollout is scored by itself, since the model's batches are not its single passes
     reward: Scorer | None = None  #: of rollouts, where the recipe needs it
+    prompter: Prompter | None = None  #: where a context reads what is known in the step alone
 
 
 @dataclass(frozen=True, kw_only=True)

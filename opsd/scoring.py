@@ -29,7 +29,8 @@ def score(run: Run, batch: MicroBatch, clock: Clock | None = None) -> tuple[Stre
     prompts = [example.student for example in batch.examples]
     if source is None:
         return _beside_top_k(run, teacher, prompts, batch, clock)
-    names = ("teacher", *(name for name in run.recipe.contexts if name != "teacher"))  # what is reported needs it
+    own = ("teacher", "privileged_student")  # what is reported needs the teacher
+    names = ("teacher", *(name for name in run.recipe.contexts if name not in own))
     read = {name: [example.read_as(name) for example in batch.examples] for name in names}
     ids = [rollout.ids for rollout in batch.rollouts]
     if run.packed:
@@ -40,26 +41,39 @@ def score(run: Run, batch: MicroBatch, clock: Clock | None = None) -> tuple[Stre
             with clock("score") if joint else teacher_then_student(clock, taught):
                 hidden = dual_hidden_states(run.model, packed, teacher=source)
         constant = hidden.teacher.tensor_split(len(read))
-        return stream_of(hidden.student, run.head), _by_name(read, constant, teacher.head)
+        return stream_of(hidden.student, run.head), _by_name(read, constant, teacher.head) | _second(run, batch, clock)
     # Each in an autocast of its own: what the teacher's casts without a gradient must not reach the student.
     with clock("teacher"), autocast(options, run.device):
         readings = [teacher.hidden(own, ids) for own in read.values()]
     with clock("student"), autocast(options, run.device):
         student_hidden = rollout_hidden(run.model, prompts, ids)
-    return stream_of(student_hidden, run.head), _by_name(read, readings, teacher.head)
+    return stream_of(student_hidden, run.head), _by_name(read, readings, teacher.head) | _second(run, batch, clock)
+
+
+def _second(run: Run, batch: MicroBatch, clock: Clock) -> dict[str, Stream]:
+    """The student's rows, with a gradient, after the prompt "privileged_student", where the recipe reads that."""
+    if "privileged_student" not in run.recipe.contexts:
+        return {}
+    prompts = [example.read_as("privileged_student") for example in batch.examples]
+    with clock("student"):
+        return {"privileged_student": stream_of(_student_hidden(run, prompts, batch), run.head)}
+
+
+def _student_hidden(run: Run, prompts: Sequence[Sequence[int]], batch: MicroBatch) -> Tensor:
+    ids = [rollout.ids for rollout in batch.rollouts]
+    with autocast(run.config.model, run.device):
+        if run.packed:
+            return context_hidden_states(run.model, pack_dual_context(prompts, prompts, ids))
+        return rollout_hidden(run.model, prompts, ids)
 
 
 def _beside_top_k(
     run: Run, teacher: Any, prompts: Sequence[Sequence[int]], batch: MicroBatch, clock: Clock
 ) -> tuple[Stream, dict[str, Any]]:
-    ids = [rollout.ids for rollout in batch.rollouts]
     with clock("teacher"):
         known = teacher.top_k(batch.examples, batch.rollouts)
-    with clock("student"), autocast(run.config.model, run.device):
-        if run.packed:
-            hidden = context_hidden_states(run.model, pack_dual_context(prompts, prompts, ids))
-        else:
-            hidden = rollout_hidden(run.model, prompts, ids)
+    with clock("student"):
+        hidden = _student_hidden(run, prompts, batch)
     return stream_of(hidden, run.head), {"teacher": known}
 
 

@@ -24,7 +24,7 @@ from opsd.errors import ConfigError, config_error
 from opsd.evaluation import Evaluator
 from opsd.limits import PATHS
 from opsd.model_path import check_path
-from opsd.objective import check_recipe, make_recipe, needs_reward
+from opsd.objective import check_recipe, make_recipe, needs_reward, reads_siblings
 from opsd.optim import learning_rate
 from opsd.options import ModelConfig
 from opsd.plugins import Evaluate, Parts, UserEngine, UserLoss, UserTeacher
@@ -90,7 +90,8 @@ def set_up(config: Config, parts: Parts, date: datetime | None = None, attempt: 
     encoded = [attempt("train", encode, prompter, rows)]
     if config.data.eval:
         rows = attempt("eval rows", partial(read, required=("problem", "answer")), config.data.eval)
-        encoded.append(attempt("eval", partial(encode, most=config.eval.max_problems), prompter, rows))
+        of_eval = partial(encode, most=config.eval.max_problems)
+        encoded.append(attempt("eval", lambda p, rows: of_eval(p.for_evaluation(), rows), prompter, rows))
 
     model = attempt("model", models.load_model, options, config.lora, device)
     longest = attempt("fit", _check_fit, config, model, tokenizer, *encoded)
@@ -105,7 +106,8 @@ def set_up(config: Config, parts: Parts, date: datetime | None = None, attempt: 
     scoring = attempt("scoring", choose_scoring, options, model, teacher, longest)
     packed, alone = (attempt(name, itemgetter(i), scoring) for i, name in enumerate(("packed", "alone")))
     reward = attempt("reward", lambda _, scorer: scorer if needs_reward(config) else None, recipe, scorer)
-    run = attempt("run", Run, config, model, tokenizer, head, teacher, engine, recipe, device, packed, alone, reward)
+    known = (config, model, tokenizer, head, teacher, engine, recipe, device, packed, alone, reward, prompter)
+    run = attempt("run", Run, *known)
     run = attempt("run", _with_parts, run, parts)
     new, seed = config.rollout.max_new_tokens, config.run.seed
     evaluator = attempt("evaluator", Evaluator.of, config.eval, new, seed, tokenizer, engine, scorer)
@@ -148,6 +150,9 @@ def _check_fit(config: Config, model: nn.Module, tokenizer: Any, *data: Encoded)
     added = {"rollout.max_new_tokens": max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)}
     if config.teacher.reason_first:
         added["teacher.reason_max_new_tokens"] = config.teacher.reason_max_new_tokens
+    with suppress(ConfigError):  # of the recipe, which is told by itself
+        if reads_siblings(config, make_recipe(config)):
+            added["rollout.max_new_tokens, read again"] = config.rollout.max_new_tokens
     examples = [example for one in data for example in one.examples]
     prompts = [ids for e in examples for ids in (e.student, e.teacher, e.reason, *e.contexts.values())]
     longest = models.check_positions(model, prompts, added)

@@ -20,6 +20,7 @@ from opsd.rewards import Rewards, rewarded
 from opsd.rollouts import Rollout
 from opsd.run import MicroBatch, Run, StepResult
 from opsd.scoring import rollout_index, score, top_k_overlap
+from opsd.siblings import Readers, readers
 
 
 def opsd_step(run: Run, examples: Sequence[Example], number: int) -> StepResult:
@@ -34,8 +35,9 @@ def opsd_step(run: Run, examples: Sequence[Example], number: int) -> StepResult:
     totals = Totals(sum(len(rollout.ids) for rollout in rollouts), run.device)
     denominator = totals.tokens if run.recipe.reduction == "mean" else len(rollouts)
     rewards = distributed.of_first(lambda: rewarded(run, examples, rollouts))
+    read = readers(run, examples, rollouts, rewards)
     distributed.seed_apart(run.config.run.seed, number)
-    for batch in micro_batches(run, examples, rollouts, number, rewards):
+    for batch in micro_batches(run, examples, rollouts, number, rewards, read):
         student, teachers = score(run, batch, clock)
         with clock("loss"), autocast(run.config.model, run.device):
             loss, stats = run.recipe.loss(student, teachers, batch, denominator)
@@ -49,6 +51,8 @@ def opsd_step(run: Run, examples: Sequence[Example], number: int) -> StepResult:
     metrics = totals.metrics(examples, rollouts)
     if rewards is not None:
         metrics["reward"] = sum(rewards.rewards) / len(rollouts)
+    if read is not None:
+        metrics["read_siblings"] = sum(read.complete) / len(rollouts)
     return StepResult(totals.loss, totals.tokens, metrics, clock, rollouts)
 
 
@@ -94,7 +98,12 @@ class Totals:
 
 
 def micro_batches(
-    run: Run, examples: Sequence[Example], rollouts: Sequence[Rollout], number: int = 1, rewards: Rewards | None = None
+    run: Run,
+    examples: Sequence[Example],
+    rollouts: Sequence[Rollout],
+    number: int = 1,
+    rewards: Rewards | None = None,
+    read: Readers | None = None,
 ) -> Iterator[MicroBatch]:
     """The rollouts in groups of at most `optim.micro_batch_size`, or 1 where `run.alone`; packed, those of a prompt
     stay together."""
@@ -108,8 +117,12 @@ def micro_batches(
         known = all(rollout.logprobs is not None for rollout in written)
         logprobs = [value for rollout in written for value in rollout.logprobs or ()]
         known_of: dict[str, Any] = {}
+        own = [examples[i // each] if read is None else read.examples[i] for i in chosen]
+        lengths = torch.tensor([len(rollout.ids) for rollout in written])
+        if own[0].confidence:
+            values = torch.tensor([example.confidence for example in own])
+            known_of["confidence"] = values.repeat_interleave(lengths, 0).to(run.device)
         if rewards is not None:
-            lengths = torch.tensor([len(rollout.ids) for rollout in written])
             for name in ("advantage", "correct"):
                 values = torch.tensor([getattr(rewards, name)[i] for i in chosen])
                 known_of[name] = values.repeat_interleave(lengths).to(run.device)
@@ -118,13 +131,19 @@ def micro_batches(
             sequence_ids=sequences,
             sampler_logprobs=torch.tensor(logprobs, device=run.device) if known else None,
             sampler_temperature=run.config.rollout.temperature,
-            has_feedback=torch.ones_like(targets, dtype=torch.bool),  # a teacher without anything to read is refused
+            has_feedback=_has_feedback(read, chosen, lengths, targets),
             step=number - 1,
             progress=(number - 1) / run.config.optim.steps,
             **known_of,
-            examples=[examples[i // each] for i in chosen],
+            examples=own,
             rollouts=written,
         )
+
+
+def _has_feedback(read: Readers | None, chosen: Sequence[int], lengths: Tensor, targets: Tensor) -> Tensor:
+    if read is None:
+        return torch.ones_like(targets, dtype=torch.bool)  # a teacher without anything to read is refused
+    return torch.tensor([read.complete[i] for i in chosen]).repeat_interleave(lengths).to(targets.device)
 
 
 def group_rollouts(lengths: Sequence[int], size: int, together: int = 1) -> list[list[int]]:

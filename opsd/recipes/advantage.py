@@ -166,7 +166,8 @@ class AntiSD(SampledToken):
         assert advantage is not None
         if self.plain:
             return advantage - self.coefficient * phi(difference), stats
-        limit = (self.deviations * torch.as_tensor(batch.discrepancy_std).to(own)).clamp(max=self.limit)
+        std = torch.as_tensor(batch.discrepancy_std, dtype=own.dtype, device=own.device)
+        limit = (self.deviations * std).clamp(max=self.limit)
         shaped = -phi(difference.clamp(-limit, limit))
         shaped = per_sequence_znorm(shaped, batch.sequence_ids).clamp(-self.limit, self.limit)
         strength, state = self._strength(teacher, batch)
@@ -179,7 +180,7 @@ class AntiSD(SampledToken):
         perplexity = each[sequences.row]
         if self.scope == "batch" and len(each):
             perplexity = each.median().expand_as(teacher)
-        median = torch.as_tensor(batch.warmup_perplexity).to(teacher)
+        median = torch.as_tensor(batch.warmup_perplexity, dtype=teacher.dtype, device=teacher.device)
         strength = self.coefficient * self.slope * (perplexity / (self.target * median)).log()
         strength = strength.clamp(0, self.largest).where(perplexity <= self.highest_perplexity, 0.0)
         if self.scope == "sequence":

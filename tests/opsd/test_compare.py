@@ -117,7 +117,7 @@ def test_what_is_there_is_kept_and_what_was_stopped_goes_on(options, tmp_path, m
     ("names", "changed", "said"),
     [
         ("full,nothing", {}, "'nothing'; accepted: full, sampled_token, act_guide"),
-        ("cepo", {}, "cepo, which the loop cannot train with: it has no context"),
+        ("oprd", {}, "oprd, which the loop cannot train with: it has no 'layers'"),
         ("full,rlsd", {}, "objective.recipe rlsd compares the rollouts of a prompt: rollout.per_prompt must be"),
         ("full,full", {}, "each once"),
         ("full", {"objective.form": "full"}, "--objective.form has no meaning"),

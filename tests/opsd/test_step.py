@@ -521,7 +521,10 @@ def test_a_recipe_of_several_contexts_in_the_loop(fixed_rollouts, name, kind, pe
 
 @pytest.mark.parametrize(("options", "said"), [
     ({"objective__recipe": "opd"}, "recipe is 'opd'; accepted: act_guide"),
-    ({"objective__recipe": "cepo"}, "needs context 'positive', context 'negative', which the training loop does"),
+    ({"objective__recipe": "pbsd"}, "'preferred', which the training loop does not supply .rollouts of the teacher"),
+    ({"objective__recipe": "cepo"}, "rollout.per_prompt must be at least 2"),
+    ({"objective__recipe": "credit", "optim__batch_size": 1}, "optim.batch_size must be at least 2, not 1"),
+    ({"prompts__contexts": '{"teacher": "right_rollout"}'}, "rollout.per_prompt is 1, but a context reads another"),
     ({"objective__recipe": "purified", "teacher__kind": "live"}, "the initial model: teacher.kind must be 'base', not"),
     ({"objective__recipe": "ta_opd"}, "optim.micro_batch_size must be at least 32, optim.batch_size times"),
     ({"objective__recipe": "opsd", "objective__recipe_options": "[1]"}, "accepted: a JSON object"),

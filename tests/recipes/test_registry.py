@@ -353,5 +353,6 @@ def test_the_command_lists_each_with_what_it_needs(capsys):
     shown = capsys.readouterr().out
     assert all(f"\n{name}  (" in f"\n{shown}" for name in recipes.names())
     assert "reads teacher, reference, base; in the loop too" in shown
-    assert "reads positive, negative; in a trainer of your own: the loop has no context 'positive'" in shown
+    assert "reads positive, negative; in the loop too" in shown
+    assert "the loop has no 'layers' (hidden states of inner layers, which a packed pass does not keep)" in shown
     assert main(["recipes", "more"]) == 2
