@@ -499,9 +499,7 @@ def tail_gradient_rows(
         )  # fmt: skip
 
 
-def mix_rows(
-    parts: Tensor, mixture: Mixture, temperature: float, *, constants: Tensor, biases: Tensor | None
-) -> None:
+def mix_rows(parts: Tensor, mixture: Mixture, temperature: float, *, constants: Tensor, biases: Tensor | None) -> None:
     """See the package's docstring; float32 logits."""
     count, tokens, vocab = parts.shape
     if parts.dtype != torch.float32 or (parts.stride(2) != 1 and vocab > 1):

@@ -165,9 +165,7 @@ def test_losses_gradients_and_statistics(kind, case, options, name):
         mock.patch.object(backends.module(name), "mix_rows", fills),
         mock.patch.object(Mixer, "_add", side_effect=AssertionError("torch has mixed")),
     ):
-        got = ours(
-            student, target, weights, mask=mask, target_ids=ids, backend=name, workspace_bytes=BUDGET, **options
-        )
+        got = ours(student, target, weights, mask=mask, target_ids=ids, backend=name, workspace_bytes=BUDGET, **options)
     assert fills.call_count >= 4  # two chunks at least, once in forward and once in backward
     assert relative(got[0], losses * mask) < 3e-5
     for gradient, reference in zip(got[1], gradients, strict=True):
