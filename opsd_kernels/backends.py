@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -161,7 +161,7 @@ class _Rows:
         head = bias.unsqueeze(-1), bias
         mixer = Mixer(form, given, lambda weight, bias: (weight, bias), head, fused)
         buffers = given[0].new_full((1 + mixer.buffers, *given[0].shape), math.nan)
-        mixer.fill(buffers, lambda tensor: tensor, _Given(), 0.8)
+        mixer.fill(buffers, lambda tensor: tensor, cast(Any, _Given()), 0.8)
         return list(buffers[0].double().cpu())  # a table's, for there are infinities
 
     def error(self, got: list[Tensor], expected: list[Tensor]) -> float:

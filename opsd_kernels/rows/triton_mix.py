@@ -211,10 +211,8 @@ def mix_kernel(
     constants += row * (PARTS * FIELDS)
     every = (_numbers(constants, 0),)
     for i in tl.static_range(1, PARTS):
-        every = every + (_numbers(constants, i),)  # noqa: RUF005 - Triton unpacks no tuple
+        every = every + (_numbers(constants, i),)  # type: ignore[assignment]  # noqa: RUF005 - Triton unpacks no tuple
     norms = (0.0,)
-    for i in tl.static_range(1, PARTS):
-        norms = norms + (0.0,)  # noqa: RUF005
     if KIND != NONE:
         sums += row * splits * (2 * PARTS)
         if KIND == CENTRED:
@@ -226,12 +224,12 @@ def mix_kernel(
             norms = (mean,)
         elif KIND == DIFFERENCE:
             before, both = _normaliser(sums, splits, PARTS, MAX), _normaliser(sums + 2, splits, PARTS, MAX)
-            norms = (0.0, both - before)
+            norms = (0.0, both - before)  # type: ignore[assignment]
         else:
             norms = (0.0 if LINEAR > 0 else _normaliser(sums, splits, PARTS, MAX),)
             for i in tl.static_range(1, PARTS):
                 norm = 0.0 if i < LINEAR else _normaliser(sums + 2 * i, splits, PARTS, MAX)
-                norms = norms + (norm,)  # noqa: RUF005
+                norms = norms + (norm,)  # type: ignore[assignment]  # noqa: RUF005
     begin = split * tiles * BLOCK
     end = tl.minimum(begin + tiles * BLOCK, columns)
     start = begin

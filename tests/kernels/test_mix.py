@@ -13,7 +13,7 @@ import dense
 import pytest
 import torch
 from _helpers import leaf, relative
-from test_streams import KINDS, streams, targets
+from test_streams import KINDS, targets
 from torch import Tensor
 
 from opsd_kernels import Stream, Target, backends, divergence
@@ -57,7 +57,10 @@ def contexts(case: str, dtype: torch.dtype = torch.float32, *, absent: bool = Tr
     if case == "bias":
         return [Stream(h, heads[0], bias=bias, logit_scale=0.7, temperature=1.4) for h in rows]
     if case == "softcap":
-        return [Stream(h, heads[0], bias=bias, softcap=5.0, temperature=t) for h, t in zip(rows, (0.8, 0.8, 1.3, 0.9))]
+        return [
+            Stream(h, heads[0], bias=bias, softcap=5.0, temperature=t)
+            for h, t in zip(rows, (0.8, 0.8, 1.3, 0.9), strict=True)
+        ]
     return [
         Stream(rows[0], heads[0], temperature=1.2),
         Stream(rows[1], heads[1], logit_scale=0.8),
