@@ -6,15 +6,17 @@ import importlib
 import itertools
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from . import native
+from .mixture import Mixer, Mixture
 from .objective import LogitTransform, Objective
 from .rows import Column, LogprobColumn, support
 
@@ -37,6 +39,29 @@ def divergence_rows(backend: ModuleType, student: Tensor, teacher: Tensor, objec
         backend.divergence_rows(student, teacher, objective, **out)
     else:
         support.divergence_rows(backend, student, teacher, objective, **out)
+
+
+def mix_rows(name: str, device: torch.device, mixture: Mixture) -> Callable | None:
+    """The backend's, where it has one that is right on this device for such mixtures."""
+    return getattr(module(name), "mix_rows", None) if mix_error(name, device, mixture.form) <= TOLERANCE else None
+
+
+@cache
+def mix_error(name: str, device: torch.device, form: Mixture) -> float:
+    """The largest error of the backend's target for a mixture of this form, as in `self_check`; infinite without."""
+    fused = getattr(module(name), "mix_rows", None)
+    if fused is None:
+        return math.inf
+    cuda = device.type == "cuda"
+    worst = 0.0
+    for rows in problems(torch.cuda.get_device_properties(device).multi_processor_count if cuda else None):
+        expected = rows.mixed(None, torch.device("cpu"), form, torch.float64)
+        try:
+            worst = max(worst, rows.error(rows.mixed(fused, device, form), expected))
+        except Exception as error:
+            logger.warning("opsd_kernels: backend %s cannot mix on %s (%s); torch does it", name, device, error)
+            return math.inf
+    return worst
 
 
 def known(name: Any) -> str:
@@ -122,6 +147,23 @@ class _Rows:
         divergence_rows(backend, student, teacher, objective, targets=targets, table=table, dz=dz, row_scale=scale)
         return [value.double().cpu() for value in (*logprobs, *table, dz_of_logprob, dz)]
 
+    def mixed(
+        self, fused: Callable | None, device: torch.device, form: Mixture, accumulate: torch.dtype = torch.float32
+    ) -> list[Tensor]:
+        """The logits of a target of this form, as `fused` or torch makes them."""
+        generator = torch.Generator().manual_seed(0)
+        given = [4 * torch.randn(self.tokens, self.vocab, generator=generator) for _ in form.parts]
+        given += [torch.rand(self.tokens, generator=generator) + 0.1 for _ in range(2)]
+        bias = torch.randn(self.vocab, generator=generator)
+        bias[3:7] = -math.inf
+        given = [tensor.to(device, accumulate) for tensor in given]
+        bias = bias.to(device, accumulate)
+        head = bias.unsqueeze(-1), bias
+        mixer = Mixer(form, given, lambda weight, bias: (weight, bias), head, fused)
+        buffers = given[0].new_full((1 + mixer.buffers, *given[0].shape), math.nan)
+        mixer.fill(buffers, lambda tensor: tensor, cast(Any, _Given()), 0.8)
+        return list(buffers[0].double().cpu())  # a table's, for there are infinities
+
     def error(self, got: list[Tensor], expected: list[Tensor]) -> float:
         """The largest difference: of a table's values, relative to the largest of their column or 1; of a gradient,
         relative to the largest of its row, and beyond its own rounding."""
@@ -139,6 +181,13 @@ class _Rows:
             difference = ((mine - want).abs() - rounding * want.abs()).clamp(min=0.0)
             worst = max(worst, float((difference / size).max()))
         return worst
+
+
+class _Given:
+    """In place of products with a head: their results."""
+
+    def project(self, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        out.copy_(x)
 
 
 def problems(processors: int | None) -> list[_Rows]:

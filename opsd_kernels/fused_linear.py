@@ -309,7 +309,9 @@ class _Sweep:
         self.weight, self.bias = self._head(inputs.weight, inputs.bias)
         self.mixer: Mixer | None = None
         if spec.mixture is not None:
-            self.mixer = Mixer(spec.mixture, inputs.mixed, self._head, (self.weight, self.bias))
+            mixture = spec.mixture.settled(self.bias is not None)
+            mix_rows = backends.mix_rows(self.backend, x.device, mixture)
+            self.mixer = Mixer(mixture, inputs.mixed, self._head, (self.weight, self.bias), mix_rows)
         self.second = self.mixer is not None or (teacher is not None and spec.kind == "divergence")
         self.shared = self.second and self.mixer is None and inputs.teacher_weight is None
         if self.second and self.mixer is None:
@@ -371,14 +373,14 @@ class _Sweep:
             width = max(support_width(k, element), width if in_torch else 0)
             row_bytes += math.ceil(self.across.widest / 8)  # Triton marks the support by a bit for each column
             in_torch = True
-        in_torch = in_torch or self.mixer is not None
+        in_torch = in_torch or (self.mixer is not None and self.mixer.mix_rows is None)
         # a collective for each block of a few rows would cost more than it saves
         temporaries = ("chunk" if spec.group else "block") if in_torch else "none"
         return plan_chunks(self.tokens, width, self.inputs.x.device, element, row_bytes, budget, temporaries)
 
     def _streams(self) -> int:
         """Rows of logits for a token: the student's, then the teacher's, then what a mixture needs."""
-        return (2 if self.second else 1) + (0 if self.spec.mixture is None else self.spec.mixture.buffers)
+        return (2 if self.second else 1) + (0 if self.mixer is None else self.mixer.buffers)
 
     def _own_dz(self) -> bool:
         """Whether dz has a buffer of its own; in the logits' dtype it takes the student logits' place."""
@@ -532,10 +534,10 @@ class _Sweep:
         n = chunk.stop - chunk.start
         x = gathered[0][:n].copy_(self._rows_of(self.inputs.x, chunk))
         if self.mixer is not None:
-            student, target, *scratch = (logits[i * n : (i + 1) * n] for i in range(self._streams()))
+            student, buffers = logits[:n], logits[n : self._streams() * n].unflatten(0, (-1, n))
             self.products.project(student, x, self.weight, self.bias)
             temperature = self.spec.objective.temperature
-            self.mixer.fill(target, scratch, lambda t: self._rows_of(t, chunk), self.products, temperature)
+            self.mixer.fill(buffers, lambda t: self._rows_of(t, chunk), self.products, temperature)
             return x
         if not self.second or self.inputs.teacher is None:
             self.products.project(logits[:n], x, self.weight, self.bias)

@@ -50,10 +50,30 @@ class Mixture(NamedTuple):
     smooth: bool = False
     centre: bool = False  # the residual less its mean over the vocabulary, before g
 
-    @property
-    def buffers(self) -> int:
-        """(n, V) buffers besides the target's own: a part's logits, and where there is a residual, its sum."""
+    def buffers(self, fused: bool) -> int:
+        """(n, V) buffers besides the target's own: fused, the other parts' logits, else a part's logits, and where
+        there is a residual, its sum."""
+        if fused:
+            return len(self.parts) - 1
         return 1 + any(part.role in ("residual", "difference") for part in self.parts)
+
+    def settled(self, bias: bool) -> Mixture:
+        """The parts in the order of ROLES; without a `bias` of the student's, none refers to it."""
+        parts = sorted(self.parts, key=lambda part: ROLES.index(part.role))
+        return self._replace(parts=tuple(p if bias or p.bias != -1 else p._replace(bias=-2) for p in parts))
+
+    @property
+    def form(self) -> Mixture:
+        """The same of other numbers and tensors, whatever they are: parts' products, factors and bias_factors of each
+        token are at places 0, 1, … of a list, the student's head and bias are everyone's."""
+        n, parts = len(self.parts), []
+        plain = any(part.role == "difference" for part in self.parts)  # has no factors
+        for i, part in enumerate(self.parts):
+            factor = 1.0 if plain else 0.7 if part.role == "arithmetic" or i % 2 == 0 else -0.3
+            factors, bias_factors = (n if part.factors >= 0 else -2), (n + 1 if part.bias_factors >= 0 else -2)
+            cap, bias = (None if part.softcap is None else 20.0), -2 if part.bias == -2 else -1
+            parts.append(Part(part.role, i, -1, bias, factor, factors, 0.9, bias_factors, 1.1, cap))
+        return Mixture(tuple(parts), 0.9, None if self.bound is None else 2.0, self.smooth, self.centre)
 
     @classmethod
     def decoded(cls, fields: Sequence | None) -> Mixture | None:
@@ -65,10 +85,21 @@ class Mixture(NamedTuple):
 
 
 class Mixer:
-    """Fills rows of target logits; `head` casts a head (V', H') and its bias to the columns and dtypes of a call."""
+    """Fills rows of target logits; `head` casts a head (V', H') and its bias to the columns and dtypes of a call.
 
-    def __init__(self, mixture: Mixture, tensors: Sequence[Tensor], head: Callable, own: tuple[Tensor, Tensor | None]):
-        self.mixture, self.tensors = mixture, tensors
+    mixture: settled. mix_rows: a backend's; without, torch adds part after part.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        tensors: Sequence[Tensor],
+        head: Callable,
+        own: tuple[Tensor, Tensor | None],
+        mix_rows: Callable | None = None,
+    ):
+        self.mixture, self.tensors, self.mix_rows = mixture, tensors, mix_rows
+        self.constants: Tensor | None = None
         made = {(-1, -1): own}
         for part in mixture.parts:
             key = (part.weight, part.bias)
@@ -76,6 +107,13 @@ class Mixer:
                 made[key] = head(own[0] if part.weight < 0 else tensors[part.weight], self._bias_of(part, own[1]))
         self.heads = made
         self.masks = any(bias is not None for _, bias in made.values())  # a bias of −inf: no such token
+        self.biases: Tensor | None = None
+        if mix_rows is not None and self.masks:
+            self.biases = own[0].new_zeros((len(mixture.parts), own[0].shape[0]), dtype=torch.float32)
+            for row, part in zip(self.biases, mixture.parts, strict=True):
+                bias = made[part.weight, part.bias][1]
+                if bias is not None:
+                    row.copy_(bias)
 
     def _bias_of(self, part: Part, own: Tensor | None) -> Tensor | None:
         return own if part.bias == -1 else None if part.bias < 0 else self.tensors[part.bias]
@@ -85,22 +123,32 @@ class Mixer:
         """Elements of the widest gathered input."""
         return max(self.tensors[part.hidden].shape[1] for part in self.mixture.parts)
 
-    def fill(
-        self, target: Tensor, scratch: Sequence[Tensor], rows_of: Callable, products: Products, temperature: float
-    ) -> None:
-        """target (n, V) = temperature·log target, up to a constant of each row.
+    @property
+    def buffers(self) -> int:
+        """As `Mixture.buffers`."""
+        return self.mixture.buffers(self.mix_rows is not None)
 
-        `rows_of` takes a chunk's rows of a tensor; `scratch` has `Mixture.buffers` tensors like `target`.
+    def fill(self, buffers: Tensor, rows_of: Callable, products: Products, temperature: float) -> None:
+        """buffers[0] (n, V) = temperature·log target, up to a constant of each row.
+
+        `rows_of` takes a chunk's rows of a tensor; `buffers` is (1 + `Mixer.buffers`, n, V).
         """
+        if self.mix_rows is not None:
+            for part, logits in zip(self.mixture.parts, buffers, strict=True):
+                self._project(part, logits, rows_of, products)
+            constants = self._constants(buffers.shape[1], rows_of)
+            self.mix_rows(buffers, self.mixture, temperature, constants=constants, biases=self.biases)
+            return
+        target, *scratch = buffers
         mixture, residual, blocks = self.mixture, scratch[-1], blocks_of(target, block_rows(target), HERE)
         begun: set[str] = set()  # the buffers that hold something
-        for part in sorted(mixture.parts, key=lambda part: ROLES.index(part.role)):
-            weight, bias = self.heads[part.weight, part.bias]
+        for part in mixture.parts:
+            _, bias = self.heads[part.weight, part.bias]
             name = "target" if part.role in ("linear", "arithmetic") else "residual"
             into, new = target if name == "target" else residual, name not in begun
             # the first term of a sum needs no buffer of its own
             logits = into if new and part.role != "difference" else scratch[0]
-            products.project(logits, rows_of(self.tensors[part.hidden]).to(weight.dtype), weight, None)
+            self._project(part, logits, rows_of, products)
             factor = self._factor(part.factor, part.factors, rows_of)
             bias_factor = self._factor(part.bias_factor, part.bias_factors, rows_of)
             transform = LogitTransform(part.logit_scale, part.softcap)
@@ -114,6 +162,29 @@ class Mixer:
                 self._add_residual(target[block], residual[block], fresh="target" not in begun)
         if temperature != 1.0:
             target *= temperature
+
+    def _project(self, part: Part, logits: Tensor, rows_of: Callable, products: Products) -> None:
+        weight, _ = self.heads[part.weight, part.bias]
+        products.project(logits, rows_of(self.tensors[part.hidden]).to(weight.dtype), weight, None)
+
+    def _constants(self, tokens: int, rows_of: Callable) -> Tensor:
+        """What `mix_rows` takes of that name. Numbers are filled in once: nothing is copied from the host."""
+        parts = self.mixture.parts
+        if self.constants is None or len(self.constants) < tokens:
+            self.constants = self.heads[-1, -1][0].new_empty((tokens, len(parts), 4), dtype=torch.float32)
+            for i, part in enumerate(parts):
+                transform = LogitTransform(part.logit_scale, part.softcap).inner_outer(part.temperature)
+                for j, number in enumerate((part.factor, part.bias_factor, *transform)):
+                    self.constants[:, i, j] = number
+        constants = self.constants[:tokens]
+        if all(place < 0 for part in parts for place in (part.factors, part.bias_factors)):
+            return constants
+        constants = constants.clone()
+        for i, part in enumerate(parts):
+            for j, place in enumerate((part.factors, part.bias_factors)):
+                if place >= 0:
+                    constants[:, i, j] *= rows_of(self.tensors[place])
+        return constants
 
     def _add(self, role: str, out: Tensor, target: Tensor, y: Tensor, factor: float | Tensor, *, new: bool) -> None:
         """A part's tempered logits y into the sum that it belongs to, of which they are the first term or not."""

@@ -53,6 +53,12 @@ class LogitTransform(NamedTuple):
     logit_scale: float = 1.0
     softcap: float | None = None
 
+    def inner_outer(self, temperature: float) -> tuple[float, float]:
+        """The factors inside and outside the tanh of z / temperature; without a cap, the one factor and an unused 1."""
+        if self.softcap is None:
+            return self.logit_scale / temperature, 1.0
+        return self.logit_scale / self.softcap, self.softcap / temperature
+
 
 _UNCHANGED = LogitTransform()
 

@@ -13,7 +13,12 @@
         What it leaves where exp(y − shift) overflows is not to be relied on.
 
 The last three are what `support.py`, the divergence on a top-k support, needs of a backend; `divergence_rows` itself is
-that of the whole vocabulary, with `objective.top_k` None.
+that of the whole vocabulary, with `objective.top_k` None. A backend may also have
+
+    mix_rows(parts, mixture, temperature, *, constants, biases)
+        a mixed target's logits, times `temperature`, over the first of `parts` (K, n, V): the products of
+        `mixture.parts`, those that are linear first. constants (n, K, 4): of each part its factor, its bias's, and
+        `LogitTransform.inner_outer`; biases (K, V), read where a part has one, or None.
 
 student, teacher, logits: (n, V) float32 or float64, the head's output before scale, cap and temperature; not modified
     unless dz is that very tensor.

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,12 @@ from .triton_careful import (
     tail_gradient_kernel,
 )
 from .triton_lean import lean_kernel
+from .triton_mix import KINDS, mix_kernel, mix_sums_kernel
+
+if TYPE_CHECKING:
+    from ..mixture import Mixture
+
+NO_TENSOR = -2  # in place of a part's bias
 
 
 @dataclass(frozen=True)
@@ -104,8 +110,12 @@ class Compilation:
 
 
 _POINTERS = dict.fromkeys(
-    ("student", "teacher", "logits", "table", "row_scale", "sweep", "sums", "log_sums", "shifts", "weights"), "*fp32"
-)
+    (
+        "student", "teacher", "logits", "table", "row_scale", "sweep", "sums", "log_sums", "shifts", "weights",
+        "parts", "biases", "constants",
+    ),
+    "*fp32",
+)  # fmt: skip
 _TYPES: dict[str, Any] = {
     **_POINTERS,
     "dz": "*bf16",
@@ -117,12 +127,14 @@ _TYPES: dict[str, Any] = {
     **{f"{name}_stride": "i32" for name in ("student", "teacher", "dz", "table", "token")},
     "transform": ("fp32",) * 6,
     "clips": ("fp32",) * 5,
-    "scale": "fp32",
+    **dict.fromkeys(("scale", "bound", "temperature"), "fp32"),
+    **dict.fromkeys(("part_stride", "row_stride"), "i32"),
     "mixture": ("fp32",) * 2,
     **dict.fromkeys(("y_series", "f_series"), ("fp32",) * 5),
     **dict.fromkeys(("token_clip", "slope", "grad_factor"), "fp32"),
 }
-_ALIGNED = (*_POINTERS, "dz", "targets", "absent", "stride", "student_stride", "teacher_stride", "dz_stride")
+_STRIDES = ("stride", *(f"{name}_stride" for name in ("student", "teacher", "dz", "part", "row")))
+_ALIGNED = (*_POINTERS, "dz", "targets", "absent", *_STRIDES)
 
 
 def _compilation(
@@ -166,7 +178,21 @@ def compilations(capability: int = 9) -> list[Compilation]:
         chosen = constants(objective, stats)
         return _compilation(name, divergence_kernel, plan, chosen, _limits(plan, chosen), **types)
 
+    def mix(name: str, linear: int, parts: int, kind: str, smooth: bool, bits: int = 0) -> list[Compilation]:
+        chosen = {"PARTS": parts, "LINEAR": linear, "KIND": KINDS.index(kind), "CAPS": bits, "BIASES": bits}
+        mixed = _compilation(f"mix: {name}", mix_kernel, WIDE, {**chosen, "SMOOTH": smooth})
+        sums = _compilation(f"mix: sums of {name}", mix_sums_kernel, WIDE, chosen)
+        return [mixed] if kind == "none" else [sums, mixed]
+
     return [
+        *mix("a power", 1, 1, "none", False),
+        *mix("a sum", 3, 3, "none", False, 0b111),
+        *mix("a centred residual", 1, 2, "centred", True),
+        *mix("a centred residual, capped", 2, 4, "centred", True, 0b1111),
+        *mix("a difference", 1, 2, "difference", False),
+        *mix("a residual", 1, 3, "residual", False),
+        *mix("probabilities", 0, 2, "arithmetic", False),
+        *mix("probabilities, capped", 0, 4, "arithmetic", False, 0b1111),
         lean("jsd", jsd),
         lean("jsd, narrow, loss only", jsd, NARROW, False, **loss_only),
         lean("jsd, loss only", jsd, WIDE, False),
@@ -216,7 +242,7 @@ class _Meaning:
         nats = factor if shared else 1.0
         beta, tau = objective.beta, objective.entry_clip
         return cls(
-            (*_inner_outer(s, temperature), *_inner_outer(t, temperature), nats, nats * math.log2(math.e)),
+            (*s.inner_outer(temperature), *t.inner_outer(temperature), nats, nats * math.log2(math.e)),
             (
                 beta,
                 1.0 - beta,
@@ -303,13 +329,6 @@ def _limits(plan: Configuration, constants: dict[str, Any]) -> dict[str, int]:
     if constants["CLIP"]:
         return {"maxnreg": REGISTERS_OF_CAPS} if constants["LINK"] != 0 else {}
     return {"maxnreg": REGISTERS} if constants["KIND"] != 2 else {}
-
-
-def _inner_outer(transform: LogitTransform, temperature: float) -> tuple[float, float]:
-    """The factors inside and outside a model's tanh; without a cap, the one factor and an unused 1."""
-    if transform.softcap is None:
-        return transform.logit_scale / temperature, 1.0
-    return transform.logit_scale / transform.softcap, transform.softcap / temperature
 
 
 def divergence_rows(
@@ -401,7 +420,7 @@ def logprob_rows(
         return
     logits = row_major(logits)
     plan = configuration(tokens, vocab, logits.device)
-    inner, outer = _inner_outer(transform, temperature)
+    inner, outer = transform.inner_outer(temperature)
     # without a cap u is the raw logit and the factor is in the exponent's constant alone
     nats = inner if transform.softcap is None else 1.0
     with _on(logits.device):
@@ -475,9 +494,47 @@ def tail_gradient_rows(
     with _on(logits.device):
         tail_gradient_kernel[(tokens, splits)](
             logits, dz, _vector(shift), _vector(weight), vocab, tiles, logits.stride(0), dz.stride(0),
-            _inner_outer(transform, temperature), transform.logit_scale / temperature,
+            transform.inner_outer(temperature), transform.logit_scale / temperature,
             CAP=transform.softcap is not None, BLOCK=plan.block, num_warps=plan.warps,
         )  # fmt: skip
+
+
+def mix_rows(parts: Tensor, mixture: Mixture, temperature: float, *, constants: Tensor, biases: Tensor | None) -> None:
+    """See the package's docstring; float32 logits."""
+    count, tokens, vocab = parts.shape
+    if parts.dtype != torch.float32 or (parts.stride(2) != 1 and vocab > 1):
+        raise ValueError(f"parts must be dense rows of float32, got {parts.dtype} with strides {parts.stride()}")
+    if tokens == 0:
+        return
+    plan, meaning = configuration(tokens, vocab, parts.device), _mix_constants(mixture)
+    tiles, splits = plan.parts(vocab)
+    sums = parts.new_empty(tokens, splits, count, 2)
+    given = parts, constants if biases is None else biases, constants, sums, vocab, tiles
+    strides, launch = parts.stride()[:2], {"BLOCK": plan.block, "num_warps": plan.warps}
+    with _on(parts.device):
+        if KINDS[meaning["KIND"]] != "none":
+            chosen = {name: value for name, value in meaning.items() if name != "SMOOTH"}
+            mix_sums_kernel[(tokens, splits)](*given, *strides, **chosen, **launch)
+        numbers = float(mixture.scale), float(mixture.bound or 1.0), float(temperature)
+        mix_kernel[(tokens, splits)](*given, splits, *strides, *numbers, **meaning, MAX=MAX_SPLITS, **launch)
+
+
+def _mix_constants(mixture: Mixture) -> dict[str, int]:
+    """The compile-time choices of the kernels that mix."""
+    roles = [part.role for part in mixture.parts]
+    last = "none" if roles[-1] == "linear" else "centred" if mixture.centre else roles[-1]
+
+    def bits(flags: list[bool]) -> int:
+        return sum(flag << i for i, flag in enumerate(flags))
+
+    return {
+        "PARTS": len(roles),
+        "LINEAR": roles.count("linear"),
+        "KIND": KINDS.index(last),
+        "SMOOTH": mixture.smooth,
+        "CAPS": bits([part.softcap is not None for part in mixture.parts]),
+        "BIASES": bits([part.bias != NO_TENSOR for part in mixture.parts]),
+    }
 
 
 def _bits(ids: Tensor, vocab: int) -> Tensor:

@@ -35,6 +35,7 @@ RUNS = [
     *((group, "test_triton.py") for group in GROUPS),
     ("triton", "test_support.py"),
     ("triton", "test_confident.py"),
+    ("triton", "test_mix.py"),
 ]
 
 
