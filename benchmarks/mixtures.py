@@ -106,7 +106,7 @@ def measure(device: torch.device, dtype: torch.dtype, size: tuple[int, int, int]
         bare = bare_products(student.hidden.detach(), weight, count)
         contenders: dict[str, Callable[[], None]] = {"fused": fused, "dense": in_full, "products": bare}
         if device.type == "cuda":  # elsewhere torch mixes anyway
-            contenders["torch_mixes"] = mock.patch.object(backends, "mix_rows", return_value=None)(fused)
+            contenders["torch_mixes"] = mock.patch.object(backends, "mix_rows", new=mock.Mock(return_value=None))(fused)
         gradients, peaks = {}, {}
         for key in contenders.keys() - {"products"}:
             workspace.release()
@@ -136,20 +136,24 @@ def measure(device: torch.device, dtype: torch.dtype, size: tuple[int, int, int]
     return {"machine": machine(device), "size": size, "dtype": str(dtype)[6:], **own, "targets": found}
 
 
-def table(stored: dict[str, Any]) -> str:
+def table(stored: dict[str, Any], on: str) -> str:
+    """In Markdown; `on` is the machine."""
     tokens, hidden, vocab = stored["size"]
+    by_torch = "torch_over_fused" in next(iter(stored["targets"].values()))
+    more = (" target's rows by torch over fused, time |", "---|") if by_torch else ("", "")
     lines = [
-        f"{tokens} tokens, hidden size {hidden}, vocabulary {vocab:,}, float32, frozen head, forward and backward; "
-        f"{stored['machine']['threads']} thread(s) of {stored['machine']['processor']}, {stored['machine']['date']}:",
+        f"{tokens:,} tokens, hidden size {hidden:,}, vocabulary {vocab:,}, {stored['dtype']}, frozen head, forward and "
+        f"backward; {on}:",
         "",
-        "| target | products | time over its own bare products | dense over fused, time | peak, fused | peak, dense |",
-        "|---|---|---|---|---|---|",
+        "| target | products | time over its own bare products | dense over fused, time | peak, fused | peak, dense |"
+        + more[0],
+        f"|---|---|---|---|---|---|{more[1]}",
     ]
     for name, record in stored["targets"].items():
         fused, dense_peak = (record["peak_bytes"][key] / 2**20 for key in ("fused", "dense"))
         lines.append(
             f"| {name} | {record['products']} | {record['over_products']:.2f} | {record['dense_over_fused']:.2f} | "
-            f"{fused:.0f} MiB | {dense_peak:.0f} MiB |"
+            f"{fused:,.0f} MiB | {dense_peak:,.0f} MiB |" + (f" {record['torch_over_fused']:.2f} |" if by_torch else "")
         )
     return "\n".join(lines)
 
@@ -160,7 +164,9 @@ def main() -> None:
     if not parser.parse_args().table:
         torch.set_num_threads(1)
         write_json(DATA, measure(CPU, torch.float32, SIZE))
-    replace_section("mixtures", table(json.loads(DATA.read_text(encoding="utf-8"))))
+    stored = json.loads(DATA.read_text(encoding="utf-8"))
+    on = stored["machine"]
+    replace_section("mixtures", table(stored, f"{on['threads']} thread(s) of {on['processor']}, {on['date']}"))
 
 
 if __name__ == "__main__":

@@ -95,6 +95,9 @@ def tables(data: dict[str, Any]) -> dict[str, str]:
     if cells := of_step(data, "step"):
         both = [step.table(cells, of_step(data, "longest")), step.phases_table(cells), where(data, ["step", "longest"])]
         made["step-gpu"] = "\n\n".join(both)
+    for cell in of_step(data, "mixtures"):
+        on = data["machines"][cell["machine"]]
+        made["mixtures-gpu"] = mixtures.table(cell, f"{on['gpu']}, {on['date']}")
     if cells := of_step(data, "rollouts"):
         made["rollouts-gpu"] = f"{rollouts.table(cells)}\n\n{where(data, ['rollouts'])}"
     return made
