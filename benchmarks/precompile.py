@@ -29,7 +29,7 @@ import torch
 import opsd_kernels
 from benchmarks.cells import PROJECT, Unavailable
 from benchmarks.runner import Report, described, fail_if_told
-from opsd_kernels import backends, native
+from opsd_kernels import Stream, Target, backends, divergence, native
 from opsd_kernels.objective import LogitTransform, Objective
 from opsd_kernels.packing import pack_dual_context, triton_attention
 from opsd_kernels.rows import Column, triton_backend
@@ -150,6 +150,7 @@ def recording(capability: tuple[int, int]) -> Iterator[dict[Any, Launch]]:
             mock.patch.object(triton_attention, "tilings", tilings),
             mock.patch.object(triton_attention, "available", there),
             mock.patch.object(backends, "unfit", mock.Mock(return_value="")),
+            mock.patch.object(backends, "mix_error", mock.Mock(return_value=0.0)),
         ):
             yield found
     finally:
@@ -160,7 +161,7 @@ def launches(capability: tuple[int, int]) -> tuple[list[Launch], dict[str, dict[
     """All of them, the row pass's of the benchmarks first, and which calls could not be made: {"failed": why} each."""
     failed = {}
     with recording(capability) as found:
-        for make in (_losses, _rows, _self_check, _logprobs, _attention):
+        for make in (_losses, _mixtures, _rows, _self_check, _logprobs, _attention):
             try:
                 make()
             except Exception as error:  # the others' kernels are worth having
@@ -179,13 +180,30 @@ def _losses() -> None:
             opsd_kernels.jsd_loss(x, x.detach(), weight, beta=beta, backend="triton", workspace_bytes=budget, **options)
 
 
+def _mixtures() -> None:
+    """What tests/gpu/test_streams_gpu.py runs, and the benchmark of mixtures."""
+    for dtype, vocab, tokens in itertools.product((torch.float32, torch.bfloat16), WIDTHS, (40, WHOLE)):
+        weight = torch.zeros(vocab, 8, dtype=dtype)
+        student, teacher, other, base = (Stream(torch.zeros(tokens, 8, dtype=dtype), weight) for _ in range(4))
+        student.hidden.requires_grad_()
+        residual: dict[str, Any] = {"linear": [(1, base)], "residual": [(1, teacher), (-1, other)]}
+        for target in (
+            Target(linear=[(1, teacher)]),
+            Target(linear=[(1.8, teacher), (-0.8, other)]),
+            Target(**residual, clip=0.8, scale=0.6),
+            Target(**{**residual, "linear": [(1, other)]}, clip=5.0, scale=0.6),
+            Target(**residual, tanh=1.5, centre=True),
+            Target(arithmetic=[(0.3, teacher), (0.7, other)]),
+        ):
+            for beta in (0.0, 0.5, 1.0):
+                divergence(student, target, beta=beta, backend="triton")
+
+
 def _rows() -> None:
     """What tests/gpu/test_triton_gpu.py runs."""
     unaligned = WIDTHS[0]
 
-    def divergence(
-        beta: float, tokens: int, vocab: int, options: dict[str, Any], *dtypes: Any, scale: Any = None
-    ) -> None:
+    def launch(beta: float, tokens: int, vocab: int, options: dict[str, Any], *dtypes: Any, scale: Any = None) -> None:
         student, teacher, table = (
             torch.zeros(tokens, vocab),
             torch.zeros(tokens, vocab),
@@ -201,12 +219,12 @@ def _rows() -> None:
     single, halves = torch.float32, (torch.bfloat16, torch.float16)
     for beta in (0.5, 0.0, 1.0):
         for vocab, tokens, options in itertools.product(WIDTHS, (3, WHOLE), PLAIN):
-            divergence(beta, tokens, vocab, options, single, *halves)
+            launch(beta, tokens, vocab, options, single, *halves)
         for vocab, options in itertools.product(WIDTHS, PLAIN):
-            divergence(beta, 32, vocab, options, single)
+            launch(beta, 32, vocab, options, single)
         for tokens, options in itertools.product((*SPLIT, WHOLE), OPTIONS):
-            divergence(beta, tokens, unaligned, options, single)
-        divergence(beta, 5, unaligned, {}, single, scale=torch.ones(5))
+            launch(beta, tokens, unaligned, options, single)
+        launch(beta, 5, unaligned, {}, single, scale=torch.ones(5))
 
 
 def _self_check() -> None:

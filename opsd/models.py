@@ -260,7 +260,7 @@ def save_model(model: nn.Module, tokenizer: Any, ends: Sequence[int], directory:
     lm = causal_lm(model)
     try:
         lm.generation_config.validate(strict=True)
-    except ValueError:
+    except Exception:  # a ValueError, or whatever an entry of another type makes of a comparison
         # Some published models carry generation settings that load and then refuse to be saved.
         lm.generation_config = GenerationConfig(
             eos_token_id=list(ends) or None, pad_token_id=pad_id(lm, tokenizer, ends)
