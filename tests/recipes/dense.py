@@ -277,7 +277,8 @@ def anti_sd(s, t, y, seq, advantage, *, sigma, median, highest=3.0):
     w = advantage.clone()
     for one in seq.unique():
         rows = seq == one
-        z = (shape[rows] - shape[rows].mean()) / shape[rows].std(correction=0)
+        z = shape[rows] - shape[rows].mean()
+        z = z / z.square().mean().sqrt() if z.abs().max() > 1e-12 else 0 * z  # where the clip has made all the same
         perplexity = math.exp(-at(t, y)[rows].mean())
         lam = min(max(0.1 * 2 * math.log(perplexity / (0.93 * median)), 0.0), 0.5) if perplexity <= highest else 0.0
         w[rows] += lam * z.clamp(-5, 5)
