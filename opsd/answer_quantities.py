@@ -18,12 +18,12 @@ NUMBER = re.compile(
 )
 WRAPPED = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|mathrm|mathbf|mathit|mbox|operatorname) ?\{([^{}]*)\}")
 FACTOR = (
-    r" ?(/|per |\\cdot |\*)? ?(square |sq |cubic )?(° ?[CF]?(?![A-Za-z])|[A-Za-z]+|[%€£¥₹]|\\\$)"
+    r" ?(/|per |\\cdot |\*)? ?(square |sq |cubic )?(° ?[CF]?(?![A-Za-z])|[A-Za-z]+|[%€£¥₹]|\\\$|''?)"
     r"\.?(?: ?\^ ?\{? ?(-?\d) ?\}?)? ?"
 )
 TAIL = re.compile(rf"{WRAPPED.pattern}|[°%]| (?=[A-Za-z]{{2}})")
 ALIASES = {"%": "percent", "°": "degree", "deg": "degree", "\\$": "dollar", "min": "minute", "sec": "second",
-           "hr": "hour", "lb": "pound", "in": "inch"}  # fmt: skip
+           "hr": "hour", "lb": "pound", "in": "inch", "'": "prime", "''": "double prime"}  # fmt: skip
 MULTIPLES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 

@@ -45,8 +45,12 @@ def _writes_alone(engine: GenerateEngine, lm: Any, longest: int) -> str | None:
 
 
 def writing_note(engine: GenerateEngine) -> list[str]:
-    """The line that says why prompts are continued one at a time, if they are."""
-    return [f"writing: one prompt at a time, since {engine.alone}"] if engine.alone else []
+    """Lines that say why prompts are continued one at a time, if they are, and which ids are never written."""
+    alone = [f"writing: one prompt at a time, since {engine.alone}"] if engine.alone else []
+    if not engine.holes:
+        return alone
+    count, first = len(engine.holes), engine.holes[0]
+    return [*alone, f"vocabulary: {count} ids, {first} first, have no token: never written, but in the loss's softmax"]
 
 
 def choose_scoring(

@@ -242,6 +242,12 @@ PAIRS = [
     ("45°", r"45^\circ", True),
     ("45°", "45", True),
     ("45°", r"\frac{\pi}{4}", False),
+    ("45°", "45'", False),
+    ("45'", r"45^{\prime}", True),
+    ("45'", "45''", False),
+    (r"30^\prime", "30", True),
+    ("30°45'", r"30^\circ 45'", True),
+    ("30°45'", r"30^\circ 15'", False),
     (r"\frac{\pi}{4}", "45", False),
     (r"\frac{\pi}{4}", r"\pi/4", True),
     # the empty set

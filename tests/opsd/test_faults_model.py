@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from opsd.batching import writing_note
 from opsd.cli import main, parse_overrides
 from opsd.config import load_config
 from opsd.data import Row
@@ -259,6 +260,9 @@ def test_ids_between_tokens_that_have_none_are_never_written(temperature):
         model.lm_head.bias = torch.nn.Parameter(torch.zeros(131).index_fill(0, torch.arange(60, 70), 20.0))
     engine = GenerateEngine.of(model, gapped, ModelConfig())
     assert engine.holes == tuple(range(60, 70))
+    assert writing_note(engine) == [
+        "vocabulary: 10 ids, 60 first, have no token: never written, but in the loss's softmax"
+    ]
     written = engine.write(model, [[5, 6], [7]], Sampling(8, temperature), [0, 1], 2)
     assert all(not 60 <= i < 70 for rollout in written for i in rollout.ids)
     assert GenerateEngine.of(build(), words(), ModelConfig()).holes == ()
