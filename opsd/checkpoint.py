@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from opsd import distributed
 from opsd.errors import CheckpointError
 from opsd.files import remove_unfinished, replace_directory
 
@@ -158,7 +159,7 @@ def load_trained_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None
             raise ValueError(f"{name} has shape {shapes[0]} in the model and {shapes[1]} in the checkpoint")
     with torch.no_grad():
         for name, value in own.items():
-            value.copy_(state[name])
+            value.copy_(distributed.like(state[name], value))
 
 
 def _digest(path: Path) -> dict[str, Any]:

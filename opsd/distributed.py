@@ -1,13 +1,15 @@
-"""Several processes on one run, each with the whole model, as torchrun and `accelerate launch` start them.
+"""Several processes on one run, as torchrun and `accelerate launch` start them.
 
 Every process goes through the whole loop. Rollouts and micro-batches are divided among them; rollouts, statistics and
 gradients are put together again, so that all take the same step with the same weights. The first one writes and prints.
+The model is whole in each of them, or divided too (`opsd.sharding`).
 Alone, a process finds here that it is the only one, and nothing is sent.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,7 +17,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
 
 from opsd.errors import ConfigError, RunError, one_line
 from opsd.rollouts import derive_seed
@@ -93,7 +97,7 @@ def gathered(value: T) -> list[T]:
     """
     if size() == 1:
         return [value]
-    with _together():
+    with told(""):
         dist.monitored_barrier(_group, _timeout, wait_all_ranks=rank() == 0)
         found: list[Any] = [None] * size()
         dist.all_gather_object(found, value, group=_group)
@@ -131,7 +135,7 @@ def sum_gradients(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             kinds.setdefault(parameter.dtype, []).append(parameter)
-    with _together():
+    with told(""):
         for parameters in kinds.values():
             for some in _buckets(parameters):
                 for p in some:
@@ -154,6 +158,47 @@ def _buckets(parameters: Iterable[nn.Parameter], most: int = 2**25) -> Iterator[
         yield some
 
 
+def full(tensor: Tensor) -> Tensor:
+    """`tensor`, whole and without a gradient. To be called by all processes."""
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor
+
+
+def to_first(state: Any) -> Any:
+    """`state` with its divided tensors whole and on the CPU in the first process, and None in the others."""
+    if size() == 1:
+        return state
+    known: dict[int, Any] = {}  # names of one tensor stay so
+
+    def one(value: Any) -> Any:
+        if not isinstance(value, DTensor):
+            return value
+        at = value.to_local().data_ptr()
+        if at not in known:
+            gathered = full(value)
+            known[at] = gathered.cpu() if rank() == 0 else None
+        return known[at]
+
+    return tree_map(one, state)
+
+
+def like(value: Tensor, own: Tensor) -> Tensor:
+    """`value`, whole in all processes, divided as `own` is; as it is where `own` is whole or has another shape."""
+    if not isinstance(own, DTensor) or value.shape != own.shape:
+        return value
+    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """The `state` of an optimiser of whole tensors, for one whose parameters may be divided."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def of(number: int, values: dict[str, Any]) -> dict[str, Any]:
+        own = parameters[number]
+        return {name: like(value, own) if isinstance(value, Tensor) else value for name, value in values.items()}
+
+    return {**state, "state": {number: of(number, values) for number, values in state["state"].items()}}
+
+
 def check_same(described: Mapping[str, Any]) -> None:
     """That all processes were given the same.
 
@@ -168,11 +213,13 @@ def check_same(described: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _together() -> Iterator[None]:
-    """Around what is sent: an error of it as one that says who is missing."""
+def told(sign: str = r"gloo|NCCL|ProcessGroup|Connection (?:closed|reset) by peer") -> Iterator[None]:
+    """Around what sends somewhere within: an error of it, which has `sign`, as one that says who is missing."""
     try:
         yield
     except RuntimeError as error:  # of gloo; that of NCCL is derived from it
+        if size() == 1 or not re.search(sign, str(error)):
+            raise
         raise RunError(
             f"process {rank()} of {size()} goes on no further, since another has ended, or did not answer in "
             f"run.process_minutes: {one_line(error)}"

@@ -114,7 +114,7 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.optim.max_grad_norm or math.inf)
+        norm = distributed.full(nn.utils.clip_grad_norm_(parameters, self.config.optim.max_grad_norm or math.inf))
         values = host_values({"loss": result.loss, "grad_norm": norm, **result.metrics, **extra})
         for name, what in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
             if not math.isfinite(values[name]):
@@ -212,7 +212,7 @@ class Loop:
         path, state = found
         try:
             checkpoint.load_trained_state(self.run.model, state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(distributed.optimizer_state(self.optimizer, state["optimizer"]))
             self.run.teacher.load_state_dict(state["teacher"])
             self.progress = Progress(**state["progress"])
             self.watch.load_state_dict(state["watch"])

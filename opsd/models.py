@@ -255,8 +255,11 @@ def autocast(options: ModelConfig, device: torch.device) -> AbstractContextManag
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def save_model(model: nn.Module, tokenizer: Any, ends: Sequence[int], directory: Path) -> None:
-    """Writes the model, or its adapter, and the tokenizer to `directory`, for `from_pretrained`."""
+def save_model(
+    model: nn.Module, tokenizer: Any, ends: Sequence[int], directory: Path, state: dict[str, Any] | None = None
+) -> None:
+    """Writes the model, or its adapter, and the tokenizer to `directory`, for `from_pretrained`; `state` is in place of
+    the model's own."""
     lm = causal_lm(model)
     try:
         lm.generation_config.validate(strict=True)
@@ -265,7 +268,7 @@ def save_model(model: nn.Module, tokenizer: Any, ends: Sequence[int], directory:
         lm.generation_config = GenerationConfig(
             eos_token_id=list(ends) or None, pad_token_id=pad_id(lm, tokenizer, ends)
         )
-    model.save_pretrained(directory)  # type: ignore[operator]
+    model.save_pretrained(directory, state_dict=state)  # type: ignore[operator]
     tokenizer.save_pretrained(directory)
 
 

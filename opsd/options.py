@@ -295,6 +295,7 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda if there is one")
     threads: int | None = option(None, "of the CPU; none: torch's choice, too many on a shared machine", ge=1, le=1024)
     process_minutes: float = option(30, "how long one of several processes waits for another", gt=0, le=10_000)
+    shard: bool = option(True, "several processes that train the whole model divide it among them (FSDP2)")
     log_every: int = option(1, "steps between printed lines; every step is in metrics.jsonl", ge=1)
     sample_every: int = option(10, "steps between rollouts written to samples.jsonl; 0: off", ge=0)
     save: bool = option(True, "save the trained model, or the adapter, in <dir>/model")

@@ -42,6 +42,7 @@ class Run:
     alone: bool = False  #: each rollout is scored by itself, since the model's batches are not its single passes
     reward: Scorer | None = None  #: of rollouts, where the recipe needs it
     prompter: Prompter | None = None  #: where a context reads what is known in the step alone
+    sharded: bool = False  #: the processes divide the weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,7 @@ class MicroBatch(TokenBatch):
 
     examples: Sequence[Example]
     rollouts: Sequence[Rollout]
+    repeated: bool = False  #: another process counts it; here it keeps pace, as all must where they divide the weights
 
 
 @dataclass

@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from opsd import checkpoint
+from opsd import checkpoint, distributed
 from opsd.errors import CheckpointError, ConfigError, WriteError, config_error
 from opsd.files import UNFINISHED, append_json, remove_unfinished, replace_directory, replace_file, rewind_json
 from opsd.models import progress_bars, save_model
@@ -49,14 +49,16 @@ class RunDir:
 
     def save_model(self, run: Run, name: str) -> None:
         """The model, or its adapter, and the tokenizer, for `from_pretrained`."""
+        state = distributed.to_first(run.model.state_dict()) if run.sharded else None
         with self._writing(), progress_bars(False):  # they would break into the display's
             ends = run.engine.end_ids
-            replace_directory(self.path / name, lambda fresh: save_model(run.model, run.tokenizer, ends, fresh))
+            replace_directory(self.path / name, lambda fresh: save_model(run.model, run.tokenizer, ends, fresh, state))
 
     def save_checkpoint(self, step: int, state: dict[str, Any], *, keep: int) -> None:
         """`state` as the checkpoint of `step`; of those before it `keep` stay, itself included."""
+        whole = distributed.to_first(state)
         with self._writing():
-            checkpoint.save_checkpoint(self.checkpoints, step, state, run_id=self.run_id, keep=keep)
+            checkpoint.save_checkpoint(self.checkpoints, step, whole, run_id=self.run_id, keep=keep)
         self.saved_step = step
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
@@ -101,9 +103,11 @@ class ReadOnly(RunDir):
         pass
 
     def save_model(self, run: Run, name: str) -> None:
-        pass
+        if run.sharded:
+            distributed.to_first(run.model.state_dict())
 
     def save_checkpoint(self, step: int, state: dict[str, Any], *, keep: int) -> None:
+        distributed.to_first(state)
         self.saved_step = step
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:

@@ -44,10 +44,13 @@ def opsd_step(run: Run, examples: Sequence[Example], number: int) -> StepResult:
             if totals.overlap is None:  # on the first micro-batch only
                 totals.overlap = top_k_overlap(student, teachers["teacher"])
         with clock("backward"):
-            loss.backward()
-        totals.add(loss, stats)
+            # Divided weights get the mean of the processes' gradients, where the sum is wanted.
+            (loss * (0 if batch.repeated else distributed.size() if run.sharded else 1)).backward()
+        if not batch.repeated:
+            totals.add(loss, stats)
     totals.add_other_processes()
-    distributed.sum_gradients(run.model)
+    if not run.sharded:
+        distributed.sum_gradients(run.model)
     metrics = totals.metrics(examples, rollouts)
     if rewards is not None:
         metrics["reward"] = sum(rewards.rewards) / len(rollouts)
@@ -111,7 +114,10 @@ def micro_batches(
     size, together = 1 if run.alone else run.config.optim.micro_batch_size, each if run.packed else 1
     if not getattr(run.recipe, "batch_wide", False):
         size = min(size, -(-len(rollouts) // distributed.size()))  # something to do for every process
-    for chosen in distributed.own(group_rollouts([len(rollout.ids) for rollout in rollouts], size, together)):
+    groups = group_rollouts([len(rollout.ids) for rollout in rollouts], size, together)
+    mine = distributed.own(groups)
+    idle = -(-len(groups) // distributed.size()) - len(mine) if run.sharded else 0
+    for chosen, repeated in [*((group, False) for group in mine), *[(groups[-1], True)] * idle]:
         written = [rollouts[i] for i in chosen]
         targets, sequences = rollout_index([rollout.ids for rollout in written], run.device)
         known = all(rollout.logprobs is not None for rollout in written)
@@ -137,6 +143,7 @@ def micro_batches(
             **known_of,
             examples=own,
             rollouts=written,
+            repeated=repeated,
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opsd import distributed
 from opsd.config import Config
 from opsd.errors import ConfigError
 from opsd.models import body, is_adapted, load_tokenizer, load_trained
@@ -22,7 +23,7 @@ from opsd_kernels import lm_head_of
 from opsd_kernels.probe import evaluating
 
 
-class _ModelTeacher:
+class ModelTeacher:
     """Scores with `model`; the source "base" switches its adapters off, which makes it what it was before training."""
 
     def __init__(self, model: nn.Module, source: str | nn.Module):
@@ -45,6 +46,9 @@ class _ModelTeacher:
     def update(self, step: int) -> None:
         pass
 
+    def follow(self, student: nn.Module) -> None:
+        """Takes up the parameters of `student` and its own anew."""
+
     def state_dict(self) -> dict[str, Tensor]:
         return {}
 
@@ -53,14 +57,17 @@ class _ModelTeacher:
             raise ValueError(f"this teacher keeps nothing, got {len(state)} tensors")
 
 
-class _AverageTeacher(_ModelTeacher):
+class _AverageTeacher(ModelTeacher):
     """A second copy of what is trained, and of nothing else, that follows the student as a moving average."""
 
     def __init__(self, student: nn.Module, decay: float, every: int):
         copied = _frozen_copy(student)
         super().__init__(copied, copied)
         self.decay, self.every = decay, every
-        mine = dict(copied.named_parameters())
+        self.follow(student)
+
+    def follow(self, student: nn.Module) -> None:
+        mine = dict(self.model.named_parameters())
         self.pairs = {n: (mine[n], p) for n, p in student.named_parameters() if p.requires_grad}
         # An update is about (1 - decay) of a step of the optimiser: 16-bit weights would round it away.
         self.exact = {n: t.detach().float() for n, (t, _) in self.pairs.items() if t.element_size() < 4}
@@ -86,8 +93,8 @@ class _AverageTeacher(_ModelTeacher):
             )
         for name, (teacher, _) in self.pairs.items():
             if name in self.exact:
-                self.exact[name].copy_(state[name])
-            teacher.copy_(state[name])
+                self.exact[name].copy_(distributed.like(state[name], teacher))
+            teacher.copy_(distributed.like(state[name], teacher))
 
 
 def make_teacher(config: Config, model: nn.Module, tokenizer: Any) -> Teacher:
@@ -102,7 +109,7 @@ def make_teacher(config: Config, model: nn.Module, tokenizer: Any) -> Teacher:
     """
     options = config.teacher
     if options.kind == "live":
-        return _ModelTeacher(model, "live")
+        return ModelTeacher(model, "live")
     if options.kind == "ema":
         return _AverageTeacher(model, options.ema_decay, options.ema_every)
     if options.kind == "model":
@@ -112,9 +119,9 @@ def make_teacher(config: Config, model: nn.Module, tokenizer: Any) -> Teacher:
         head = without_padding(lm_head_of(model), tokenizer)
         return kind(config, head, tokenizer, next(model.parameters()).device)
     if is_adapted(model):
-        return _ModelTeacher(model, "base")
+        return ModelTeacher(model, "base")
     frozen = _frozen_copy(model)
-    return _ModelTeacher(frozen, frozen)
+    return ModelTeacher(frozen, frozen)
 
 
 def _frozen_copy(model: nn.Module) -> nn.Module:
@@ -133,7 +140,7 @@ def _other_model(options: ModelConfig, path: str | None, model: nn.Module, token
             f"{_first_difference(theirs, ours)}"
         )
     other = load_trained(options, path, next(model.parameters()).device, "teacher.path")
-    teacher = _ModelTeacher(other.eval().requires_grad_(False), other)
+    teacher = ModelTeacher(other.eval().requires_grad_(False), other)
     # Published sizes of one family pad the vocabulary differently.
     rows, wanted = teacher.head.weight.shape[0], lm_head_of(model).weight.shape[0]
     if rows < wanted:

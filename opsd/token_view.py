@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opsd import distributed
 from opsd.models import autocast
 from opsd.prompts import Example
 from opsd.rollouts import Rollout
@@ -75,8 +76,8 @@ def _projection(run: Run, head: Head, vocab: int) -> Callable[[Tensor], Tensor]:
     """From (rows, H) hidden states to (rows, vocab) float64 log-probabilities, projected in the types of the loss."""
     compute = torch.bfloat16 if run.config.model.autocast == "bfloat16" else head.weight.dtype
     wide = accumulation_dtype(compute)
-    weight = head.weight[:vocab].to(compute)  # converted once, if at all
-    bias = None if head.bias is None else head.bias[:vocab].to(wide)
+    weight = distributed.full(head.weight)[:vocab].to(compute)  # converted once, if at all
+    bias = None if head.bias is None else distributed.full(head.bias)[:vocab].to(wide)
     products = Products("torch", weight.device, compute, budget=0)
     transform = LogitTransform(head.logit_scale, None if head.softcap == math.inf else head.softcap)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,9 @@ from opsd.run_dir import (
     read_description,
     write_json,
 )
-from opsd.setup import absolute_paths, embedded, introduce, set_up
+from opsd.setup import Setup, absolute_paths, embedded, introduce, set_up
+from opsd.sharding import reread, shard
+from opsd.teachers import ModelTeacher
 from opsd.trackers import check_trackers, make_trackers
 
 MEASURE = {f"eval.{name}" for name in EvalConfig.model_fields} - {
@@ -103,7 +105,8 @@ def train(
         distributed.of_first(partial(make_repository, options))
         for note in hub_notes(config.model.path, config.teacher.path):
             display.note(note)
-        setup = set_up(config, Parts(rollouts, teacher, loss, evaluate, step))
+        parts = Parts(rollouts, teacher, loss, evaluate, step)
+        setup = set_up(config, parts)
         described = describe(setup)
         distributed.check_same(described["identity"])
 
@@ -116,7 +119,7 @@ def train(
                 _describe_run(made, config, described)
             return made, described["id"]
 
-        return _run(Loop(setup, _run_dir(*distributed.of_first(begin)), display), callbacks)
+        return _run(_loop(setup, parts, _run_dir(*distributed.of_first(begin)), display), callbacks)
 
 
 def resume(
@@ -169,14 +172,40 @@ def resume(
         check_trackers(config.run.trackers)
         distributed.of_first(partial(make_repository, config.run))
         began_at = datetime.fromisoformat(described["created"])
-        setup = set_up(config, Parts(rollouts, teacher, loss, evaluate, step), began_at)
+        parts = Parts(rollouts, teacher, loss, evaluate, step)
+        setup = set_up(config, parts, began_at)
         digests = digest_inputs(setup)  # of the initial weights
         same_rows = "eval.max_problems" not in changed
         setup.warnings.extend(check_identity(digests, described, setup.run.device, same_evaluation=same_rows))
-        loop = Loop(setup, _run_dir(run_dir, described["id"]), display)
+        loop = _loop(setup, parts, _run_dir(run_dir, described["id"]), display)
         loop.restore(same_measure=not changed & MEASURE)
         distributed.of_first(lambda: _describe_run(run_dir, config, {**described, "identity": digests}))
         return _run(loop, callbacks, resumed=True)
+
+
+def _loop(setup: Setup, parts: Parts, run_dir: RunDir, display: Display) -> Loop:
+    """The loop around `setup`, whose weights several processes divide where they train all of them.
+
+    A teacher that is a copy of the model is divided like it; another model is whole in each process.
+    """
+    run, count, own = setup.run, distributed.size(), [name for name, part in vars(parts).items() if part is not None]
+    if count == 1 or run.config.lora.enabled:
+        return Loop(setup, run_dir, display)
+    if own or not run.config.run.shard:
+        setup.notes.append(f"weights: whole in each process, {f'since {own[0]} is your own' if own else 'as asked'}")
+        return Loop(setup, run_dir, display)
+    shard(run.model)
+    teacher, model = run.teacher, run.model
+    if isinstance(teacher, ModelTeacher) and teacher.model is not model and run.config.teacher.kind != "model":
+        model = teacher.model
+        shard(model)
+        teacher.follow(run.model)
+    if run.config.teacher.kind != "model":
+        teacher.head = reread(teacher.head, model)
+    shares = f"divided among {count} processes, with their gradients and the optimiser's state"
+    setup.notes.append(f"weights: {shares}; each context in a pass of its own")
+    run = replace(run, head=reread(run.head, run.model), sharded=True)
+    return Loop(replace(setup, run=run), run_dir, display)
 
 
 def _run_dir(path: Path, run_id: str) -> RunDir:
@@ -212,7 +241,7 @@ def _run(loop: Loop, callbacks: tuple[Callback, ...], *, resumed: bool = False) 
     )
     loop.observers.extend([trackers, Callbacks(callbacks, loop.run)])
     try:
-        with trackers:
+        with trackers, distributed.told():
             summary = loop.run_to_end()
     except ConfigError as error:  # of a scorer, say; the run could start
         raise RunError(f"{error}; {run_dir.what_is_safe()}") from error

@@ -82,10 +82,15 @@ def tolerance(dtype: torch.dtype) -> float:
     return 1e-4 if torch.get_float32_matmul_precision() == "highest" else 4e-3
 
 
+def _class(module: nn.Module) -> type:
+    """Of `module`, also where `fully_shard` has made a class of its own of it, which computes the same."""
+    return next(c for c in type(module).__mro__ if not c.__name__.startswith("FSDP"))
+
+
 def settings(model: Any) -> tuple[Any, ...]:
     """What a trial's result depends on beside the values of the weights, to tell whether it still holds."""
     config = model.config.get_text_config()
     plain = tuple((k, v) for k, v in sorted(vars(config).items()) if isinstance(v, (int, float, bool, str, type(None))))
-    modules = tuple((type(m), "forward" in vars(m)) for m in model.modules())
+    modules = tuple((_class(m), "forward" in vars(m)) for m in model.modules())
     weight: Tensor = model.get_input_embeddings().weight
     return plain, modules, type(model).forward, weight.dtype, weight.device

@@ -26,6 +26,7 @@ from opsd.options import ModelConfig
 from opsd.prompts import Example
 from opsd.rollouts import Rollout, Sampling, derive_seed, first_end
 from opsd.run import Run
+from opsd.sharding import whole
 from opsd.vocabulary import end_ids, holes, pad_id, token_columns
 from opsd_kernels.probe import evaluating
 
@@ -113,7 +114,10 @@ class GenerateEngine:
         batch = 1 if self.alone else batch
         order = distributed.own(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
         rollouts: dict[int, Rollout] = {}
-        with autocast(self.options, lm.device), _no_generation_config(lm), evaluating(model), torch.no_grad():
+        with (
+            whole(model), autocast(self.options, lm.device), _no_generation_config(lm), evaluating(model),
+            torch.no_grad(),
+        ):  # fmt: skip
             for start in range(0, len(order), batch):
                 chosen = order[start : start + batch]
                 written = self._write(lm, [prompts[i] for i in chosen], sampling, [seeds[i] for i in chosen])
@@ -138,7 +142,7 @@ class GenerateEngine:
         `prompts` in one batch, whatever they are."""
         recorder = _Recorder(forced)
         rows = Rows(len(prompts), (), lm.device)
-        with torch.no_grad():
+        with _no_generation_config(lm), torch.no_grad():
             decode(lm, prompts, rows, LogitsProcessorList([recorder]), self.pad_id, len(forced))
         return torch.stack(recorder.scores, dim=1)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import is_dtensor
 from ..probe import settings, uncompiled
 from .attention import KEYWORD, LayoutMissing, Pass
 
@@ -243,6 +244,8 @@ def joint_obstacle(body: Body, teacher: str | nn.Module) -> str | None:
     """Why both contexts cannot go through `body` at once, as far as it shows without running it, or None."""
     if not isinstance(teacher, str):
         return "the teacher is a model of its own"
+    if is_dtensor(body.embedding.weight):
+        return "its weights are divided among processes and whole only where its modules are called as they stand"
     if not isinstance(getattr(body.inner, "norm", None), nn.Module):
         return f"{type(body.inner).__name__} has no final norm called `norm`"
     if not body.layers:
