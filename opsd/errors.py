@@ -19,9 +19,11 @@ def config_error(where: str, *kinds: type[Exception]) -> Iterator[None]:
         raise ConfigError(f"{where}: {one_line(error)}") from error
 
 
-def one_line(error: BaseException) -> str:
-    """What `error` says, without the line breaks of libraries that draw; of one that says nothing its kind."""
-    return " ".join(str(error).split()) or type(error).__name__
+def one_line(error: BaseException, most: int = 2000) -> str:
+    """What `error` says, without the line breaks of libraries that draw; of one that says nothing its kind. Of what is
+    longer than `most` characters the middle is left out."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else f"{text[: most - 500]} ... {text[-450:]} ({len(text)} characters)"
 
 
 def brief(value: object, most: int = 500) -> str:

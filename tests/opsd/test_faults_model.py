@@ -357,3 +357,13 @@ def test_a_config_that_only_fails_when_the_model_runs_is_refused(evaluate, whole
     said = refused(command(whole, rows(tmp_path), evaluate=evaluate), capsys)
     assert said.startswith(f"opsd: model.path '{whole}': the model is loaded, but fails at its first tokens: TypeError")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_description_with_a_value_of_pages_is_told_briefly(tmp_path, capsys):
+    model = write(tmp_path / "m")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "attention_dropout": {"x" * 9000: 1}}))
+    assert main(command(model, rows(tmp_path))) == 2
+    said = capsys.readouterr().err
+    assert "'attention_dropout'" in said
+    assert len(said) < 3000
