@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -219,6 +220,46 @@ def test_a_process_that_hangs_is_named(options, tmp_path):
     assert process.returncode
     assert "process 0 of 2 goes on no further" in said, said
     assert "Ranks 1 failed to pass monitoredBarrier in 6000 ms" in said, said
+
+
+@pytest.fixture
+def nodes():
+    """Commands that run something on one of two machines, which are network namespaces joined by a cable."""
+    names = [f"opsd-{os.getpid()}-{end}" for end in "ab"]
+    cable = [f"opsd{os.getpid() % 10**8}{end}" for end in "ab"]
+    commands = [["netns", "add", name] for name in names]
+    commands += [["link", "add", cable[0], "netns", names[0], "type", "veth", "peer", cable[1], "netns", names[1]]]
+    for number, (name, end) in enumerate(zip(names, cable, strict=True), start=1):
+        commands += [["-n", name, "address", "add", f"10.77.0.{number}/24", "dev", end]]
+        commands += [["-n", name, "link", "set", device, "up"] for device in (end, "lo")]
+    try:
+        for command in commands:
+            subprocess.run(["ip", *command], check=True, capture_output=True)
+        yield [["ip", "netns", "exec", n, "env", f"GLOO_SOCKET_IFNAME={c}"] for n, c in zip(names, cable, strict=True)]
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no network namespaces here: {error}")
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+
+
+@pytest.mark.skipif(shutil.which("ip") is None, reason="needs the program ip")
+@pytest.mark.exhaustive
+def test_two_nodes_take_the_steps_of_one(options, tmp_path, nodes):
+    trained(1, options, tmp_path / "one")
+    processes = []
+    for number, node in enumerate(nodes):
+        meeting = ["--nnodes", "2", "--node-rank", str(number), "--nproc-per-node", "1", "--max-restarts", "0"]
+        meeting += ["--master-addr", "10.77.0.1", "--master-port", "29517"]
+        command = [*node, sys.executable, "-m", "torch.distributed.run", *meeting, "-m", "opsd", "train"]
+        given = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        processes.append(subprocess.Popen([*command, *words_of(options, tmp_path / "all")], text=True, **given))
+    said = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert "weights: divided among 2 processes" in said[0]
+    assert "step 3/3" not in said[1]
+    for name, value in weights(tmp_path / "one").items():
+        torch.testing.assert_close(weights(tmp_path / "all")[name], value, rtol=0, atol=2e-5, msg=name)
 
 
 def test_what_one_process_refuses_is_said_once(options, tmp_path):
