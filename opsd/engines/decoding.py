@@ -12,7 +12,32 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, St
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 LEAVING = 8
-"""A stretch ends when one in so many rows has ended. To let rows go copies the cache, as every token does anyway."""
+"""A stretch ends when one in so many rows has ended. To let rows go copies the cache."""
+
+ROOM = 64
+"""Tokens for which a cache has room when it has to be made anew."""
+
+
+class GrowingLayer(DynamicLayer):
+    """A cache layer whose keys and values are views of tensors with room for more, so that not each token copies it."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+            self.room: dict[str, Tensor] = {}
+        self.keys, self.values = self._with("keys", key_states), self._with("values", value_states)
+        return self.keys, self.values
+
+    def _with(self, name: str, new: Tensor) -> Tensor:
+        known: Tensor = getattr(self, name)
+        length, room = known.shape[2] + new.shape[2], self.room.get(name)
+        if room is None or known.data_ptr() != room.data_ptr() or len(known) != len(room) or length > room.shape[2]:
+            room = known.new_empty(*new.shape[:2], length + ROOM, new.shape[3])
+            room[:, :, : known.shape[2]] = known
+            self.room[name] = room
+        room[:, :, known.shape[2] : length] = new
+        return room[:, :, :length]
 
 
 class Rows:
@@ -92,5 +117,7 @@ def _divisible_cache(lm: Any) -> DynamicCache | None:
     if lm.is_remote_code() or not lm._supports_default_dynamic_cache():
         return None
     cache = DynamicCache(config=lm.config.get_text_config(decoder=True))
-    plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
-    return cache if plain else None
+    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+        return None
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache

@@ -165,7 +165,8 @@ class _Sampler:
     """
 
     def __init__(self, sampling: Sampling, seeds: Sequence[int], rows: Rows):
-        self.warpers: list[Any] = [TemperatureLogitsWarper(float(sampling.temperature))]
+        warmth = sampling.temperature
+        self.warpers: list[Any] = [] if warmth == 1 else [TemperatureLogitsWarper(float(warmth))]
         if sampling.top_k:
             self.warpers.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:
@@ -185,7 +186,7 @@ class _Sampler:
         token = inverse_cdf(logprobs.exp(), self.uniforms[now])[:, None]
         self.logprobs[now] = logprobs.gather(1, token)[:, 0]
         self.position += 1
-        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+        return logprobs.fill_(-torch.inf).scatter_(1, token, 0.0)
 
 
 class _Recorder:
@@ -211,11 +212,20 @@ def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     The sum is taken over integers, in steps of 2^-60: it is then the same in whatever order a device adds, never
     falls, and an entry of probability 0 cannot be chosen. `uniforms` is float64 in [0, 1).
     """
-    cumulative = (probabilities.double() * 2.0**60).long().cumsum(-1)
-    total = cumulative[:, -1]
+    vocab = probabilities.shape[-1]
+    steps = (probabilities * 2.0**60).long()  # exact, the factor being a power of two
+    size = next((size for size in (256, 128, 64) if vocab % size == 0), 256)
+    if vocab % size:
+        steps = torch.nn.functional.pad(steps, (0, -vocab % size))
+    blocks = steps.unflatten(-1, (-1, size))  # the block first, then the entry in it
+    ends = blocks.sum(-1).cumsum(-1)
+    total = ends[:, -1]
     target = torch.minimum((uniforms * total.double()).long(), total - 1)  # as the product may be rounded up
-    found = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
-    return found.clamp(max=probabilities.shape[-1] - 1)  # out of range only for NaN, which the loss then reports
+    block = torch.searchsorted(ends, target[:, None], right=True).clamp(max=ends.shape[-1] - 1)
+    within = blocks.take_along_dim(block[:, :, None], 1)[:, 0].cumsum(-1)
+    target += within[:, -1] - ends.take_along_dim(block, 1)[:, 0]
+    found = block[:, 0] * size + torch.searchsorted(within, target[:, None], right=True)[:, 0]
+    return found.clamp(max=vocab - 1)  # out of range only for NaN, which the loss then reports
 
 
 @contextmanager

@@ -4,7 +4,9 @@ import pytest
 import torch
 from _models import VOCAB, lora, model, run_of
 from transformers import GenerationConfig
+from transformers.cache_utils import DynamicLayer
 
+from opsd.engines.decoding import ROOM, GrowingLayer
 from opsd.engines.generate import GenerateEngine, inverse_cdf
 from opsd.errors import ConfigError
 from opsd.options import ModelConfig
@@ -161,6 +163,35 @@ def test_an_entry_without_probability_is_never_chosen():
     assert (many.gather(1, chosen[:, None]) > 0).all()
     broken = inverse_cdf(torch.full((1, 7), torch.nan), torch.tensor([0.5], dtype=torch.float64))
     assert 0 <= broken.item() < 7  # some id, so that the loss is what fails
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 64, 256, 1000, 4099, 151_936])
+def test_the_entry_chosen_is_where_the_cumulative_sum_passes(vocab):
+    g = torch.Generator().manual_seed(vocab)
+    p = torch.randn(40, vocab, generator=g).mul(3).softmax(-1)
+    u = torch.rand(40, generator=g, dtype=torch.float64)
+    sums = (p.double() * 2.0**60).long().cumsum(-1)
+    wanted = [int((own <= int(one * int(own[-1]))).sum()) for own, one in zip(sums, u.tolist(), strict=True)]
+    assert inverse_cdf(p, u).tolist() == wanted
+
+
+def test_a_cache_that_grows_holds_what_transformers_holds_and_copies_it_seldom():
+    g = torch.Generator().manual_seed(0)
+    own, stock, places = GrowingLayer(), DynamicLayer(), set()
+    for step in range(3 * ROOM):
+        if step in (ROOM // 2, 2 * ROOM + 5):
+            rows = torch.tensor([0, 2]) if step > ROOM else torch.tensor([0, 0, 1, 2])
+            own.batch_select_indices(rows)
+            stock.batch_select_indices(rows)
+        if step == ROOM + 9:
+            own.crop(-4)
+            stock.crop(-4)
+        new = torch.randn(2, 3 if step == 0 else len(stock.keys), 2, 5 if step == 0 else 1, 4, generator=g)
+        for found, wanted in zip(own.update(*new), stock.update(*new), strict=True):
+            assert torch.equal(found, wanted)
+        assert own.get_seq_length() == stock.get_seq_length()
+        places.add(own.keys.data_ptr())
+    assert len(places) <= 3 + 3  # as the room was used up, and as rows were chosen
 
 
 def test_the_model_keeps_its_modes_and_its_generation_config_stays_out():
