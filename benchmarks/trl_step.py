@@ -134,6 +134,7 @@ class Theirs:
             train_dataset=Dataset.from_list(rows), processing_class=words,
             peft_config=lora if training == "LoRA" else None,
         )  # fmt: skip
+        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})  # as its train() does
         trainer.current_gradient_accumulation_steps = 1
         trainer.model.train()
         for example, own in zip(

@@ -19,7 +19,7 @@ from opsd.scoring import rollout_hidden
 from opsd_kernels.packing import plan_passes
 from opsd_kernels.packing.prove import rounding
 from opsd_kernels.packing.vet import crossed_border, trial_length
-from opsd_kernels.probe import no_trial, undisturbed
+from opsd_kernels.probe import as_computed, no_trial, undisturbed
 
 NEW = 3  # tokens that are written, or scored, after each prompt of a trial
 
@@ -36,8 +36,8 @@ def tried_engine(engine: GenerateEngine, longest: int, model: nn.Module, teacher
 
 def _writes_alone(engine: GenerateEngine, lm: Any, longest: int) -> str | None:
     def compare(prompts: list[list[int]], new: list[int]) -> str | None:
-        together = engine.scores(lm, prompts, new)
-        alone = [engine.scores(lm, [prompt], new)[0] for prompt in prompts]
+        together = as_computed(lm, engine.scores(lm, prompts, new))
+        alone = [as_computed(lm, engine.scores(lm, [prompt], new)[0]) for prompt in prompts]
         differ = any(map(_off, together, alone))
         return f"{type(lm).__name__} continues padded prompts otherwise than single ones" if differ else None
 
@@ -103,10 +103,13 @@ def _scores_alone(model: nn.Module, longest: int, where: str) -> str | None:
     """
 
     def compare(prompts: list[list[int]], new: list[int]) -> str | None:
-        together = rollout_hidden(model, prompts, [new] * len(prompts)).split(len(new))
-        alone = [rollout_hidden(model, [prompt], [new]) for prompt in prompts]
-        begun = [rollout_hidden(model, [prompt], [new[:-1]]) for prompt in prompts]
-        if any(map(_off, (rows[: len(new) - 1] for rows in alone), begun)):
+        def rows(some: list[list[int]], after: list[int]) -> Tensor:
+            return as_computed(causal_lm(model), rollout_hidden(model, some, [after] * len(some)))
+
+        together = rows(prompts, new).split(len(new))
+        alone = [rows([prompt], new) for prompt in prompts]
+        begun = [rows([prompt], new[:-1]) for prompt in prompts]
+        if any(map(_off, (own[: len(new) - 1] for own in alone), begun)):
             raise ConfigError(
                 f"{where}: what {type(causal_lm(model)).__name__} computes for a token depends on the tokens after it; "
                 "accepted: a causal language model"

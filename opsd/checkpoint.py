@@ -142,8 +142,13 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """What training changes of `model`: the parameters that require a gradient, and its persistent buffers."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
+
+    def frozen(name: str) -> bool:  # a parameter, or what is known of one: the scales of 4 bits
+        parts = name.split(".")
+        return any(".".join(parts[:count]) in parameters for count in range(1, len(parts) + 1))
+
     state = model.state_dict(keep_vars=False)
-    return {name: value for name, value in state.items() if name in trained or name not in parameters}
+    return {name: value for name, value in state.items() if name in trained or not frozen(name)}
 
 
 def load_trained_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:

@@ -17,6 +17,7 @@ from opsd import gguf_file
 from opsd.errors import ConfigError, DataError, config_error, one_line
 from opsd.model_path import check_path
 from opsd.options import LoraConfig, ModelConfig
+from opsd.quantized import in_4_bits, kept_for_training
 from opsd.vocabulary import pad_id
 from opsd.weights import check_finite, check_loaded, check_rank, damaged_file, report_held
 from opsd_kernels.packing.vet import outside_adapter
@@ -59,8 +60,8 @@ def _loading(what: str, path: str | None, option: str) -> Iterator[None]:
         raise ConfigError(f"{where} no {what} can be loaded: {damaged_file(path)}{said}") from error
 
 
-def load_weights(options: ModelConfig, path: str | None, option: str = "model.path") -> Any:
-    """The causal language model of `path`, in the types of `options`; errors call the path `option`.
+def load_weights(options: ModelConfig, path: str | None, device: torch.device, option: str = "model.path") -> Any:
+    """The causal language model of `path` on `device`, in the types of `options`; errors call the path `option`.
 
     Raises:
         ConfigError: no model can be loaded: a file is damaged, a tensor is missing or of another shape, say.
@@ -70,6 +71,7 @@ def load_weights(options: ModelConfig, path: str | None, option: str = "model.pa
             if (Path(path or "") / "generation_config.json").is_file():
                 GenerationConfig.from_pretrained(str(path))  # below, one that cannot be read would be passed over
             where, more = gguf_file.source(path, weights=True)
+            more |= in_4_bits(options, path, device) if options.load_in_4bit else {}
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 where,  # type: ignore[arg-type]
                 dtype=getattr(torch, options.dtype),
@@ -81,7 +83,8 @@ def load_weights(options: ModelConfig, path: str | None, option: str = "model.pa
             )
         model, info = loaded
         check_loaded(info, f"{option} {path!r}")
-    return gguf_file.unpacked(model, path) if gguf_file.is_gguf(path) else model
+    model = gguf_file.unpacked(model, path) if gguf_file.is_gguf(path) else model
+    return kept_for_training(model) if options.load_in_4bit else model.to(device)
 
 
 def load_model(options: ModelConfig, lora: LoraConfig, device: torch.device) -> nn.Module:
@@ -92,8 +95,10 @@ def load_model(options: ModelConfig, lora: LoraConfig, device: torch.device) -> 
             adapters do not fit it.
     """
     path = options.path
+    if options.load_in_4bit and not lora.enabled:
+        raise ConfigError("model.load_in_4bit is true; accepted: with lora.enabled, as 4 bits cannot be trained")
     _refuse_adapter(path, (Path(path or "") / ADAPTER).is_file())
-    model: Any = load_weights(options, path).to(device)
+    model: Any = load_weights(options, path, device)
     _refuse_adapter(path, bool(getattr(model, "peft_config", None)))  # of a hub id it only shows now
     check_finite(model, f"model.path {path!r}")
     if lora.enabled:
@@ -153,7 +158,7 @@ def load_trained(options: ModelConfig, path: str | None, device: torch.device, o
     if adapter.is_file():
         model = _load_adapted(options, path or "", adapter, device, option)
     else:
-        model = load_weights(options, path, option).to(device)
+        model = load_weights(options, path, device, option)
     check_finite(model, where)
     with config_error(where, ConfigError):
         causal_lm(model)
@@ -167,7 +172,7 @@ def _load_adapted(options: ModelConfig, path: str, adapter: Path, device: torch.
     if not base:
         raise ConfigError(f"{adapter} does not name its base model (base_model_name_or_path)")
     with config_error(f"{adapter} names a base model that cannot be loaded", ConfigError):
-        model = load_weights(options, base, "base_model_name_or_path").to(device)
+        model = load_weights(options, base, device, "base_model_name_or_path")
     peft = _peft(f"{option} {path!r} is an adapter, which")
     with _loading(f"adapter onto {base!r}", path, option), _renamed(), warnings.catch_warnings():
         # peft only warns of tensors that the file lacks, and goes on with those of an untrained adapter.

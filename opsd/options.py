@@ -24,6 +24,7 @@ class ModelConfig(Section):
         "type of the weights; small updates vanish in bfloat16 weights, so use it for LoRA, not for full training",
     )
     autocast: Literal["none", "bfloat16"] = option("none", "compute in this type with weights of `dtype`")
+    load_in_4bit: bool = option(False, "linear layers in 4 bits, the head not (NF4; needs bitsandbytes): for LoRA")
     packing: Literal["auto", "on", "off"] = option(
         "auto", "score both contexts as packed rows without padding; auto: where the model allows it"
     )

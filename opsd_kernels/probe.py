@@ -74,6 +74,11 @@ def warn_unproven(what: str, model: nn.Module, reason: str) -> None:
     )
 
 
+def as_computed(model: Any, rows: Tensor) -> Tensor:
+    """`rows` that `model` gave, in 16 bits where its layers may compute in them whatever they return: of 4 bits."""
+    return rows.bfloat16() if getattr(model, "is_quantized", False) else rows
+
+
 def tolerance(dtype: torch.dtype) -> float:
     """The relative error that rounding explains where the same sums are added up in another order."""
     if dtype in (torch.float16, torch.bfloat16):

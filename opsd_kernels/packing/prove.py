@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..probe import no_trial, tolerance, undisturbed, warn_unproven
+from ..probe import as_computed, no_trial, tolerance, undisturbed, warn_unproven
 from .attention import Pass, register
 from .joint import run_joint
 from .layout import DualContextBatch, pack_dual_context
@@ -103,7 +103,7 @@ def _plain(body: Body, batch: DualContextBatch, side: int) -> Tensor:
                 ids = torch.tensor([[*prompt, *rollout[:-1]]], device=body.device)
                 out = body.inner(input_ids=ids, use_cache=False).last_hidden_state
                 found.append(out[0, len(prompt) - 1 :])
-    return torch.cat(found)
+    return as_computed(body.lm, torch.cat(found))
 
 
 @torch.no_grad()
@@ -112,7 +112,8 @@ def _rows(body: Body, batch: DualContextBatch) -> str | None:
     for want, side, name in zip(plain, (batch.student, batch.teacher), ("student", "teacher"), strict=True):
         packed = Pass(side.layout)
         with attention_named(body.configs):
-            got = body.run(packed, input_ids=side.layout.ids[None]).index_select(0, side.rows)
+            rows = body.run(packed, input_ids=side.layout.ids[None]).index_select(0, side.rows)
+        got = as_computed(body.lm, rows)
         refusal = _hidden_difference(got, want, batch.sequence_ids, f"the {name}'s packed rows") or _lost_window(
             body, packed
         )
@@ -147,12 +148,12 @@ def _joint(body: Body, batch: DualContextBatch, base_teacher: bool) -> str | Non
     with torch.no_grad(), adapters_off(body.model, base_teacher):
         teacher = _plain(body, batch, 1)
     joint = batch.joint(share_contexts=not base_teacher)
-    got = run_joint(body, joint, "auto", base_teacher=base_teacher)
-    for have, want, name in ((got.student, student, "student"), (got.teacher, teacher, "teacher")):
+    got = [as_computed(body.lm, rows) for rows in run_joint(body, joint, "auto", base_teacher=base_teacher)]
+    for have, want, name in zip(got, (student, teacher), ("student", "teacher"), strict=True):
         refusal = _hidden_difference(have.detach(), want.detach(), batch.sequence_ids, f"the {name}'s rows of one pass")
         if refusal:
             return refusal
-    return _gradient_difference(body, got.student, student)
+    return _gradient_difference(body, got[0], student)
 
 
 @contextmanager
