@@ -158,7 +158,7 @@ def reading(runs: list[dict[str, Any]]) -> str:
     return " ".join(
         [
             f"Accuracy on {BUDGET['eval.max_problems']} held-out problems after {BUDGET['optim.steps']} steps of 64 "
-            f"rollouts (95 % interval; measured so far: seeds {seeds} of {len(SEEDS)}), at the embedded set-up's "
+            f"rollouts (95 % interval over seeds {seeds}), at the embedded set-up's "
             f"own learning rate; before training {before}, the teacher {teacher}, "
             f"supervised fine-tuning on the reference solutions {result(runs, 'sft')}, on solutions in the model's own "
             f"notation {result(runs, 'sft_own')}.",
