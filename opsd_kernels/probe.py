@@ -16,10 +16,22 @@ def uncompiled(module: Any) -> Any:
     return getattr(module, "_modules", {}).get("_orig_mod", module)
 
 
+def modules_of(module: nn.Module) -> list[nn.Module]:
+    """`module` and all within it, each once and in the order of `modules()`, of which a call with thousands of modules
+    takes several milliseconds."""
+    found: dict[nn.Module, None] = {}
+    waiting = [module]
+    while waiting:
+        if (one := waiting.pop()) not in found:
+            found[one] = None
+            waiting += [child for child in reversed(one._modules.values()) if child is not None]
+    return list(found)
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """`module` in eval mode, then each of its modules in its own mode again."""
-    training = [m for m in module.modules() if m.training]
+    training = [m for m in modules_of(module) if m.training]
     module.eval()
     try:
         yield
@@ -89,13 +101,14 @@ def tolerance(dtype: torch.dtype) -> float:
 
 def _class(module: nn.Module) -> type:
     """Of `module`, also where `fully_shard` has made a class of its own of it, which computes the same."""
-    return next(c for c in type(module).__mro__ if not c.__name__.startswith("FSDP"))
+    kind = type(module)
+    return next(c for c in kind.__mro__ if not c.__name__.startswith("FSDP")) if kind.__name__[:4] == "FSDP" else kind
 
 
 def settings(model: Any) -> tuple[Any, ...]:
     """What a trial's result depends on beside the values of the weights, to tell whether it still holds."""
     config = model.config.get_text_config()
     plain = tuple((k, v) for k, v in sorted(vars(config).items()) if isinstance(v, (int, float, bool, str, type(None))))
-    modules = tuple((_class(m), "forward" in vars(m)) for m in model.modules())
+    modules = tuple((_class(m), "forward" in vars(m)) for m in modules_of(model))
     weight: Tensor = model.get_input_embeddings().weight
     return plain, modules, type(model).forward, weight.dtype, weight.device

@@ -48,9 +48,7 @@ def _last_mlp(body: Body) -> nn.Module | None:
     mlp = getattr(body.layers[-1], "mlp", None) if body.layers else None
     if not isinstance(mlp, nn.Module) or "forward" in mlp.__dict__ or active_dropouts(mlp):
         return None
-    compiled = any(
-        m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule" for m in body.inner.modules()
-    )
+    compiled = any(m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule" for m in body.modules)
     return None if compiled else mlp
 
 

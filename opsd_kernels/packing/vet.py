@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import is_dtensor
-from ..probe import settings, uncompiled
+from ..probe import modules_of, settings, uncompiled
 from .attention import KEYWORD, LayoutMissing, Pass
 
 
@@ -55,9 +56,14 @@ class Body:
         return self.device, dtype, head_size, getattr(self.text, "attn_logit_softcapping", None)
 
     @cached_property
+    def modules(self) -> list[nn.Module]:
+        return modules_of(self.inner)
+
+    @cached_property
     def configs(self) -> list[Any]:
         """Those that name the attention of any module."""
-        return list({id(m.config): m.config for m in self.inner.modules() if hasattr(m, "config")}.values())
+        having: list[Any] = [m for m in self.modules if "config" in vars(m) or hasattr(type(m), "config")]
+        return list({id(m.config): m.config for m in having}.values())
 
     @cached_property
     def settings(self) -> tuple[Any, ...]:
@@ -65,14 +71,14 @@ class Body:
 
     @cached_property
     def adapters(self) -> list[Any]:
-        return adapters_of(self.inner)
+        return adapters_among(self.modules)
 
     @cached_property
     def layers(self) -> list[Any]:
         """The decoder layers that have a replaceable checkpoint function."""
         from transformers.modeling_layers import GradientCheckpointingLayer
 
-        return [m for m in self.inner.modules() if isinstance(m, GradientCheckpointingLayer)]
+        return [m for m in self.modules if isinstance(m, GradientCheckpointingLayer)]
 
     @property
     def checkpoints(self) -> bool:
@@ -195,29 +201,32 @@ def check_base(model: nn.Module) -> None:
                 "whole trained modules are not the base model's"
             )
     ends = {id(lm.get_input_embeddings()): "embedding", id(lm.get_output_embeddings()): "head"}
-    for name, module in lm.named_modules():
+    trained = {p for m in modules_of(lm) for p in m._parameters.values() if p is not None and p.requires_grad}
+    for module in modules_of(lm):
         if not isinstance(module, BaseTunerLayer):
             continue
+        for part in module.adapter_layer_names:
+            trained.difference_update(getattr(module, part).parameters())
         if module.merged:
             raise ValueError(
-                f"teacher='base': adapters {', '.join(map(repr, module.merged_adapters))} are merged into {name}, so "
-                "it is not the base model's; accepted: adapters beside it, call model.unmerge_adapter() first"
+                f"teacher='base': adapters {', '.join(map(repr, module.merged_adapters))} are merged into "
+                f"{_name_in(lm, module)}, so it is not the base model's; accepted: adapters beside it, call "
+                "model.unmerge_adapter() first"
             )
         if module.disable_adapters:
             raise ValueError(
-                f"teacher='base': the adapters of {name} are disabled, so the student would be the base model too; "
-                "accepted: enabled ones, call model.enable_adapter_layers() first"
+                f"teacher='base': the adapters of {_name_in(lm, module)} are disabled, so the student would be the "
+                "base model too; accepted: enabled ones, call model.enable_adapter_layers() first"
             )
         if id(module) in ends or id(module.get_base_layer()) in ends:
             place = ends.get(id(module)) or ends[id(module.get_base_layer())]
             raise ValueError(
-                f"teacher='base': LoRA on the {place} ({name}) is not supported; accepted: on linear layers"
+                f"teacher='base': LoRA on the {place} ({_name_in(lm, module)}) is not supported; accepted: on linear "
+                "layers"
             )
-    for name, parameter in lm.named_parameters():
-        if parameter.requires_grad and "lora_" not in name:
-            raise ValueError(
-                f"teacher='base': {name} is trained too, so without its adapters this is not the base model"
-            )
+    if trained:
+        name = next(name for name, parameter in lm.named_parameters() if parameter in trained)
+        raise ValueError(f"teacher='base': {name} is trained too, so without its adapters this is not the base model")
 
 
 # What a decoder layer of transformers may be given. Anything else might differ by row, and be none of the student's.
@@ -255,8 +264,10 @@ def joint_obstacle(body: Body, teacher: str | nn.Module) -> str | None:
         if others:
             return f"{type(layer).__name__} takes {', '.join(others)} beside the hidden states"
     adapters = body.adapters
-    inside = {id(m) for layer in adapters for m in layer.modules()}
-    loose = [m for m in active_dropouts(body.inner) if id(m) not in inside]
+    loose = _active(body.modules)
+    if loose:
+        inside = {id(m) for layer in adapters for m in layer.modules()}
+        loose = [m for m in loose if id(m) not in inside]
     if loose:
         return (
             f"{type(body.inner).__name__} has dropout {loose[0].p:g} outside its adapters, which a teacher must not see"
@@ -279,10 +290,17 @@ def _noise(config: Any) -> str | None:
 
 
 def active_dropouts(module: nn.Module) -> list[Any]:
-    return [m for m in module.modules() if isinstance(m, nn.Dropout) and m.p > 0 and m.training]
+    return _active(modules_of(module))
 
 
-def adapters_of(module: nn.Module) -> list[Any]:
-    """The peft layers within `module`."""
-    found = [m for m in module.modules() if hasattr(m, "get_base_layer") and hasattr(m, "lora_A")]
-    return found
+def _active(modules: Iterable[nn.Module]) -> list[Any]:
+    return [m for m in modules if isinstance(m, nn.Dropout) and m.p > 0 and m.training]
+
+
+def adapters_among(modules: Iterable[nn.Module]) -> list[Any]:
+    """The LoRA layers of peft."""
+    return [m for m in modules if "lora_A" in m._modules and hasattr(m, "get_base_layer")]
+
+
+def _name_in(lm: nn.Module, module: nn.Module) -> str:
+    return next(name for name, one in lm.named_modules() if one is module)

@@ -17,7 +17,9 @@ import opsd_kernels.packing.attention as attention
 import opsd_kernels.packing.dual as dual
 import opsd_kernels.packing.prove as prove
 import opsd_kernels.packing.vet as vet
+import opsd_kernels.probe as probe
 from opsd_kernels.packing import dual_hidden_states, pack_dual_context, plan_passes
+from opsd_kernels.probe import modules_of
 from opsd_kernels.triton_jit import INTERPRETED
 
 transformers = pytest.importorskip("transformers")
@@ -1210,8 +1212,14 @@ def test_a_model_is_searched_once_a_call_and_not_in_every_layer(passes, monkeypa
             count.extend([1] if self is inner else [])
             return plain(self, *args, **kwargs)
 
+        def listed(module: nn.Module) -> list[nn.Module]:
+            count.extend([1] if module in (inner, model.get_base_model()) else [])
+            return modules_of(module)
+
         with monkeypatch.context() as patch:
             patch.setattr(nn.Module, "named_modules", counted)
+            for room in (probe, vet):
+                patch.setattr(room, "modules_of", listed)
             dual_hidden_states(model, batch, teacher="base", passes=passes).student.sum().backward()
         return len(count)
 
