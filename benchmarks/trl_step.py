@@ -221,8 +221,8 @@ def table(data: dict[str, Any]) -> str:
     return "\n".join([
         *lines, "",
         f"SmolLM2-135M-Instruct, float32, layers checkpointed, {ROLLOUTS} rollouts of at most {NEW} tokens, "
-        "which alone are counted; seconds of the processor; peaks without rollouts, above weights and optimiser, and with "
-        "the gradients, which are 513 MiB where all weights are trained. "
+        "which alone are counted; seconds of the processor; peaks without rollouts, above weights and optimiser, and "
+        "with the gradients, which are 513 MiB where all weights are trained. "
         f"Prompts of about 70 tokens, with the solution 105. The losses of one step differ by at most {worst:.0e} of "
         f"themselves. {own['threads']} thread(s) of {own['processor']}, {own['date']}; {versions}.",
     ])  # fmt: skip
