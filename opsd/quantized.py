@@ -1,5 +1,6 @@
 """Weights of 4 bits, as bitsandbytes has them: a large frozen base under adapters, in a quarter of the memory."""
 
+import logging
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,6 +11,9 @@ from transformers import BitsAndBytesConfig
 from opsd import gguf_file
 from opsd.errors import ConfigError
 from opsd.options import ModelConfig
+
+# Where it is installed, peft imports it for any adapter; it then tells a CPU of a kernel for passes without a gradient.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def in_4_bits(options: ModelConfig, path: str | None, device: torch.device) -> dict[str, Any]:
