@@ -119,7 +119,9 @@ def train(
                 _describe_run(made, config, described)
             return made, described["id"]
 
-        return _run(_loop(setup, parts, _run_dir(*distributed.of_first(begin)), display), callbacks)
+        loop = _loop(setup, parts, _run_dir(*distributed.of_first(begin)), display)
+        del setup  # which still has the whole head
+        return _run(loop, callbacks)
 
 
 def resume(
@@ -178,6 +180,7 @@ def resume(
         same_rows = "eval.max_problems" not in changed
         setup.warnings.extend(check_identity(digests, described, setup.run.device, same_evaluation=same_rows))
         loop = _loop(setup, parts, _run_dir(run_dir, described["id"]), display)
+        del setup  # which still has the whole head
         loop.restore(same_measure=not changed & MEASURE)
         distributed.of_first(lambda: _describe_run(run_dir, config, {**described, "identity": digests}))
         return _run(loop, callbacks, resumed=True)

@@ -159,8 +159,8 @@ def _steps(metrics):
 
 
 MEASURE = """
-import json, sys
-import opsd
+import gc, json, sys
+import opsd, torch
 from opsd.loop import Loop
 from torch.distributed.tensor import DTensor
 
@@ -171,6 +171,9 @@ def apply(self, *given, original=Loop._apply):
     parameters = list(self.run.model.parameters())
     found = {"weights": size(parameters), "gradients": size(p.grad for p in parameters)}
     found["teacher"] = size(self.run.teacher.model.parameters())
+    head, everything = self.run.head.weight.shape, (gc.collect(), gc.get_objects())[1]
+    plain = [t for t in everything if isinstance(t, torch.Tensor) and not isinstance(t, DTensor)]
+    found["left"] = sum(t.shape == head and t.untyped_storage().nbytes() > 0 for t in plain)
     applied = original(self, *given)
     state = self.optimizer.state.values()
     found["optimiser"] = size(v for own in state for n, v in own.items() if n != "step")
@@ -198,6 +201,7 @@ def test_each_process_holds_its_share(options, tmp_path, count):
     for own in found:
         for name, times in (("weights", 1), ("gradients", 1), ("teacher", 1), ("optimiser", 2)):
             assert own[name] == pytest.approx(times * whole / count, rel=0.1), name
+        assert own["left"] == 0  # of the set-up, which had the head whole
 
 
 def _plain(value):
