@@ -159,8 +159,9 @@ def _steps(metrics):
 
 
 MEASURE = """
-import gc, json, sys
-import opsd, torch
+import gc, json, os, sys
+import opsd
+from opsd_kernels import Head
 from opsd.loop import Loop
 from torch.distributed.tensor import DTensor
 
@@ -171,13 +172,13 @@ def apply(self, *given, original=Loop._apply):
     parameters = list(self.run.model.parameters())
     found = {"weights": size(parameters), "gradients": size(p.grad for p in parameters)}
     found["teacher"] = size(self.run.teacher.model.parameters())
-    head, everything = self.run.head.weight.shape, (gc.collect(), gc.get_objects())[1]
-    plain = [t for t in everything if isinstance(t, torch.Tensor) and not isinstance(t, DTensor)]
-    found["left"] = sum(t.shape == head and t.untyped_storage().nbytes() > 0 for t in plain)
+    gc.collect()
+    found["left"] = sum(type(o) is Head and not isinstance(o.weight, DTensor) for o in gc.get_objects())
     applied = original(self, *given)
     state = self.optimizer.state.values()
     found["optimiser"] = size(v for own in state for n, v in own.items() if n != "step")
-    print(json.dumps(found), flush=True)
+    with open(os.path.join(sys.argv[2], "held-" + os.environ["RANK"]), "w") as file:
+        json.dump(found, file)
     return applied
 
 Loop._apply = apply
@@ -192,11 +193,10 @@ def test_each_process_holds_its_share(options, tmp_path, count):
     for name, value in {**options, "optim.steps": 1, "run.dir": str(tmp_path / "out")}.items():
         section, option = name.split(".")
         config.setdefault(section, {})[option] = value if option in ("path", "dir", "device") else _plain(value)
-    launched = [*LAUNCH, str(count), str(tmp_path / "measure.py"), json.dumps(config)]
+    launched = [*LAUNCH, str(count), str(tmp_path / "measure.py"), json.dumps(config), str(tmp_path)]
     ran = subprocess.run(launched, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    found = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
-    assert len(found) == count
+    found = [json.loads((tmp_path / f"held-{rank}").read_text()) for rank in range(count)]
     whole = sum(tensor.numel() for tensor in weights(tmp_path / "out").values())
     for own in found:
         for name, times in (("weights", 1), ("gradients", 1), ("teacher", 1), ("optimiser", 2)):
