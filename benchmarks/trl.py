@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.machine import machine
 from benchmarks.measure import peak_bytes
-from benchmarks.packing import SHAPES, Case, Draw, draw, keep_memory
+from benchmarks.packing import SHAPES, Case, draw, keep_memory
 from benchmarks.report import replace_section
 
 DATA = Path(__file__).parent / "results" / "trl.json"
@@ -40,9 +40,8 @@ def padded(rows: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:
     return torch.tensor(ids), torch.tensor(mask)
 
 
-def batch_of(data: Draw) -> dict[str, Tensor]:
-    """As TRL's trainers hand it to `compute_loss`."""
-    students, teachers, rollouts = data.flat()
+def batch_of(students: list[list[int]], teachers: list[list[int]], rollouts: list[list[int]]) -> dict[str, Tensor]:
+    """Prompts of both and a rollout for each, as TRL's trainers hand them to `compute_loss`."""
     prompt, prompt_mask = padded(students, left=True)
     completion, completion_mask = padded(rollouts, left=False)
     taught, taught_mask = padded(teachers, left=True)
@@ -101,7 +100,7 @@ def measured(theirs: Any, ours: Any, case: Case, rounds: int, privileged: bool) 
     seconds: dict[str, list[float]] = {"TRL": [], "opsd": []}
     peaks: dict[str, int] = {}
     for number in range(rounds + 1):  # the first is not timed
-        batch, losses = batch_of(draw(case, SHAPES["small"].vocab, number)), {}
+        batch, losses = batch_of(*draw(case, SHAPES["small"].vocab, number).flat()), {}
         if not privileged:
             batch = {name: value for name, value in batch.items() if not name.startswith("teacher_")}
         both = [("TRL", theirs), ("opsd", ours)]

@@ -33,7 +33,7 @@ from benchmarks.packing import keep_memory
 from benchmarks.published import WORK
 from benchmarks.published_tasks import TASKS, convert, packaged_model
 from benchmarks.report import replace_section
-from benchmarks.trl import padded
+from benchmarks.trl import batch_of
 from opsd.config import load_config
 from opsd.optim import make_optimizer
 from opsd.plugins import Parts
@@ -146,18 +146,6 @@ class Theirs:
         many = [row for row in rows for _ in range(each)]
         return cls(trainer, many, torch.optim.AdamW(trained, lr=0.0))
 
-    def batch(self, setup: Setup, known: list[Rollout], each: int) -> dict[str, Tensor]:
-        examples = [example for example in setup.examples for _ in range(each)]
-        prompt, prompt_mask = padded([example.student for example in examples], left=True)
-        completion, completion_mask = padded([rollout.ids for rollout in known], left=False)
-        taught, taught_mask = padded([example.teacher for example in examples], left=True)
-        return {
-            "prompt_ids": prompt, "prompt_mask": prompt_mask,
-            "completion_ids": completion, "completion_mask": completion_mask,
-            "teacher_input_ids": torch.cat([taught, completion], 1),
-            "teacher_attention_mask": torch.cat([taught_mask, completion_mask], 1),
-        }  # fmt: skip
-
     def step(self, batch: dict[str, Tensor] | None = None) -> tuple[float, int]:
         given = self.trainer._prepare_training_batch(self.rows) if batch is None else dict(batch)
         loss = self.trainer.compute_loss(self.trainer.model, given)
@@ -175,12 +163,13 @@ def finish(optimizer: torch.optim.Optimizer) -> None:
 def measured(model: Path, data: Path, training: str, each: int, rounds: int, folder: str) -> dict[str, Any]:
     ours = Ours.of(model, data, training, each)
     theirs = Theirs.of(model, ours.setup, training, each, folder)
+    read = [example for example in ours.setup.examples for _ in range(each)]
     rates: dict[str, dict[str, list[float]]] = {part: {"TRL": [], "opsd": []} for part in ("scored", "whole")}
     peaks: dict[str, int] = {}
     worst = 0.0
     for number in range(rounds + 1):  # the first is not timed
         known = ours.written(1 + number)
-        batch = theirs.batch(ours.setup, known, each)
+        batch = batch_of([one.student for one in read], [one.teacher for one in read], [r.ids for r in known])
         ways: dict[str, dict[str, Callable[[], tuple[float, int]]]] = {
             "scored": {"TRL": lambda b=batch: theirs.step(b), "opsd": lambda k=known: ours.step(1, k)},  # type: ignore[misc]
             "whole": {"TRL": theirs.step, "opsd": lambda n=number: ours.step(100 + n)},  # type: ignore[misc]

@@ -201,8 +201,9 @@ def check_base(model: nn.Module) -> None:
                 "whole trained modules are not the base model's"
             )
     ends = {id(lm.get_input_embeddings()): "embedding", id(lm.get_output_embeddings()): "head"}
-    trained = {p for m in modules_of(lm) for p in m._parameters.values() if p is not None and p.requires_grad}
-    for module in modules_of(lm):
+    modules = modules_of(lm)
+    trained = {p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad}
+    for module in modules:
         if not isinstance(module, BaseTunerLayer):
             continue
         for part in module.adapter_layer_names:
