@@ -50,7 +50,8 @@ def writing_note(engine: GenerateEngine) -> list[str]:
     if not engine.holes:
         return alone
     count, first = len(engine.holes), engine.holes[0]
-    return [*alone, f"vocabulary: {count} ids, {first} first, have no token: never written, but in the loss's softmax"]
+    ids = f"{count} ids, {first} first, have" if count > 1 else f"id {first} has"
+    return [*alone, f"vocabulary: {ids} no token: never written, and in no softmax"]
 
 
 def choose_scoring(

@@ -118,7 +118,7 @@ def _vocabulary(config: Config, tokenizer: Any, model: nn.Module) -> Iterator[st
     valid = token_columns(columns, tokenizer)
     masked = f"ids {valid} to {columns - 1} are no tokens and masked" if valid < columns else "none masked"
     gaps = holes(columns, tokenizer)
-    masked += f"; {len(gaps)} ids between have no token ({gaps[0]} first) and are never written" if gaps else ""
+    masked += f"; {len(gaps)} ids between have no token ({gaps[0]} first) and are masked too" if gaps else ""
     yield f"vocabulary: {len(tokenizer.get_vocab())} tokens; embedding of {rows} rows, head of {columns}, {masked}"
 
 

@@ -20,6 +20,7 @@ from opsd.prompts import Example
 from opsd.recipes.base import columns
 from opsd.rollouts import Rollout
 from opsd.run import Engine, MicroBatch, Run, Step, StepResult, Stream, Teacher
+from opsd.vocabulary import gaps_of, of_tokens
 from opsd_kernels import Head
 from opsd_kernels.probe import evaluating
 
@@ -126,7 +127,7 @@ class UserEngine:
             f"{wanted}, rollout.per_prompt {each} of each, in the order of the examples",
         )
         for i, rollout in enumerate(rollouts):
-            _check_rollout(f"rollout {i % each} of example {i // each}", rollout, columns(run.head))
+            _check_rollout(f"rollout {i % each} of example {i // each}", rollout, run.head)
         known = sum(rollout.logprobs is not None for rollout in rollouts)
         expect(known in (0, wanted), f"{known} of {wanted} rollouts have logprobs", "all or none")
         needed = known or run.config.rollout.importance_cap is None
@@ -137,7 +138,7 @@ class UserEngine:
         return self.engine.write(*given)
 
 
-def _check_rollout(name: str, rollout: Any, vocabulary: int) -> None:
+def _check_rollout(name: str, rollout: Any, head: Head) -> None:
     if not isinstance(rollout, Rollout):
         raise TypeError(f"{name} must be an opsd.rollouts.Rollout, got {type(rollout).__name__}")
     ids, logprobs = rollout.ids, rollout.logprobs
@@ -145,9 +146,11 @@ def _check_rollout(name: str, rollout: Any, vocabulary: int) -> None:
     expect_type(logprobs, list | tuple | None, f"{name} has logprobs of type", "a list of floats, or None")
     expect_type(rollout.truncated, bool, f"{name} has truncated", "True or False", shown=repr(rollout.truncated))
     expect(ids, f"{name} is empty", "at least one token id, the end token if nothing else")
+    vocabulary, gaps = columns(head), set(gaps_of(head))
     for token in ids:  # many: what to say of one is made only where it is wrong
-        if type(token) is not int or not 0 <= token < vocabulary:
-            raise ValueError(f"{name} has token id {token!r}; accepted: ints from 0 to {vocabulary - 1}")
+        if type(token) is not int or not 0 <= token < vocabulary or token in gaps:
+            but = f", but the {len(gaps)} without a token" if gaps else ""
+            raise ValueError(f"{name} has token id {token!r}; accepted: ints from 0 to {vocabulary - 1}{but}")
     if logprobs is not None:
         expect(len(logprobs) == len(ids), f"{name} has {len(ids)} ids and {len(logprobs)} logprobs", "one for each id")
     for logprob in logprobs or ():
@@ -202,7 +205,7 @@ class UserTeacher:
         TypeError, ValueError: it is no `opsd.run.Teacher`; the message says what is missing or wrong.
     """
 
-    def __init__(self, teacher: Any):
+    def __init__(self, teacher: Any, tokenizer: Any):
         what = f"the teacher (teacher) is of type {type(teacher).__name__}"
         missing = [name for name in ("head", "source") if not hasattr(teacher, name)]
         methods = ("active", "hidden", "update", "state_dict", "load_state_dict")
@@ -217,7 +220,14 @@ class UserTeacher:
         expect_type(active, AbstractContextManager, f"{what}, whose active() is no", accepted, shown="context manager")
         with active as model:
             expect_type(model, nn.Module, f"{what}, whose active() yields", "a torch.nn.Module")
-        self._teacher = teacher
+        self._teacher, self._tokenizer = teacher, tokenizer
+        self._heads: tuple[Any, Any] = None, None  # its own as it was seen last, and what became of it
+
+    @property
+    def head(self) -> Head:
+        if self._heads[0] is not self._teacher.head:
+            self._heads = self._teacher.head, of_tokens(self._teacher.head, self._tokenizer)
+        return self._heads[1]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._teacher, name)

@@ -24,6 +24,7 @@ from opsd.recipes.base import columns
 from opsd.recipes.batch import TopK
 from opsd.rollouts import Rollout
 from opsd.top_k import TopKTeacher
+from opsd.vocabulary import gaps_of
 from opsd_kernels import Head
 
 KEY = "OPSD_TEACHER_KEY"
@@ -99,7 +100,8 @@ class ServedTeacher(TopKTeacher):
         if len(pairs) < self.k:
             raise ConfigError(f"objective.top_k is {self.k}, {self.where} gave {len(pairs)} tokens at a position")
         top = pairs[: self.k]
-        good = all(0 <= i < columns(self.head) and logprob <= 1e-3 for i, logprob in top)
+        tokens, gaps = range(columns(self.head)), gaps_of(self.head)
+        good = all(i in tokens and i not in gaps and logprob <= 1e-3 for i, logprob in top)
         if not good or sum(math.exp(logprob) for _, logprob in top) > 1.01:
             raise ConfigError(f"{self.where} gave no log-probabilities of the model's vocabulary: {brief(top, 100)}")
         return top

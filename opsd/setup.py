@@ -34,7 +34,7 @@ from opsd.scorers import scorer_of
 from opsd.step import opsd_step
 from opsd.teacher_cache import with_cache
 from opsd.teachers import make_teacher
-from opsd.vocabulary import check_prompts, without_padding
+from opsd.vocabulary import check_prompts, of_tokens
 from opsd.weights import check_savable
 from opsd_kernels import Head, lm_head_of
 
@@ -99,7 +99,7 @@ def set_up(config: Config, parts: Parts, date: datetime | None = None, attempt: 
     attempt("writes", GenerateEngine.check, engine, model, f"model.path {config.model.path!r}")
     head = attempt("head", _head, config, model, tokenizer)
     teacher: Any = attempt("teacher", parts.teacher or make_teacher, config, model, tokenizer)
-    teacher = teacher if parts.teacher is None else UserTeacher(teacher)
+    teacher = teacher if parts.teacher is None else UserTeacher(teacher, tokenizer)
     tried = attempt("writing", tried_engine, engine, longest, model, teacher)
     engine = attempt("vllm", with_vllm, config, tried, encoded[0])
     engine = attempt("rollouts", with_cache, engine, teacher, encoded[0])
@@ -162,7 +162,7 @@ def _check_fit(config: Config, model: nn.Module, tokenizer: Any, *data: Encoded)
 
 def _head(config: Config, model: nn.Module, tokenizer: Any) -> Head:
     with config_error(f"model.path {config.model.path!r}", TypeError, ValueError):
-        return without_padding(lm_head_of(model), tokenizer)
+        return of_tokens(lm_head_of(model), tokenizer)
 
 
 def _with_parts(run: Run, parts: Parts) -> Run:

@@ -18,7 +18,7 @@ from opsd.run import Teacher
 from opsd.scoring import rollout_hidden
 from opsd.served_teacher import ServedTeacher
 from opsd.teacher_cache import CachedTeacher
-from opsd.vocabulary import without_padding
+from opsd.vocabulary import of_tokens
 from opsd_kernels import lm_head_of
 from opsd_kernels.probe import evaluating
 
@@ -107,6 +107,16 @@ def make_teacher(config: Config, model: nn.Module, tokenizer: Any) -> Teacher:
     Raises:
         ConfigError: the other model cannot be loaded or has another vocabulary; the cache or the server does not serve.
     """
+    if config.teacher.kind in ("cached", "server"):
+        kind: Any = CachedTeacher if config.teacher.kind == "cached" else ServedTeacher
+        head = of_tokens(lm_head_of(model), tokenizer)
+        return kind(config, head, tokenizer, next(model.parameters()).device)
+    teacher = _model_teacher(config, model, tokenizer)
+    teacher.head = of_tokens(teacher.head, tokenizer)
+    return teacher
+
+
+def _model_teacher(config: Config, model: nn.Module, tokenizer: Any) -> Teacher:
     options = config.teacher
     if options.kind == "live":
         return ModelTeacher(model, "live")
@@ -114,10 +124,6 @@ def make_teacher(config: Config, model: nn.Module, tokenizer: Any) -> Teacher:
         return _AverageTeacher(model, options.ema_decay, options.ema_every)
     if options.kind == "model":
         return _other_model(config.model, options.path, model, tokenizer)
-    if options.kind in ("cached", "server"):
-        kind: Any = CachedTeacher if options.kind == "cached" else ServedTeacher
-        head = without_padding(lm_head_of(model), tokenizer)
-        return kind(config, head, tokenizer, next(model.parameters()).device)
     if is_adapted(model):
         return ModelTeacher(model, "base")
     frozen = _frozen_copy(model)

@@ -77,7 +77,8 @@ def _projection(run: Run, head: Head, vocab: int) -> Callable[[Tensor], Tensor]:
     compute = torch.bfloat16 if run.config.model.autocast == "bfloat16" else head.weight.dtype
     wide = accumulation_dtype(compute)
     weight = distributed.full(head.weight)[:vocab].to(compute)  # converted once, if at all
-    bias = None if head.bias is None else distributed.full(head.bias)[:vocab].to(wide)
+    bias = head.options()["bias"]
+    bias = None if bias is None else distributed.full(bias)[:vocab].to(wide)
     products = Products("torch", weight.device, compute, budget=0)
     transform = LogitTransform(head.logit_scale, None if head.softcap == math.inf else head.softcap)
 

@@ -12,6 +12,7 @@ from opsd.prompts import Example
 from opsd.recipes.base import columns
 from opsd.recipes.batch import TopK
 from opsd.rollouts import Rollout
+from opsd.vocabulary import gaps_of
 from opsd_kernels import Head
 
 
@@ -30,7 +31,8 @@ class TopKTeacher:
     def top_k(self, examples: Sequence[Example], rollouts: Sequence[Rollout]) -> TopK:
         """(R, k) for the R tokens of `rollouts`, each read after the teacher's prompt of its example."""
         rows = sum(len(rollout.ids) for rollout in rollouts)
-        ids = torch.arange(self.k, device=self.device).expand(rows, self.k)
+        tokens = sorted(set(range(self.k + len(gaps_of(self.head)))) - set(gaps_of(self.head)))
+        ids = torch.tensor(tokens[: self.k], device=self.device).expand(rows, self.k)
         return TopK(ids, torch.full((rows, self.k), -math.log(columns(self.head)), device=self.device))
 
     def unasked(self) -> "TopKTeacher":

@@ -1,12 +1,17 @@
 """Which ids a model and its tokenizer share: those with a row in the embedding, and the columns that are tokens."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from opsd.errors import ConfigError, DataError
 from opsd.prompts import Example
 from opsd_kernels import Head
+from opsd_kernels.losses import whole
 
 
 def embedding_rows(lm: Any) -> int:
@@ -72,8 +77,33 @@ def holes(columns: int, tokenizer: Any) -> tuple[int, ...]:
     return tuple(i for i in missing if tokenizer.convert_ids_to_tokens(i) is None)
 
 
-def without_padding(head: Head, tokenizer: Any) -> Head:
-    """`head` whose columns beyond the last token of `tokenizer` take no part in a loss."""
+@dataclass(frozen=True)
+class TokenHead(Head):
+    """A head whose columns `gaps`, below valid_vocab, are no tokens: of bias −inf, they take no part in a loss."""
+
+    gaps: tuple[int, ...] = ()
+
+    def options(self) -> dict[str, Any]:
+        weight = self.weight
+        no_token = _no_token(self.gaps, weight.shape[0], weight.dtype, weight.device)
+        return super().options() | {"bias": no_token if self.bias is None else whole(self.bias) + no_token}
+
+
+@lru_cache(maxsize=8)
+def _no_token(gaps: tuple[int, ...], rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(rows,) −inf at `gaps`, else 0: one tensor for all heads, so that theirs are seen to be the same."""
+    return torch.zeros(rows, dtype=dtype).index_fill(0, torch.tensor(gaps), -torch.inf).to(device)
+
+
+def of_tokens(head: Head, tokenizer: Any) -> Head:
+    """`head` whose columns that are no tokens of `tokenizer` take no part in a loss."""
     rows = head.weight.shape[0]
     valid = token_columns(head.valid_vocab or rows, tokenizer)
-    return replace(head, valid_vocab=valid) if valid < rows else head
+    head = replace(head, valid_vocab=valid) if valid < rows else head
+    gaps = holes(valid, tokenizer)
+    return TokenHead(head.weight, head.bias, head.logit_scale, head.softcap, head.valid_vocab, gaps) if gaps else head
+
+
+def gaps_of(head: Head) -> tuple[int, ...]:
+    """The columns of `head` below valid_vocab that are no tokens."""
+    return getattr(head, "gaps", ())

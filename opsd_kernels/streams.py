@@ -27,8 +27,9 @@ from .losses import (
     whole,
 )
 from .mixture import Mixture, Part
-from .objective import Objective, number, positive
+from .objective import LogitTransform, Objective, number, positive
 from .rows import Column
+from .rows.torch_backend import transformed
 from .tokens import Tokens
 
 VALUES = ("kl", "ce")
@@ -231,9 +232,8 @@ def logits_at(stream: Stream, ids: Tensor) -> Tensor:
         z = torch.bmm(stream.weight[some].to(stream.hidden.dtype).to(dtype), rows).squeeze(-1)
         if stream.bias is not None:
             z = z + stream.bias[some]
-        z = z * stream.logit_scale
-        z = z if stream.softcap is None else stream.softcap * torch.tanh(z / stream.softcap)
-        out[start : start + step] = z / stream.temperature
+        transform = LogitTransform(stream.logit_scale, stream.softcap)
+        out[start : start + step] = transformed(z, transform, stream.temperature)
     return out
 
 

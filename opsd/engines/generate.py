@@ -146,6 +146,10 @@ class GenerateEngine:
             decode(lm, prompts, rows, LogitsProcessorList([recorder]), self.pad_id, len(forced))
         return torch.stack(recorder.scores, dim=1)
 
+    def barred(self, columns: int) -> list[int]:
+        """The ids below `columns` that are no tokens, and are never written."""
+        return [*self.holes, *range(columns if self.vocabulary is None else self.vocabulary, columns)]
+
     def _tokens_alone(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """A logits processor that leaves what is no token no chance."""
         if self.vocabulary is not None:

@@ -5,6 +5,7 @@ Building it seeds the global generators, which are put back; on a CPU it also tu
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -44,7 +45,7 @@ class VllmEngine:
     """Has vLLM (`llm`) write the rollouts, and `engine` all the rest: evaluations, and what a teacher writes."""
 
     llm: Any
-    engine: Engine
+    engine: Any  #: a `GenerateEngine`
 
     @property
     def end_ids(self) -> Sequence[int]:
@@ -113,6 +114,8 @@ class VllmEngine:
         """One rollout for each prompt and seed, by the weights loaded last."""
         from vllm import SamplingParams
 
+        columns = self.llm.llm_engine.model_config.get_vocab_size()
+        barred = dict.fromkeys(self.engine.barred(columns), -math.inf)
         asked = [
             SamplingParams(
                 temperature=sampling.temperature,
@@ -124,6 +127,7 @@ class VllmEngine:
                 stop_token_ids=list(self.end_ids),
                 ignore_eos=True,  # which may be another end than ours; ours are above
                 logprobs=0,
+                logit_bias=barred or None,
                 detokenize=False,
             )
             for seed in seeds

@@ -261,6 +261,16 @@ def test_top_k_statistics_of_two_streams_are_their_formulas(case):
     assert not torch.allclose(dense.union_kl(t, s, 5), dense.div(s, t, 0), rtol=1e-2)
 
 
+def test_a_softcap_gives_no_logit_to_a_token_of_bias_minus_infinity():
+    stream, *_ = streams("softcap")
+    columns = stream.weight.shape[0]
+    bias = torch.zeros(columns, dtype=stream.weight.dtype).index_fill(0, torch.arange(1, columns, 2), -math.inf)
+    stream = replace(stream, bias=bias, valid_vocab=None)
+    ids = torch.arange(columns).expand(len(stream.hidden), columns)
+    assert opsd_kernels.logits_at(stream, ids)[:, 1::2].eq(-math.inf).all()
+    assert relative(opsd_kernels.top_k_mass(stream, stream, columns), torch.ones(len(stream.hidden))) < 1e-9
+
+
 def test_layer_mse_is_the_weighted_mean_square_of_each_row():
     g = torch.Generator().manual_seed(2)
     a, b, c, d = (torch.randn(N, size, generator=g, dtype=torch.float64) for size in (6, 6, 9, 9))

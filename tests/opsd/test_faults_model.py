@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import opsd
 from opsd.batching import writing_note
 from opsd.cli import main, parse_overrides
 from opsd.config import load_config
@@ -28,9 +30,10 @@ from opsd.step import micro_batches
 TOKENS = ["<pad>", "<end>", "<unk>", "<bos>", *map(chr, range(10, 127))]
 
 
-def words(post=None, chat=None, pad="<pad>", added=None):
-    """A tokenizer of one token per character, that writes `post` around each text."""
-    raw = Tokenizer(models.WordLevel({token: i for i, token in enumerate(TOKENS)}, unk_token="<unk>"))
+def words(post=None, chat=None, pad="<pad>", added=None, gap=0):
+    """A tokenizer of one token per character, that writes `post` around each text; `gap` ids from 60 on have none."""
+    tokens = {token: i + gap * (i >= 60) for i, token in enumerate(TOKENS)}
+    raw = Tokenizer(models.WordLevel(tokens, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     if post:
         raw.post_processor = processors.TemplateProcessing(single=post, special_tokens=[("<bos>", 3), ("<end>", 1)])
@@ -251,44 +254,102 @@ def test_columns_without_a_token_are_never_written(temperature):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_ids_between_tokens_that_have_none_are_never_written(temperature):
-    tokens = {token: i + 10 * (i >= 60) for i, token in enumerate(TOKENS)}
-    raw = Tokenizer(models.WordLevel(tokens, unk_token="<unk>"))
-    gapped = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>", unk_token="<unk>", pad_token="<pad>")
-    model = build(vocab_size=len(TOKENS) + 10)
+    gapped, model = words(gap=10), build(vocab_size=len(TOKENS) + 10)
     with torch.no_grad():
         model.lm_head.weight.zero_()
         model.lm_head.bias = torch.nn.Parameter(torch.zeros(131).index_fill(0, torch.arange(60, 70), 20.0))
     engine = GenerateEngine.of(model, gapped, ModelConfig())
     assert engine.holes == tuple(range(60, 70))
-    assert writing_note(engine) == [
-        "vocabulary: 10 ids, 60 first, have no token: never written, but in the loss's softmax"
-    ]
+    assert writing_note(engine) == ["vocabulary: 10 ids, 60 first, have no token: never written, and in no softmax"]
     written = engine.write(model, [[5, 6], [7]], Sampling(8, temperature), [0, 1], 2)
     assert all(not 60 <= i < 70 for rollout in written for i in rollout.ids)
     assert GenerateEngine.of(build(), words(), ModelConfig()).holes == ()
 
 
-def test_columns_without_a_token_take_no_part_in_the_loss(tmp_path):
-    model = write(tmp_path / "m", vocab_size=160)
-    words_of = command(model, rows(tmp_path))[1:]
+@pytest.mark.parametrize("kind", ["llama", "phi", "gemma2"])  # plain, a head with a bias, one with a softcap
+@pytest.mark.parametrize("gap", [0, 10])
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--teacher.kind=model",),
+        ("--teacher.kind=ema",),
+        ("--objective.recipe=purified",),
+        ("--lora.enabled=true",),
+    ],
+    ids=["base", "model", "ema", "purified", "lora"],
+)
+def test_columns_without_a_token_take_no_part_in_the_loss(tmp_path, kind, gap, options):
+    gapped = words(gap=gap)
+    model = write(tmp_path / "m", kind, gapped, vocab_size=160, tie_word_embeddings=False)
+    if "--teacher.kind=model" in options:
+        options = (*options, f"--teacher.path={write(tmp_path / 't', kind, gapped, vocab_size=168)}")
+    words_of = [*command(model, rows(tmp_path))[1:], *options]
     setup = set_up(load_config(None, parse_overrides(words_of)), Parts())
     run = setup.run
     rollouts = [Rollout([5, 6, 7], True)] * 2
     (batch,) = micro_batches(run, setup.examples, rollouts)
+    heads = {head.weight.data_ptr(): head for head in (run.head, run.teacher.head)}.values()
+    tokens = torch.tensor(sorted(gapped.get_vocab().values()))
+    others = torch.ones(160, dtype=torch.bool).index_fill(0, tokens, False)
 
     def loss():
         student, teachers = score(run, batch)
         value, _ = run.recipe.loss(student, teachers, batch, 6)
-        return value.item(), top_k_overlap(student, teachers["teacher"]).item()
+        return value, top_k_overlap(student, teachers["teacher"]).item()
 
-    before = loss()
-    assert before[0] > 0
+    before, overlap = loss()
+    shift = 3 * torch.randn(160, 16)
     with torch.no_grad():
-        run.model.lm_head.weight[121:].normal_(std=5)
-    assert loss() == before
+        for head in heads:
+            head.weight[others] += shift[others]
+            if head.bias is not None:
+                head.bias[others] += 5.0
+    value, again = loss()
+    assert (value.item(), again) == (before.item(), overlap)
+    if run.head.weight.requires_grad:
+        grads = torch.autograd.grad(value, [t for t in (run.head.weight, run.head.bias) if t is not None])
+        assert all(grad[others].eq(0).all() and grad[tokens].abs().sum() > 0 for grad in grads)
     with torch.no_grad():
-        run.model.lm_head.weight[:121].normal_(std=5)
-    assert loss() != before
+        for head in heads:
+            head.weight[tokens] += shift[tokens]
+    assert loss()[0] != before
+
+
+def test_whatever_the_columns_without_a_token_are_a_run_is_the_same(tmp_path):
+    """Seen from its records, which hold the loss, its statistics and the tokens' alternatives; so is a cache."""
+
+    def trained(name, bias):
+        directory = tmp_path / name
+        model = write(directory / "m", "phi", words(gap=10), vocab_size=131)
+        change_tensors(
+            model / "model.safetensors",
+            lambda t: t | {"lm_head.bias": t["lm_head.bias"].index_fill(0, torch.arange(60, 70), bias)},
+        )
+        data, cache = rows(directory), f"--output={directory / 'cache'}"
+        assert main(["cache-teacher", *command(model, data)[1:], cache, "--objective.top-k=5"]) == 0
+        cached = ("--teacher.kind=cached", f"--teacher.path={directory / 'cache'}", "--objective.tail-bucket=true")
+        for number, options in enumerate([(), cached]):
+            assert (
+                main([*command(model, data), *options, f"--run.dir={directory / str(number)}", "--optim.steps=2"]) == 0
+            )
+        kept = [directory / f"{number}/{file}.jsonl" for number in "01" for file in ("metrics", "samples")]
+        records = [json.loads(line) for file in kept for line in file.read_text().splitlines()]
+        timed = re.compile("second|source|peak_memory")
+        return [{name: value for name, value in record.items() if not timed.search(name)} for record in records]
+
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    one, other = trained("a", 0.0), trained("b", 20.0)
+    assert len(one) > 4
+    assert one == other
+
+
+def test_rollouts_of_ones_own_with_an_id_without_a_token_are_refused(tmp_path, capsys):
+    model = write(tmp_path / "m", tokenizer=words(gap=10), vocab_size=131)
+    options = load_config(None, parse_overrides(command(model, rows(tmp_path))[1:]))
+    with pytest.raises(ValueError, match="token id 65; accepted: ints from 0 to 130, but the 10 without a token"):
+        opsd.train(options, rollouts=lambda run, examples, number: [Rollout([65], True)] * len(examples), quiet=True)
 
 
 def test_target_modules_that_match_no_layer_are_named(tmp_path, capsys):

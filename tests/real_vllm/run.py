@@ -62,6 +62,19 @@ def main() -> None:
             before = after
         adapted = lora(student)
         assert same_as(adapted, "with LoRA") != before
+    none = [*range(20, 40), *range(60, student.config.vocab_size)]  # ids without a token
+    gapped = replace(plain, holes=tuple(range(20, 40)), vocabulary=60)
+    assert gapped.barred(student.config.vocab_size) == none
+    greedy = Sampling(24, temperature=0.0)
+    barred = replace(engine, engine=gapped)
+    assert [r.ids for r in barred.sample(prompts, greedy, range(6))] == [
+        r.ids for r in gapped.write(adapted, prompts, greedy, range(6), 6)
+    ]
+    for prompt, r in zip(prompts, barred.sample(prompts, Sampling(24), range(6)), strict=True):
+        logits = adapted(torch.tensor([prompt + r.ids])).logits[0, len(prompt) - 1 : -1].double()
+        known = logits.index_fill(1, torch.tensor(none), -torch.inf).log_softmax(-1)
+        assert (known.gather(1, torch.tensor(r.ids)[:, None])[:, 0] - torch.tensor(r.logprobs)).abs().max() < 1e-4
+    print("ids without a token are never written", flush=True)
     run = replace(run, model=student, engine=engine)
     assert len(engine.rollouts(run, examples(), 1)) == len(examples())
     student.config.tie_word_embeddings = False
