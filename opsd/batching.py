@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,16 @@ from opsd_kernels.packing import plan_passes
 from opsd_kernels.packing.prove import rounding
 from opsd_kernels.packing.vet import crossed_border, trial_length
 from opsd_kernels.probe import as_computed, no_trial, undisturbed
+
+
+class Scoring(NamedTuple):
+    """How rollouts are scored: what `opsd.run.Run` calls by these names, and a line that says why."""
+
+    how: str
+    packed: bool = False
+    joint: bool = False
+    alone: bool = False
+
 
 NEW = 3  # tokens that are written, or scored, after each prompt of a trial
 
@@ -54,11 +64,9 @@ def writing_note(engine: GenerateEngine) -> list[str]:
     return [*alone, f"vocabulary: {ids} no token: never written, and in no softmax"]
 
 
-def choose_scoring(
-    options: ModelConfig, model: nn.Module, teacher: Teacher, longest: int = 0
-) -> tuple[bool, bool, str]:
-    """Whether all contexts run as packed rows, else whether one rollout at a time, and a line that says how. Either
-    is tried on contexts that show all that one of `longest` tokens would.
+def choose_scoring(options: ModelConfig, model: nn.Module, teacher: Teacher, longest: int = 0) -> Scoring:
+    """Whether all contexts run as packed rows, else whether one rollout at a time. Either is tried on contexts that
+    show all that one of `longest` tokens would.
 
     Raises:
         ConfigError: rows are to be packed and the model does not allow it; or it is not causal.
@@ -66,7 +74,7 @@ def choose_scoring(
     reason = "as asked"
     if options.packing != "off":
         try:
-            return True, False, _packed(options, model, teacher, longest)
+            return _packed(options, model, teacher, longest)
         except (TypeError, ValueError) as error:
             if options.packing == "on":
                 raise ConfigError(f"model.packing is on, but {error}") from error
@@ -75,11 +83,11 @@ def choose_scoring(
     for name, one in (("model.path", model), *theirs):
         if why := _scores_alone(one, longest, f"{name} {causal_lm(one).name_or_path!r}"):
             also = "" if why in reason else f"; not packed, {reason}"
-            return False, True, f"scoring: one rollout at a time, since {why}{also}"
-    return False, False, f"scoring: padded, {reason}"
+            return Scoring(f"scoring: one rollout at a time, since {why}{also}", alone=True)
+    return Scoring(f"scoring: padded, {reason}")
 
 
-def _packed(options: ModelConfig, model: nn.Module, teacher: Teacher, longest: int) -> str:
+def _packed(options: ModelConfig, model: nn.Module, teacher: Teacher, longest: int) -> Scoring:
     """How packed rows run.
 
     Raises:
@@ -91,9 +99,10 @@ def _packed(options: ModelConfig, model: nn.Module, teacher: Teacher, longest: i
         source, passes = teacher.source or "live", "two" if student_alone else "auto"
         plan = plan_passes(model, teacher=source, passes=passes, longest=longest)
     if student_alone:
-        return f"scoring: packed rows of the student alone ({plan.reason})"
-    how = f"scoring: packed rows, student and teacher in {'one pass' if plan.passes == 'joint' else 'two passes'}"
-    return f"{how} ({plan.reason})"
+        return Scoring(f"scoring: packed rows of the student alone ({plan.reason})", packed=True)
+    joint = plan.passes == "joint"
+    how = f"scoring: packed rows, student and teacher in {'one pass' if joint else 'two passes'} ({plan.reason})"
+    return Scoring(how, packed=True, joint=joint)
 
 
 def _scores_alone(model: nn.Module, longest: int, where: str) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from opsd import models
-from opsd.batching import writing_note
+from opsd.batching import Scoring, writing_note
 from opsd.config import Config
 from opsd.data import columns_used
 from opsd.engines import GenerateEngine
@@ -138,9 +138,9 @@ def _prompts(config: Config, tokenizer: Any, encoded: Encoded) -> Iterable[str]:
     return decoded(tokenizer, encoded.examples[0])
 
 
-def _scoring(config: Config, scoring: tuple[bool, bool, str], model: nn.Module) -> Iterator[str]:
-    packed, _, how = scoring
-    yield how if packed else f"{how}; attention {models.causal_lm(model).config._attn_implementation}"
+def _scoring(config: Config, scoring: Scoring, model: nn.Module) -> Iterator[str]:
+    how = scoring.how
+    yield how if scoring.packed else f"{how}; attention {models.causal_lm(model).config._attn_implementation}"
 
 
 def _writing(config: Config, engine: GenerateEngine) -> list[str]:

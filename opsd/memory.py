@@ -68,7 +68,7 @@ def memory_of(setup: Setup) -> Memory:
     kept = _kept(run, example)
     if config.model.gradient_checkpointing:  # going backward, one layer at a time is computed again
         with evaluating(run.model):
-            every = _kept(run, example)
+            every = _kept(replace(run, joint=False), example)  # no layer of one pass would be left out
         layers = models.causal_lm(run.model).config.get_text_config().num_hidden_layers
         kept = Kept(kept.prompt + every.prompt / layers, kept.rollout + every.rollout / layers, kept.fixed)
     gradients = sum(p.nbytes for p in run.model.parameters() if p.requires_grad)

@@ -39,6 +39,7 @@ class Run:
     recipe: Recipe
     device: torch.device
     packed: bool = False  #: all contexts run as rows without padding
+    joint: bool = False  #: packed, the student's contexts and the constant ones in one pass
     alone: bool = False  #: each rollout is scored by itself, since the model's batches are not its single passes
     reward: Scorer | None = None  #: of rollouts, where the recipe needs it
     prompter: Prompter | None = None  #: where a context reads what is known in the step alone

@@ -14,7 +14,7 @@ from opsd.recipes.base import columns
 from opsd.recipes.batch import TopK
 from opsd.run import MicroBatch, Run
 from opsd_kernels import Head, Stream, dual_hidden_states, lm_head_of, pack_dual_context, token_logprobs, top_k_logprobs
-from opsd_kernels.packing import context_hidden_states, plan_passes
+from opsd_kernels.packing import context_hidden_states
 
 
 def score(run: Run, batch: MicroBatch, clock: Clock | None = None) -> tuple[Stream, dict[str, Any]]:
@@ -36,10 +36,9 @@ def score(run: Run, batch: MicroBatch, clock: Clock | None = None) -> tuple[Stre
     if run.packed:
         packed = pack_dual_context(prompts, [*chain(*read.values())], ids, contexts=len(read))
         with autocast(options, run.device):
-            joint = plan_passes(run.model, teacher=source).passes == "joint"
-            taught = run.model if isinstance(source, str) else source
-            with clock("score") if joint else teacher_then_student(clock, taught):
-                hidden = dual_hidden_states(run.model, packed, teacher=source)
+            passes, taught = "joint" if run.joint else "two", run.model if isinstance(source, str) else source
+            with clock("score") if run.joint else teacher_then_student(clock, taught):
+                hidden = dual_hidden_states(run.model, packed, teacher=source, passes=passes)
         constant = hidden.teacher.tensor_split(len(read))
         return stream_of(hidden.student, run.head), _by_name(read, constant, teacher.head) | _second(run, batch, clock)
     # Each in an autocast of its own: what the teacher's casts without a gradient must not reach the student.

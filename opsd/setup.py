@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
-from operator import itemgetter
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
@@ -104,14 +104,14 @@ def set_up(config: Config, parts: Parts, date: datetime | None = None, attempt: 
     engine = attempt("vllm", with_vllm, config, tried, encoded[0])
     engine = attempt("rollouts", with_cache, engine, teacher, encoded[0])
     scoring = attempt("scoring", choose_scoring, options, model, teacher, longest)
-    packed, alone = (attempt(name, itemgetter(i), scoring) for i, name in enumerate(("packed", "alone")))
+    packed, joint, alone = (attempt(name, attrgetter(name), scoring) for name in ("packed", "joint", "alone"))
     reward = attempt("reward", lambda _, scorer: scorer if needs_reward(config) else None, recipe, scorer)
-    known = (config, model, tokenizer, head, teacher, engine, recipe, device, packed, alone, reward, prompter)
+    known = (config, model, tokenizer, head, teacher, engine, recipe, device, packed, joint, alone, reward, prompter)
     run = attempt("run", Run, *known)
     run = attempt("run", _with_parts, run, parts)
     new, seed = config.rollout.max_new_tokens, config.run.seed
     evaluator = attempt("evaluator", Evaluator.of, config.eval, new, seed, tokenizer, engine, scorer)
-    notes = attempt("notes", lambda scoring, engine: [scoring[2], *writing_note(engine)], scoring, tried)
+    notes = attempt("notes", lambda scoring, engine: [scoring.how, *writing_note(engine)], scoring, tried)
     return attempt("setup", _finished, run, parts, evaluator, prompter, notes, *encoded)
 
 

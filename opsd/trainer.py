@@ -207,7 +207,7 @@ def _loop(setup: Setup, parts: Parts, run_dir: RunDir, display: Display) -> Loop
         teacher.head = reread(teacher.head, model)
     shares = f"divided among {count} processes, with their gradients and the optimiser's state"
     setup.notes.append(f"weights: {shares}; each context in a pass of its own")
-    run = replace(run, head=reread(run.head, run.model), sharded=True)
+    run = replace(run, head=reread(run.head, run.model), joint=False, sharded=True)
     return Loop(replace(setup, run=run), run_dir, display)
 
 

@@ -352,7 +352,7 @@ def test_lengths_and_overlap_are_reported(fixed_rollouts):
 ])  # fmt: skip
 def test_phases_are_timed_apart(fixed_rollouts, packed, joint, phases):
     student = model().train()
-    run = dataclasses.replace(run_of(student, teacher__kind="live" if joint else "base"), packed=packed)
+    run = dataclasses.replace(run_of(student, teacher__kind="live" if joint else "base"), packed=packed, joint=joint)
     if joint:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     else:
@@ -397,7 +397,8 @@ def test_packed_adapters_get_the_gradient_of_the_padded_ones(fixed_rollouts, che
         if checkpointing:  # then both contexts go through the model at once
             adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         adapted.train()
-        opsd_step(dataclasses.replace(run_of(adapted), packed=packed), examples(), 1)
+        joint = packed and checkpointing
+        opsd_step(dataclasses.replace(run_of(adapted), packed=packed, joint=joint), examples(), 1)
         gradients.append({n: p.grad for n, p in adapted.named_parameters() if p.requires_grad})
     assert any(g.abs().max() > 1e-4 for g in gradients[0].values())
     for name, gradient in gradients[0].items():

@@ -501,9 +501,8 @@ def test_what_shows_only_in_a_pass_shows_before_the_first_step():
     config = load_config(None, [("model.path", "m"), ("data.train", "t")])
     doge = DogeForCausalLM(DogeConfig(**SIZES)).eval()
     teacher = SimpleNamespace(source="live")
-    packed, alone, how = choose_scoring(config.model, doge, teacher)
-    assert not packed
-    assert not alone
+    how, *others = choose_scoring(config.model, doge, teacher)
+    assert not any(others)
     refused = "model DogeForCausalLM cannot run on packed rows"
     assert how == f"scoring: padded, since {refused}: DogeAttention brings an attention mask, packed rows take none"
     dropping = lora(model())
@@ -511,7 +510,7 @@ def test_what_shows_only_in_a_pass_shows_before_the_first_step():
         if hasattr(module, "lora_dropout"):
             module.lora_dropout["default"] = torch.nn.Dropout(0.5)
     before = torch.get_rng_state()
-    assert choose_scoring(config.model, dropping, teacher)[0]
+    assert choose_scoring(config.model, dropping, teacher).packed
     assert torch.equal(torch.get_rng_state(), before)
 
 
