@@ -28,6 +28,7 @@ T = TypeVar("T")
 
 _group: Any = None  # of gloo: objects stay on the host, and it alone can say which process is missing
 _timeout = timedelta(minutes=30)
+closers: list[Callable[[], object]] = []  #: called when the processes part, for what has groups of its own
 
 
 def size() -> int:
@@ -78,7 +79,9 @@ def joined(device: str, minutes: float) -> Iterator[None]:
         raise ConfigError(f"the processes that were launched together do not meet: {one_line(error)}") from error
     try:
         yield
-        if began:  # not after an error: it might wait for a process that is gone
+        while closers:
+            closers.pop()()
+        if began and dist.is_initialized():  # not after an error: it might wait for a process that is gone
             dist.destroy_process_group()
     finally:
         _group = None

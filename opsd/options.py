@@ -147,15 +147,14 @@ class RolloutConfig(Section):
     max_new_tokens: int = option(1024, "longest rollout", ge=1)
     per_prompt: int = option(1, "rollouts of each prompt in a step", ge=1)
     temperature: float = option(1.0, "sampling temperature", **_TEMPERATURES)
-    top_p: float = option(
-        1.0, "nucleus sampling; 1: off, so that rollouts come from the student's own distribution", gt=0, le=1
-    )
+    top_p: float = option(1.0, "nucleus sampling; 1: off, rollouts from the student's own distribution", gt=0, le=1)
     top_k: int = _TOP_K
     min_p: float = _MIN_P
     batch_size: int = option(32, "rollouts generated together; changes memory and speed, not the samples", ge=1)
     engine: Literal["generate", "vllm"] = option(
         "generate", "what writes them; vllm: in this process, with the student's weights anew before each step"
     )
+    vllm_memory: float = option(0.3, "with engine vllm: its share of the device's memory while it writes", gt=0, lt=1)
     importance_cap: float | None = option(
         None,
         "weight each token by min(p_student / p_sampler, this), for one more product with the head; none: off",

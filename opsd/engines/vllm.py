@@ -1,4 +1,5 @@
-"""vLLM in this process. It reads the student's weights anew before each step's rollouts.
+"""vLLM in this process, or in each of several. It reads the student's weights anew before each step's rollouts, and on
+a GPU gives its memory back when they are written.
 
 Building it seeds the global generators, which are put back; on a CPU it also turns `torch.set_num_threads` off.
 """
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 from opsd import distributed
 from opsd.config import Config
 from opsd.errors import ConfigError, one_line
-from opsd.models import causal_lm
+from opsd.models import causal_lm, pick_device
 from opsd.prompts import Encoded, Example
 from opsd.rollouts import Rollout, Sampling, derive_seed, first_end
 from opsd.run import Engine, Run
+from opsd.sharding import whole
 
 
 def trained_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -46,6 +48,7 @@ class VllmEngine:
 
     llm: Any
     engine: Any  #: a `GenerateEngine`
+    sleeps: bool = False  #: `llm` has neither weights nor a cache between `load` and `rest`
 
     @property
     def end_ids(self) -> Sequence[int]:
@@ -59,7 +62,9 @@ class VllmEngine:
             ConfigError: vLLM is not installed, or cannot serve the model.
         """
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the weights are handed over in this process
-        states = random.getstate(), torch.get_rng_state()
+        states, sleeps = (random.getstate(), torch.get_rng_state()), pick_device(config.run.device).type == "cuda"
+        # vLLM's own groups would else be of all processes; each has a whole model
+        apart = {"distributed_executor_backend": "external_launcher"} if distributed.size() > 1 else {}
         try:
             from vllm import LLM, _custom_ops
 
@@ -73,6 +78,9 @@ class VllmEngine:
                 logprobs_mode="processed_logprobs",
                 skip_tokenizer_init=True,
                 seed=0,
+                gpu_memory_utilization=config.rollout.vllm_memory,
+                enable_sleep_mode=sleeps,
+                **apart,
             )
         except ImportError as error:
             raise ConfigError(f"rollout.engine is vllm, which cannot be imported: {one_line(error)}") from error
@@ -81,22 +89,36 @@ class VllmEngine:
         finally:
             random.setstate(states[0])
             torch.set_rng_state(states[1])
-        return cls(llm, engine)
+        if apart:
+            distributed.closers.append(llm.llm_engine.engine_core.shutdown)  # with its groups, and ours
+        made = cls(llm, engine, sleeps)
+        made.rest()
+        return made
+
+    def rest(self) -> None:
+        """Gives the device's memory back, until `load`."""
+        if self.sleeps:
+            self.llm.sleep(level=2)
 
     def load(self, model: nn.Module) -> None:
-        """Gives vLLM the weights of `model`.
+        """Gives vLLM the weights of `model`. To be called by all processes.
 
         Raises:
             RuntimeError: a parameter of vLLM's model is not among them, and would stay old.
         """
         tied = causal_lm(model).config.get_text_config().tie_word_embeddings
-        named = [(n, v) for n, v in trained_weights(model) if not (tied and n == "lm_head.weight")]
 
         def load(served: Any) -> list[str]:
+            named = ((n, v) for n, v in trained_weights(model) if not (tied and n == "lm_head.weight"))
             own = {name for name, _ in served.named_parameters()}
-            return sorted(own - set(served.load_weights(iter(named))))
+            return sorted(own - set(served.load_weights(named)))
 
-        old = [name for names in self.llm.apply_model(load) for name in names]
+        if self.sleeps:
+            self.llm.wake_up(tags=["weights"])
+        with whole(model), torch.no_grad():
+            old = [name for names in self.llm.apply_model(load) for name in names]
+        if self.sleeps:
+            self.llm.wake_up(tags=["kv_cache"])
         if old:
             raise RuntimeError(f"vLLM keeps old weights, nothing of the model goes by these names: {', '.join(old)}")
         self.llm.reset_prefix_cache()
@@ -108,7 +130,14 @@ class VllmEngine:
         each = [(place, g) for place in range(len(examples)) for g in range(options.per_prompt)]
         seeds = [derive_seed(run.config.run.seed, "rollout", number, place, g) for place, g in each]
         prompts = [examples[place].student for place, _ in each]
-        return self.sample(prompts, Sampling.by_options(options, options.max_new_tokens), seeds)
+        own = distributed.own(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
+        sampling = Sampling.by_options(options, options.max_new_tokens)
+        written = self.sample([prompts[i] for i in own], sampling, [seeds[i] for i in own])
+        self.rest()
+        found: dict[int, Rollout] = {}
+        for some in distributed.gathered(dict(zip(own, written, strict=True))):
+            found |= some
+        return [found[i] for i in range(len(prompts))]
 
     def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Rollout]:
         """One rollout for each prompt and seed, by the weights loaded last."""
@@ -148,13 +177,9 @@ def with_vllm(config: Config, engine: Any, train: Encoded) -> Any:
     """`engine`, or vLLM in front of it where `rollout.engine` says so.
 
     Raises:
-        ConfigError: vLLM is not installed, or cannot serve the model, or there are several processes.
+        ConfigError: vLLM is not installed, or cannot serve the model.
     """
     if config.rollout.engine != "vllm":
         return engine
-    if distributed.size() > 1:
-        raise ConfigError(
-            f"rollout.engine is vllm with {distributed.size()} processes; accepted: generate, or one process"
-        )
     longest = max(len(example.student) for example in train.examples) + config.rollout.max_new_tokens
     return VllmEngine.of(config, engine, config.rollout.batch_size, longest)

@@ -1,8 +1,9 @@
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from _models import VOCAB, lora, model, run_of
+from _models import VOCAB, examples, lora, model, run_of
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
@@ -275,6 +276,40 @@ def test_vllm_gets_every_weight_as_it_acts_and_lora_stays_apart():
         assert torch.allclose(given[name], value, atol=1e-6)
     assert not torch.equal(given["model.layers.0.mlp.up_proj.weight"], kept[
         "base_model.model.model.layers.0.mlp.up_proj.base_layer.weight"])  # fmt: skip
+
+
+def test_on_a_gpu_vllm_has_memory_only_while_it_writes(monkeypatch):
+    from opsd.engines.vllm import VllmEngine
+
+    run, said = run_of(model()), []
+
+    class Vllm:
+        llm_engine = SimpleNamespace(model_config=SimpleNamespace(get_vocab_size=lambda: VOCAB))
+
+        def sleep(self, level):
+            said.append(f"sleep {level}")
+
+        def wake_up(self, tags):
+            said.append(f"wake {tags[0]}")
+
+        def apply_model(self, load):
+            said.append("load")
+            return [load(SimpleNamespace(named_parameters=dict, load_weights=dict))]
+
+        def reset_prefix_cache(self):
+            said.append("forget")
+
+        def generate(self, prompts, params, use_tqdm):
+            said.append("write")
+            one = SimpleNamespace(token_ids=[5, 1], logprobs=[{i: SimpleNamespace(logprob=-1.0)} for i in (5, 1)])
+            return [SimpleNamespace(outputs=[one])] * len(prompts)
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SimpleNamespace))
+    engine = VllmEngine(Vllm(), run.engine, sleeps=True)
+    engine.rest()
+    rollouts = engine.rollouts(run, examples(), 1)
+    assert [(r.ids, r.truncated) for r in rollouts] == [([5, 1], False)] * len(examples())
+    assert said == ["sleep 2", "wake weights", "load", "wake kv_cache", "forget", "write", "sleep 2"]
 
 
 def test_an_engine_that_is_not_installed_is_named(monkeypatch):

@@ -3,6 +3,8 @@
 A script, as vLLM starts processes that import what started it. Anything wrong ends it with an AssertionError.
 """
 
+import json
+import subprocess
 import sys
 import tempfile
 from dataclasses import replace
@@ -82,7 +84,50 @@ def main() -> None:
     engine.llm.apply_model(lambda served: served.register_parameter("never_given", bare))
     with pytest.raises(RuntimeError, match="never_given"):
         engine.load(student)
+    for options in ({}, {"lora.enabled": "true", "lora.r": "4"}):
+        several_processes(options)
     print("all passed")
+
+
+def several_processes(options: dict[str, str]) -> None:
+    """Two of them, each with a vLLM, take the steps of one; without adapters they divide the weights."""
+    from _models import model, tokenizer, write_rows
+
+    with tempfile.TemporaryDirectory() as folder:
+        directory, found = Path(folder), []
+        model(num_attention_heads=2, num_key_value_heads=1, head_dim=32).save_pretrained(directory / "m")
+        tokenizer().save_pretrained(directory / "m")
+        options = options | {
+            "model.path": directory / "m",
+            "data.train": write_rows(directory / "train.jsonl", 5),
+            "rollout.engine": "vllm",
+            "rollout.max_new_tokens": 8,
+            "rollout.per_prompt": 3,
+            "optim.steps": 3,
+            "optim.batch_size": 3,
+            "optim.lr": 1e-3,
+            "optim.warmup_steps": 0,
+            "run.device": "cpu",
+            "run.sample_every": 1,
+        }
+        for count in (1, 2):
+            words = [*(f"--{name}={value}" for name, value in options.items()), f"--run.dir={directory / str(count)}"]
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+            ran = subprocess.run(
+                [sys.executable, *launcher, "-m", "opsd", "train", *words], capture_output=True, text=True
+            )
+            assert ran.returncode == 0, ran.stdout + ran.stderr
+            assert "Traceback" not in ran.stderr, ran.stderr
+            divided = count > 1 and "lora.enabled" not in options
+            assert ("weights: divided among 2 processes" in ran.stdout) == divided, ran.stdout
+            files = [(directory / str(count) / f"{name}.jsonl").read_text() for name in ("metrics", "samples")]
+            metrics, samples = ([json.loads(line) for line in text.splitlines()] for text in files)
+            found.append(([one["loss"] for one in metrics], [one["rollout"] for one in samples]))
+        (losses, texts), (others, again) = found
+        assert texts == again, (texts, again)
+        assert all(abs(a - b) < 1e-4 * a for a, b in zip(losses, others, strict=True)), (losses, others)
+        assert len(set(texts)) > 3
+        print(f"two processes, {'adapters' if 'lora.enabled' in options else 'weights divided'}: as one", flush=True)
 
 
 if __name__ == "__main__":
