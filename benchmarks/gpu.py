@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu --out DIR              # as much as fits in ten minutes; again for the rest
     python -m benchmarks.gpu --out DIR --only loss  # some steps only
-    python -m benchmarks.gpu --out DIR --table      # the README's tables
+    python -m benchmarks.gpu --out DIR --table      # the documents' tables
 
 Steps, in this order: `compile` (all Triton kernels, on all cores), `tests` (those that need a GPU), `loss` (the cells
 against every contender, the two that matter most first), `rows`, `profile`, `ceilings` and `products` (see

@@ -110,7 +110,7 @@ def _gradient(student: Tensor, teacher: Tensor, weight: Tensor, eps: float | Non
 
 
 def table(results: dict) -> str:
-    """The README's table, in Markdown."""
+    """The document's table, in Markdown."""
     lines = [
         "| logits | eps | columns kept | bound / ‖dX‖ | error / ‖dX‖ | time / no filter |",
         "|---|---|---|---|---|---|",
@@ -127,7 +127,7 @@ def table(results: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="directory of the embedded model after a run, runs/tiny-1/model say")
-    parser.add_argument("--table", action="store_true", help="only make the README's table from the data file")
+    parser.add_argument("--table", action="store_true", help="only make the document's table from the data file")
     options = parser.parse_args()
     if not options.table:
         sources = [("Zipf-like, N 1024, H 256, V 32,768", zipf_like(1024, 256, 32_768))]

@@ -96,7 +96,7 @@ def run(only: list[str], full: bool, rounds: int, path: Path) -> None:
 
 
 def table(stored: dict[str, Any]) -> str:
-    """The README's tables, in Markdown: what they say, times, then, folded, peak memory and errors."""
+    """The document's tables, in Markdown: what they say, times, then, folded, peak memory and errors."""
     cells = [stored["cells"][cell.key] for cell in TABLE + MORE if cell.key in stored["cells"]]
     ran = {name for cell in cells for name, record in cell["contenders"].items() if "median" in record}
     small = sorted(name for name in ran if "@" in name)
@@ -262,7 +262,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--data", type=Path, default=DATA, help="the results file")
     parser.add_argument("--list", action="store_true", help="print the cells and contenders, and run nothing")
-    parser.add_argument("--table", action="store_true", help="run nothing: make the README's table and the plot")
+    parser.add_argument("--table", action="store_true", help="run nothing: make the document's table and the plot")
     options = parser.parse_args()
     if options.list:
         for cell, names in chosen(options.only, options.full):

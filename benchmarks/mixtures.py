@@ -160,7 +160,7 @@ def table(stored: dict[str, Any], on: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--table", action="store_true", help="make the README's table from the file, measure nothing")
+    parser.add_argument("--table", action="store_true", help="make the document's table from the file, measure nothing")
     if not parser.parse_args().table:
         torch.set_num_threads(1)
         write_json(DATA, measure(CPU, torch.float32, SIZE))

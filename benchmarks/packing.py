@@ -376,7 +376,7 @@ NAMES = {"padded_dense": "padded, dense logits", "padded_loss": "padded, our los
 
 
 def table(results: dict[str, Any]) -> str:
-    """The README's table, in Markdown."""
+    """The document's table, in Markdown."""
     lines = [
         "| model | rollouts per prompt | " + " | ".join(NAMES.values()) + " | saved for backward |",
         "|---|---|" + "---|" * (len(NAMES) + 1),
@@ -424,7 +424,7 @@ def main() -> None:
     parser.add_argument("--only", choices=CONTENDERS, action="append", help="contenders; default: all")
     parser.add_argument("--attention", action="store_true", help="only the attention by itself, beside FlexAttention")
     parser.add_argument("--data", type=Path, default=DATA, help="default: results/packing.json")
-    parser.add_argument("--table", action="store_true", help="run nothing: make the README's table")
+    parser.add_argument("--table", action="store_true", help="run nothing: make the document's table")
     options = parser.parse_args()
     if options.table:
         replace_section("packing", table(json.loads(options.data.read_text(encoding="utf-8"))))

@@ -2,7 +2,7 @@
 
     python -m benchmarks.parts --out DIR                     # as much as fits in ten minutes; again for the rest
     python -m benchmarks.parts --out DIR --only "step/1.7B"  # some only; --list names them
-    python -m benchmarks.parts --out DIR --table             # the README's tables
+    python -m benchmarks.parts --out DIR --table             # the documents' tables
 
 Steps: `step` and `longest` (benchmarks.step), `attention` and `tuning` (benchmarks.attention), `mixtures`
 (benchmarks.mixtures), `sanitizer` (NVIDIA's compute-sanitizer on the kernels, where it is installed), `rollouts`
@@ -88,7 +88,7 @@ def items(device: torch.device) -> list[Item]:
 
 
 def tables(data: dict[str, Any]) -> dict[str, str]:
-    """The README's sections, by name, of the steps that there are results of."""
+    """The documents' sections, by name, of the steps that there are results of."""
     made = {}
     if cells := of_step(data, "attention"):
         made["attention-gpu"] = f"{attention.table(cells)}\n\n{where(data, ['attention'])}"

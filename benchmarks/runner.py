@@ -194,7 +194,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--again", action="store_true", help="also what was measured, or failed, before")
     add("--list", action="store_true", help="run nothing: the measurements, with about the seconds of each")
-    add("--table", action="store_true", help="run nothing: make the README's tables")
+    add("--table", action="store_true", help="run nothing: make the documents' tables")
     add("--here", action="store_true", help="all in this process, which an error of the device then spoils")
     add("--dry-run", action="store_true", help=f"on the CPU at toy sizes, to {DRY_NAME}")
     for hidden in ("--item", "--report", "--without"):  # for the process of one measurement
@@ -207,7 +207,7 @@ def _device(options: argparse.Namespace) -> torch.device:
 
 
 Tables = Callable[[dict[str, Any]], dict[str, str]]
-"""From a file's data to the README's sections, by name."""
+"""From a file's data to the documents' sections, by name."""
 
 
 def main(
@@ -263,7 +263,7 @@ def _write_tables(results: Results, tables: Tables) -> int:
     for text in made.values():
         print(f"{text}\n")
     if results.data["dry_run"]:
-        print("The README is left as it is: a dry run measures nothing.", file=sys.stderr)
+        print("The documents are left as they are: a dry run measures nothing.", file=sys.stderr)
         return 2
     for name, text in made.items():
         replace_section(name, text)

@@ -24,7 +24,7 @@ from benchmarks.packing import FULL_SHAPES, Shape
 from benchmarks.report import replace_section
 
 ROOT = Path(__file__).parent.parent
-DATA, DOCUMENT = ROOT / "benchmarks/results/scale-cpu.json", ROOT / "docs/scale.md"
+DATA = ROOT / "benchmarks/results/scale-cpu.json"
 PROCESSES = (1, 2, 4)
 SHAPE = Shape(hidden=256, layers=6, vocab=8192, intermediate=768, tied=True)
 PARTS = ("weights", "gradients", "optimiser", "teacher's copy")
@@ -147,8 +147,8 @@ def main() -> None:
         data = {"machine": machine(torch.device("cpu")), "processes": found}
         DATA.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     data = json.loads(DATA.read_text(encoding="utf-8"))
-    replace_section("measured", measured_table(data), DOCUMENT)
-    replace_section("sizes", size_table(), DOCUMENT)
+    replace_section("measured", measured_table(data))
+    replace_section("sizes", size_table())
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from benchmarks.attention import Heads
 from benchmarks.cells import LABELS, LIKELIEST, PROJECT, Cell, build, make_inputs
 from benchmarks.measure import phases
 from benchmarks.record import DRY_NAME, NAME, Results
-from benchmarks.report import README
+from benchmarks.report import DOCUMENTS
 from benchmarks.runner import SECONDS, Item, Report, main
 from opsd_kernels import backends
 
@@ -169,7 +169,7 @@ def test_arguments(tmp_path, capsys):
 
 
 def test_the_dry_run_of_a_cell_with_faults(tmp_path, capsys):
-    """In one contender an error, in one an abort, in one compilation an error; and no README from a dry run."""
+    """In one contender an error, in one an abort, in one compilation an error; and no document from a dry run."""
     arguments = ["--dry-run", "--out", str(tmp_path), "--only", CELL, "compile", "--rounds", "1"]
     arguments += ["--contenders", "floor", "torch", "native", "dense", "--inject", "raise:native", "abort:dense"]
     broken = "divergence_kernel 1"
@@ -193,14 +193,14 @@ def test_the_dry_run_of_a_cell_with_faults(tmp_path, capsys):
         assert "injected" in compiled.pop(broken)["failed"]
         assert all("shared" in one and "KIND" in one["choices"] for one in compiled.values())
 
-    before = README.read_bytes()
+    before = [document.read_bytes() for document in DOCUMENTS]
     capsys.readouterr()
     assert main("benchmarks.gpu", "", gpu.items, gpu.tables, ["--dry-run", "--out", str(tmp_path), "--table"]) == 2
     said = capsys.readouterr()
     assert "| 64 × 96 × 1,009 | frozen | 0.5 |" in said.out
     assert "Dry run on a CPU at toy sizes: these are no measurements." in said.out
-    assert "The README is left as it is" in said.err
-    assert README.read_bytes() == before
+    assert "The documents are left as they are" in said.err
+    assert [document.read_bytes() for document in DOCUMENTS] == before
 
 
 @pytest.mark.parametrize("name", ["rows/chunk", "ceilings/square", "products/96", f"{CELL}-confident"])
@@ -444,7 +444,7 @@ def test_search_stops_for_want_of_time():
 
 
 def test_tables(tmp_path):
-    """On made-up figures, as files of the README's sections."""
+    """On made-up figures, as files of the documents' sections."""
     way = {"seconds": [0.5, 0.5], "tokens_per_second": [8000.0, 8000.0], "peak_bytes": 3 << 30}
     first = {**way, "seconds": [1.0, 1.0], "tokens_per_second": [4000.0, 4000.0], "phases": {"student": [0.2, 0.2]}}
     second = {**way, "phases": {"score": [0.1, 0.1]}}
@@ -497,5 +497,5 @@ def test_tables(tmp_path):
         assert line in made["loss-gpu"].splitlines()
     assert "| opsd, Triton: JSD | 1,024 × 151,936 | 1.000 | 2.50 |" in made["rows-gpu"]
     for section in ("attention-gpu", *made, *parts.tables(results.data)):  # there is a place for each
-        assert README.read_text(encoding="utf-8").count(f"<!-- {section} -->") == 1
+        assert sum(d.read_text(encoding="utf-8").count(f"<!-- {section} -->") for d in DOCUMENTS) == 1
     assert "790 TFLOP/s, a large copy at 3.00 TB/s" in made["rows-gpu"]
