@@ -51,7 +51,9 @@ check: $(VENV)/dev
 test: check
 	$(BIN)/python -m pytest --numprocesses auto
 
+# `make test` chooses among the cases, which only shows when they are collected.
 test-all: check
+	$(BIN)/python -m pytest --collect-only -qq
 	$(BIN)/python -m pytest --numprocesses auto --all
 
 $(OLDEST)/bin/python:

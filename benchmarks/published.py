@@ -45,7 +45,7 @@ from opsd.trainer import resume, train
 RESULTS = Path(__file__).parent / "results"
 WORK = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opsd" / "published"
 SEEDS = (0, 1, 2)
-LEARNING_RATES = (2e-5, 4e-5, 1e-5, 8e-5)  # in the order in which they are tried
+LEARNING_RATES = (2e-5, 4e-5, 8e-5, 1e-5)  # in the order in which they are tried
 STEPS, EVERY = 30, 10
 QUICK_STEPS, QUICK_RATE = 24, 4e-5
 OTHERS = 50  # problems of each other task

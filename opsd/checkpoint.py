@@ -86,7 +86,8 @@ def load_checkpoint(path: Path, *, run_id: str) -> dict[str, Any]:
         raise CheckpointError(f"{path}: its state.pt has {found['bytes']} bytes, {size} were written")
     if found["sha256"] != digest:
         raise CheckpointError(f"{path}: its state.pt is corrupted, its SHA-256 is not that of manifest.json")
-    return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    several = distributed.size() > 1  # then mapped: one copy in memory for all processes of a machine
+    return torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=several)
 
 
 def latest_checkpoint(

@@ -44,6 +44,8 @@ def _indices(item: Any) -> list[int]:
     found = []
     for mark in item.iter_markers("parametrize"):
         names, values = mark.args[:2]
+        if not values:  # the case that is skipped
+            continue
         names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
         own = [item.callspec.params[name] for name in names]
         cases = [
