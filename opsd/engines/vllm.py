@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from opsd import distributed
+from opsd.checkpoint import random_state, set_random_state
 from opsd.config import Config
 from opsd.errors import ConfigError, one_line
 from opsd.models import causal_lm, pick_device
@@ -62,7 +62,7 @@ class VllmEngine:
             ConfigError: vLLM is not installed, or cannot serve the model.
         """
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the weights are handed over in this process
-        states, sleeps = (random.getstate(), torch.get_rng_state()), pick_device(config.run.device).type == "cuda"
+        states, sleeps = random_state(), pick_device(config.run.device).type == "cuda"
         # vLLM's own groups would else be of all processes; each has a whole model
         apart = {"distributed_executor_backend": "external_launcher"} if distributed.size() > 1 else {}
         try:
@@ -71,10 +71,11 @@ class VllmEngine:
             _custom_ops._supports_onednn = False  # which packs linear weights, so that they cannot be loaded again
             llm = LLM(
                 model=str(config.model.path),
-                dtype=config.model.dtype,
+                dtype=config.model.dtype if config.model.autocast == "none" else config.model.autocast,
+                trust_remote_code=config.model.trust_remote_code,
                 max_model_len=longest,
                 max_num_seqs=rows,
-                enforce_eager=True,
+                enforce_eager=not sleeps,  # else graphs; on a CPU compiling takes a minute
                 logprobs_mode="processed_logprobs",
                 skip_tokenizer_init=True,
                 seed=0,
@@ -87,8 +88,7 @@ class VllmEngine:
         except (ValueError, RuntimeError, OSError) as error:
             raise ConfigError(f"rollout.engine is vllm, which cannot serve the model: {one_line(error)}") from error
         finally:
-            random.setstate(states[0])
-            torch.set_rng_state(states[1])
+            set_random_state(states)
         if apart:
             distributed.closers.append(llm.llm_engine.engine_core.shutdown)  # with its groups, and ours
         made = cls(llm, engine, sleeps)
@@ -177,9 +177,11 @@ def with_vllm(config: Config, engine: Any, train: Encoded) -> Any:
     """`engine`, or vLLM in front of it where `rollout.engine` says so.
 
     Raises:
-        ConfigError: vLLM is not installed, or cannot serve the model.
+        ConfigError: vLLM is not installed, or cannot serve the model or weights of 4 bits.
     """
     if config.rollout.engine != "vllm":
         return engine
+    if config.model.load_in_4bit:
+        raise ConfigError("rollout.engine is vllm with model.load_in_4bit, whose weights it cannot read; use generate")
     longest = max(len(example.student) for example in train.examples) + config.rollout.max_new_tokens
     return VllmEngine.of(config, engine, config.rollout.batch_size, longest)

@@ -9,8 +9,10 @@ from transformers.cache_utils import DynamicLayer
 
 from opsd.engines.decoding import ROOM, GrowingLayer
 from opsd.engines.generate import GenerateEngine, inverse_cdf
+from opsd.engines.vllm import with_vllm
 from opsd.errors import ConfigError
 from opsd.options import ModelConfig
+from opsd.prompts import Encoded
 from opsd.rollouts import Sampling, first_end
 
 PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 12, 13]]
@@ -310,6 +312,12 @@ def test_on_a_gpu_vllm_has_memory_only_while_it_writes(monkeypatch):
     rollouts = engine.rollouts(run, examples(), 1)
     assert [(r.ids, r.truncated) for r in rollouts] == [([5, 1], False)] * len(examples())
     assert said == ["sleep 2", "wake weights", "load", "wake kv_cache", "forget", "write", "sleep 2"]
+
+
+def test_vllm_is_not_given_weights_of_4_bits():
+    run = run_of(model(), rollout__engine="vllm", model__load_in_4bit="true", lora__enabled="true")
+    with pytest.raises(ConfigError, match=r"rollout\.engine is vllm with model\.load_in_4bit"):
+        with_vllm(run.config, run.engine, Encoded([], [], []))
 
 
 def test_an_engine_that_is_not_installed_is_named(monkeypatch):
