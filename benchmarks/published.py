@@ -21,9 +21,10 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -233,8 +234,15 @@ def run_untrained(job: Job, place: Place) -> dict[str, Any]:
     return record | {"seconds": round(time.perf_counter() - began, 1)}
 
 
+def _end_with(parent: Any) -> None:
+    """A run takes long, and nobody reads what it found."""
+    parent.join()
+    os._exit(1)
+
+
 def work(number: int, pipe: Connection, place: Place, log: Path) -> None:
     """A worker process: makes the runs that it is sent, until it is sent None. What it prints goes to `log`."""
+    Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
     with log.open("a", encoding="utf-8") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
