@@ -79,11 +79,12 @@ def joined(device: str, minutes: float) -> Iterator[None]:
         raise ConfigError(f"the processes that were launched together do not meet: {one_line(error)}") from error
     try:
         yield
-        while closers:
-            closers.pop()()
+        for close in closers:
+            close()
         if began and dist.is_initialized():  # not after an error: it might wait for a process that is gone
             dist.destroy_process_group()
     finally:
+        closers.clear()
         _group = None
 
 

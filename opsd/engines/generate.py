@@ -25,7 +25,7 @@ from opsd.models import autocast, causal_lm
 from opsd.options import ModelConfig
 from opsd.prompts import Example
 from opsd.rollouts import Rollout, Sampling, derive_seed, first_end
-from opsd.run import Run
+from opsd.run import Engine, Run
 from opsd.sharding import whole
 from opsd.vocabulary import end_ids, holes, pad_id, token_columns
 from opsd_kernels.probe import evaluating
@@ -78,12 +78,7 @@ class GenerateEngine:
     def rollouts(self, run: Run, examples: Sequence[Example], number: int) -> list[Rollout]:
         """As `opsd.run.Engine` says. Each rollout depends on run.seed, the step's number, the example's place in the
         batch and its own number, on nothing else."""
-        options, seed = run.config.rollout, run.config.run.seed
-        each = [(place, g) for place in range(len(examples)) for g in range(options.per_prompt)]
-        prompts = [examples[place].student for place, _ in each]
-        seeds = [derive_seed(seed, "rollout", number, place, g) for place, g in each]
-        sampling = Sampling.by_options(options, options.max_new_tokens)
-        return self.write(run.model, prompts, sampling, seeds, options.batch_size)
+        return rollouts_by(self, run, examples, number)
 
     def write(
         self, model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int], batch: int
@@ -157,6 +152,16 @@ class GenerateEngine:
         if self.holes:
             scores[:, list(self.holes)] = -torch.inf
         return scores
+
+
+def rollouts_by(engine: Engine, run: Run, examples: Sequence[Example], number: int) -> list[Rollout]:
+    """What `opsd.run.Engine.rollouts` is to give, by `engine.write`."""
+    options, seed = run.config.rollout, run.config.run.seed
+    each = [(place, g) for place in range(len(examples)) for g in range(options.per_prompt)]
+    prompts = [examples[place].student for place, _ in each]
+    seeds = [derive_seed(seed, "rollout", number, place, g) for place, g in each]
+    sampling = Sampling.by_options(options, options.max_new_tokens)
+    return engine.write(run.model, prompts, sampling, seeds, options.batch_size)
 
 
 class _Sampler:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,36 +18,46 @@ from torch import Tensor, nn
 from opsd import distributed
 from opsd.checkpoint import random_state, set_random_state
 from opsd.config import Config
+from opsd.engines.generate import rollouts_by
 from opsd.errors import ConfigError, one_line
 from opsd.models import causal_lm, pick_device
-from opsd.prompts import Encoded, Example
-from opsd.rollouts import Rollout, Sampling, derive_seed, first_end
+from opsd.prompts import Example
+from opsd.rollouts import Rollout, Sampling, first_end
 from opsd.run import Engine, Run
 from opsd.sharding import whole
 
 
-def trained_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of the parameters of the causal LM in `model` as they act: adapters of LoRA are added to what
-    they adapt, into a copy."""
+def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor, Any]]:
+    """Of the causal LM in `model`, as if it had no adapters: names and values, and the layer of LoRA that is on one."""
     lm = causal_lm(model)
     adapted = {name: module for name, module in lm.named_modules() if hasattr(module, "get_delta_weight")}
     for name, value in lm.named_parameters():
         owner, _, last = name.rpartition(".base_layer.")
-        if owner in adapted and last == "weight":
-            module: Any = adapted[owner]
-            for adapter in module.active_adapters:
-                value = value + module.get_delta_weight(adapter).to(value.dtype)
-            yield f"{owner}.weight", value.detach()
-        elif ".lora_" not in name:
-            yield name.replace(".base_layer.", "."), value.detach()
+        if ".lora_" not in name:
+            yield name.replace(".base_layer.", "."), value, adapted.get(owner) if last == "weight" else None
+
+
+def trained_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of the parameters of the causal LM in `model` as they act: what adapters of LoRA that are on do
+    is added to what they adapt, into a copy."""
+    for name, value, layer in _parameters(model):
+        for adapter in [] if layer is None or layer.disable_adapters else layer.active_adapters:
+            value = value + layer.get_delta_weight(adapter).to(value.dtype)
+        yield name, value.detach()
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of the parameters, by their names: a model of others is not one that a vLLM for this one can serve."""
+    return {name: tuple(value.shape) for name, value, _ in _parameters(model)}
 
 
 @dataclass(frozen=True)
 class VllmEngine:
-    """Has vLLM (`llm`) write the rollouts, and `engine` all the rest: evaluations, and what a teacher writes."""
+    """Has vLLM (`llm`) write: rollouts, answers, and what a teacher writes that is a model of the same shapes."""
 
     llm: Any
-    engine: Any  #: a `GenerateEngine`
+    engine: Any  #: a `GenerateEngine`, for other models
+    shapes: Mapping[str, tuple[int, ...]]  #: of the models that `llm` serves
     sleeps: bool = False  #: `llm` has neither weights nor a cache between `load` and `rest`
 
     @property
@@ -55,8 +65,8 @@ class VllmEngine:
         return self.engine.end_ids
 
     @classmethod
-    def of(cls, config: Config, engine: Engine, rows: int, longest: int) -> VllmEngine:
-        """For `rows` rollouts at once, of at most `longest` tokens with their prompts.
+    def of(cls, config: Config, engine: Engine, model: nn.Module, longest: int) -> VllmEngine:
+        """For `rollout.batch_size` sequences at once, of at most `longest` tokens, of models like `model`.
 
         Raises:
             ConfigError: vLLM is not installed, or cannot serve the model.
@@ -74,7 +84,7 @@ class VllmEngine:
                 dtype=config.model.dtype if config.model.autocast == "none" else config.model.autocast,
                 trust_remote_code=config.model.trust_remote_code,
                 max_model_len=longest,
-                max_num_seqs=rows,
+                max_num_seqs=config.rollout.batch_size,
                 enforce_eager=not sleeps,  # else graphs; on a CPU compiling takes a minute
                 logprobs_mode="processed_logprobs",
                 skip_tokenizer_init=True,
@@ -91,7 +101,7 @@ class VllmEngine:
             set_random_state(states)
         if apart:
             distributed.closers.append(llm.llm_engine.engine_core.shutdown)  # with its groups, and ours
-        made = cls(llm, engine, sleeps)
+        made = cls(llm, engine, shapes(model), sleeps)
         made.rest()
         return made
 
@@ -125,13 +135,16 @@ class VllmEngine:
 
     def rollouts(self, run: Run, examples: Sequence[Example], number: int) -> list[Rollout]:
         """As `opsd.run.Engine` says, with a seed for each; other tokens than those of `GenerateEngine`."""
-        options = run.config.rollout
-        self.load(run.model)
-        each = [(place, g) for place in range(len(examples)) for g in range(options.per_prompt)]
-        seeds = [derive_seed(run.config.run.seed, "rollout", number, place, g) for place, g in each]
-        prompts = [examples[place].student for place, _ in each]
+        return rollouts_by(self, run, examples, number)
+
+    def write(
+        self, model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int], batch: int
+    ) -> list[Rollout]:
+        """As `GenerateEngine.write`, but as many at a time as vLLM was made for."""
+        if shapes(model) != self.shapes:
+            return self.engine.write(model, prompts, sampling, seeds, batch)
         own = distributed.own(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
-        sampling = Sampling.by_options(options, options.max_new_tokens)
+        self.load(model)
         written = self.sample([prompts[i] for i in own], sampling, [seeds[i] for i in own])
         self.rest()
         found: dict[int, Rollout] = {}
@@ -169,12 +182,9 @@ class VllmEngine:
             found.append(first_end(ids, self.end_ids, known if sampling.temperature > 0 else None))
         return found
 
-    def write(self, *given: Any) -> list[Rollout]:
-        return self.engine.write(*given)
 
-
-def with_vllm(config: Config, engine: Any, train: Encoded) -> Any:
-    """`engine`, or vLLM in front of it where `rollout.engine` says so.
+def with_vllm(config: Config, engine: Any, model: nn.Module, longest: int) -> Any:
+    """`engine`, or vLLM in front of it where `rollout.engine` says so. `longest`: tokens of the run's longest context.
 
     Raises:
         ConfigError: vLLM is not installed, or cannot serve the model or weights of 4 bits.
@@ -183,5 +193,4 @@ def with_vllm(config: Config, engine: Any, train: Encoded) -> Any:
         return engine
     if config.model.load_in_4bit:
         raise ConfigError("rollout.engine is vllm with model.load_in_4bit, whose weights it cannot read; use generate")
-    longest = max(len(example.student) for example in train.examples) + config.rollout.max_new_tokens
-    return VllmEngine.of(config, engine, config.rollout.batch_size, longest)
+    return VllmEngine.of(config, engine, model, longest)

@@ -9,10 +9,9 @@ from transformers.cache_utils import DynamicLayer
 
 from opsd.engines.decoding import ROOM, GrowingLayer
 from opsd.engines.generate import GenerateEngine, inverse_cdf
-from opsd.engines.vllm import with_vllm
+from opsd.engines.vllm import VllmEngine, shapes, trained_weights, with_vllm
 from opsd.errors import ConfigError
 from opsd.options import ModelConfig
-from opsd.prompts import Encoded
 from opsd.rollouts import Sampling, first_end
 
 PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 12, 13]]
@@ -264,8 +263,6 @@ def test_a_recurrent_state_stays_as_it_is():
 
 
 def test_vllm_gets_every_weight_as_it_acts_and_lora_stays_apart():
-    from opsd.engines.vllm import trained_weights
-
     base = model()
     names = [name for name, _ in base.named_parameters()]
     adapted = lora(base)
@@ -273,6 +270,11 @@ def test_vllm_gets_every_weight_as_it_acts_and_lora_stays_apart():
     kept = {name: value.clone() for name, value in adapted.named_parameters()}
     assert list(given) == names
     assert all(torch.equal(value, kept[name]) for name, value in adapted.named_parameters())
+    assert shapes(adapted) == shapes(model())
+    with adapted.disable_adapter():
+        off = dict(trained_weights(adapted))
+    assert all(torch.equal(off[name], value) for name, value in model().named_parameters())
+    assert not torch.equal(off["model.layers.0.mlp.up_proj.weight"], given["model.layers.0.mlp.up_proj.weight"])
     adapted.merge_and_unload()
     for name, value in base.named_parameters():
         assert torch.allclose(given[name], value, atol=1e-6)
@@ -281,8 +283,6 @@ def test_vllm_gets_every_weight_as_it_acts_and_lora_stays_apart():
 
 
 def test_on_a_gpu_vllm_has_memory_only_while_it_writes(monkeypatch):
-    from opsd.engines.vllm import VllmEngine
-
     run, said = run_of(model()), []
 
     class Vllm:
@@ -307,24 +307,26 @@ def test_on_a_gpu_vllm_has_memory_only_while_it_writes(monkeypatch):
             return [SimpleNamespace(outputs=[one])] * len(prompts)
 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SimpleNamespace))
-    engine = VllmEngine(Vllm(), run.engine, sleeps=True)
+    engine = VllmEngine(Vllm(), run.engine, shapes(run.model), sleeps=True)
     engine.rest()
     rollouts = engine.rollouts(run, examples(), 1)
     assert [(r.ids, r.truncated) for r in rollouts] == [([5, 1], False)] * len(examples())
     assert said == ["sleep 2", "wake weights", "load", "wake kv_cache", "forget", "write", "sleep 2"]
+    other = model(hidden_size=48)  # a teacher, say
+    given = [[5, 6, 7]], Sampling(2, temperature=0.0), [0], 1
+    assert [r.ids for r in engine.write(other, *given)] == [r.ids for r in run.engine.write(other, *given)]
+    assert said[7:] == []
 
 
 def test_vllm_is_not_given_weights_of_4_bits():
     run = run_of(model(), rollout__engine="vllm", model__load_in_4bit="true", lora__enabled="true")
     with pytest.raises(ConfigError, match=r"rollout\.engine is vllm with model\.load_in_4bit"):
-        with_vllm(run.config, run.engine, Encoded([], [], []))
+        with_vllm(run.config, run.engine, run.model, 64)
 
 
 def test_an_engine_that_is_not_installed_is_named(monkeypatch):
-    from opsd.engines.vllm import VllmEngine
-
     monkeypatch.setitem(sys.modules, "vllm", None)
     run, state = run_of(model()), torch.get_rng_state()
     with pytest.raises(ConfigError, match=r"rollout\.engine is vllm, which cannot be imported"):
-        VllmEngine.of(run.config, run.engine, 8, 64)
+        VllmEngine.of(run.config, run.engine, run.model, 64)
     assert torch.equal(torch.get_rng_state(), state)

@@ -31,7 +31,7 @@ def main() -> None:
         tokenizer().save_pretrained(directory)
         run = run_of(student, model__path=directory)
         state = torch.get_rng_state()
-        engine = VllmEngine.of(run.config, plain, rows=16, longest=128)
+        engine = VllmEngine.of(run.config, plain, student, longest=128)
         assert torch.equal(torch.get_rng_state(), state)
 
     def same_as(trained, what):
@@ -64,12 +64,15 @@ def main() -> None:
             before = after
         adapted = lora(student)
         assert same_as(adapted, "with LoRA") != before
+        with adapted.disable_adapter():  # the teacher
+            greedy = Sampling(24, temperature=0.0)
+            assert [r.ids for r in engine.write(adapted, prompts, greedy, range(6), 6)] == before
     none = [*range(20, 40), *range(60, student.config.vocab_size)]  # ids without a token
     gapped = replace(plain, holes=tuple(range(20, 40)), vocabulary=60)
     assert gapped.barred(student.config.vocab_size) == none
     greedy = Sampling(24, temperature=0.0)
     barred = replace(engine, engine=gapped)
-    assert [r.ids for r in barred.sample(prompts, greedy, range(6))] == [
+    assert [r.ids for r in barred.write(adapted, prompts, greedy, range(6), 6)] == [
         r.ids for r in gapped.write(adapted, prompts, greedy, range(6), 6)
     ]
     for prompt, r in zip(prompts, barred.sample(prompts, Sampling(24), range(6)), strict=True):
@@ -100,6 +103,8 @@ def several_processes(options: dict[str, str]) -> None:
         options = options | {
             "model.path": directory / "m",
             "data.train": write_rows(directory / "train.jsonl", 5),
+            "data.eval": write_rows(directory / "eval.jsonl", 3),
+            "eval.scorer": "exact",
             "rollout.engine": "vllm",
             "rollout.max_new_tokens": 8,
             "rollout.per_prompt": 3,
@@ -120,13 +125,16 @@ def several_processes(options: dict[str, str]) -> None:
             assert "Traceback" not in ran.stderr, ran.stderr
             divided = count > 1 and "lora.enabled" not in options
             assert ("weights: divided among 2 processes" in ran.stdout) == divided, ran.stdout
-            files = [(directory / str(count) / f"{name}.jsonl").read_text() for name in ("metrics", "samples")]
-            metrics, samples = ([json.loads(line) for line in text.splitlines()] for text in files)
-            found.append(([one["loss"] for one in metrics], [one["rollout"] for one in samples]))
+            files = [
+                (directory / str(count) / f"{name}.jsonl").read_text() for name in ("metrics", "samples", "evaluations")
+            ]
+            metrics, samples, answers = ([json.loads(line) for line in text.splitlines()] for text in files)
+            written = [[one["rollout"] for one in samples], answers]
+            found.append(([one["loss"] for one in metrics], written))
         (losses, texts), (others, again) = found
         assert texts == again, (texts, again)
         assert all(abs(a - b) < 1e-4 * a for a, b in zip(losses, others, strict=True)), (losses, others)
-        assert len(set(texts)) > 3
+        assert len(set(texts[0])) > 3
         print(f"two processes, {'adapters' if 'lora.enabled' in options else 'weights divided'}: as one", flush=True)
 
 
