@@ -18,6 +18,7 @@ _SHOWN = 30
 """So many columns are named in a message."""
 
 FIELDS = ("problem", "solution", "answer", "teacher_prompt")
+_FINAL = re.compile(r"^####(?!#)", re.MULTILINE)  # GSM8K has a solution and, after this, the answer
 SYNONYMS = {"prompt": "problem", "privileged_context": "solution"}
 SPLITS = {"train": ("train",), "eval": ("eval", "validation", "test")}
 
@@ -76,7 +77,8 @@ def read_rows(
     The fields are `problem` or `prompt`, text or chat messages that do not end with the assistant's; `solution` or
     `privileged_context`, text; `answer`, text or a number; `teacher_prompt`, text or chat messages. Null and blank text
     count as missing. An answer that is a whole number has no decimal point, since Parquet columns of integers with
-    gaps are often stored as floats.
+    gaps are often stored as floats. Of an answer with a line that begins with `####`, as GSM8K has it after the
+    solution, what follows the last one is the answer.
 
     Raises:
         ConfigError: `columns` cannot be understood, or the package that reads `path` is missing.
@@ -231,6 +233,8 @@ def _value(name: str, label: str, value: Any) -> str | Messages | None:
         expected = {"answer": "text or a number"}.get(name, "text or a list of chat messages" if chat else "text")
         raise ValueError(f"{label} is {type(value).__name__}, expected {expected}")
     _check_text(label, value)
+    if name == "answer" and _FINAL.search(value):
+        value = _FINAL.split(value)[-1].strip()
     return value if value.strip() else None
 
 

@@ -305,6 +305,18 @@ def test_columns_are_read_under_their_own_names(write):
     assert row.record == record
 
 
+def test_a_row_as_gsm8k_has_it(write):
+    text = "They have 2 * 540 = <<2*540=1080>>1080 eggs.\n#### 1,080"
+    columns = ("problem=question", "solution=answer", "answer=answer")
+    (row,), _ = read_rows(write({"question": "q", "answer": text}), columns=columns)
+    assert (row.problem, row.solution, row.answer) == ("q", text, "1,080")
+    for wrong, answer in (("a #### 5", "a #### 5"), ("##### 5", "##### 5"), ("#### 4\n####5\n", "5")):
+        (row,), _ = read_rows(write({"question": "q", "answer": wrong}), columns=columns)
+        assert row.answer == answer
+    with pytest.raises(DataError, match=r"'answer' \(answer\) is empty"):
+        read_rows(write({"question": "q", "answer": "so\n#### "}), columns=columns, required=("answer",))
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
