@@ -44,9 +44,14 @@ class Task:
     """What the teacher reads, in place of the default of prompts.teacher."""
 
 
-def last_number(text: str, row: Any) -> float:
-    """Whether the last number of `text` is the answer: "1,200", "$1200." and "1200.00" are all 1200."""
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
+STATED = re.compile(rf"answer is\D{{0,9}}?({NUMBER})(?=\D)")  # what ends the text may have been cut there
+
+
+def final_number(text: str, row: Any) -> float:
+    """Whether the answer is what `text` says it to be last ("the answer is 136."), else the last number of `text`:
+    "1,200", "$1200." and "1200.00" are all 1200."""
+    found = STATED.findall(text) or re.findall(NUMBER, text)
     return float(bool(found) and float(found[-1].replace(",", "")) == float(row.answer.replace(",", "")))
 
 
@@ -147,7 +152,7 @@ COPIED = "{problem}\n\nA correct solution:\n\n{solution}\n\nWrite this solution 
 """A teacher's prompt by which this small model passes on more of what it reads than by the default."""
 
 TASKS = {
-    "sums": Task("three-number sums", 48, sums),
+    "sums": Task("three-number sums", 64, sums),
     "stories": Task("two-step word problems", 64, stories, COPIED),
     "legs": Task("leg_counting", 80, legs, COPIED),
     "angles": Task("simple_geometry", 64, angles, COPIED),

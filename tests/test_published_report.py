@@ -1,11 +1,13 @@
 """The table of a published model's training, on made-up runs."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import published_report
 from benchmarks.published_report import DATA, chosen, plot, table
+from benchmarks.published_tasks import final_number
 
 
 def run(lr, seed, dev, test, kl=0.01, method="opsd"):
@@ -52,3 +54,20 @@ def test_the_documents_table_is_that_of_the_data():
     found = json.loads(DATA.read_text(encoding="utf-8"))
     readme = (DATA.parents[2] / "README.md").read_text(encoding="utf-8")
     assert f"<!-- published -->\n{table(found)}\n<!-- /published -->" in readme
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("34 + 69 = 103, and 103 + 33 = 136.\n\nThe answer is 136.\n\nThe answer is 1", True),  # cut
+        ("The answer is 1", False),
+        ("The answer is $136.00 in all", True),
+        ("The answer is 14.\n\nThe answer is 136.", True),
+        ("The answer is 136.\n\nThe answer is 14.", False),
+        ("so 13 of 20 are left: 1,36", True),
+        ("The answer is", False),
+        ("none", False),
+    ],
+)
+def test_the_number_that_a_text_ends_with(text, right):
+    assert final_number(text, SimpleNamespace(answer="136")) == right
