@@ -85,6 +85,7 @@ published-quick: $(VENV)/published
 
 published: $(VENV)/published $(VENV)/dev
 	$(BIN)/python -m benchmarks.published --measure
+	$(BIN)/python -m benchmarks.published_report
 
 $(VLLM)/vllm: tests/real_vllm/requirements.txt
 	$(PYTHON) -m venv $(VLLM)
