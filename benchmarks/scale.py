@@ -126,12 +126,17 @@ def measured_table(data: dict[str, Any]) -> str:
 
 
 def size_table() -> str:
-    lines = ["| model | trained | 1 | 2 | 4 | 8 processes |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| model | trained | 1 | 2 | 4 | 8 processes | while 8 write | at set-up |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for name, shape in FULL_SHAPES.items():
         whole = [sum(held(shape, count).values()) / GIB for count in (1, 2, 4, 8)]
-        lines.append(f"| Qwen3 {name} | all | {' | '.join(f'{size:.0f}' for size in whole)} |")
+        weights = 4 * parameters(shape) / GIB
+        more = f"{whole[-1] + weights:.0f} | {2 * weights:.0f}"
+        lines.append(f"| Qwen3 {name} | all | {' | '.join(f'{size:.0f}' for size in whole)} | {more} |")
         adapted = (2 * parameters(shape) + 16 * adapters(shape)) / GIB
-        lines.append(f"| | LoRA, r = 64 | {' | '.join(4 * [f'{adapted:.0f}'])} |")
+        lines.append(f"| | LoRA, r = 64 | {' | '.join(6 * [f'{adapted:.0f}'])} |")
     return "\n".join(lines)
 
 
