@@ -263,10 +263,14 @@ def key(of: Mapping[str, Any] | Job) -> tuple[str, str, float, int]:
     return values["task"], values["method"], values["lr"], values["seed"]
 
 
+def share(marks: str) -> float:
+    """Of answers, a string of 1 (right) and 0."""
+    return marks.count("1") / len(marks)
+
+
 def right(record: Mapping[str, Any]) -> float:
     """The share of dev that a finished run got right at its end."""
-    marks = record["curve"][-1][1]
-    return marks.count("1") / len(marks)
+    return share(record["curve"][-1][1])
 
 
 def best_rates(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], float]:
@@ -390,12 +394,12 @@ def told(record: Mapping[str, Any]) -> str:
     job = str(Job(record["task"], record["method"], record["lr"], record["seed"]))
     if "error" in record or record.get("unfinished"):
         return f"{job}: {record.get('error', 'out of time')}"
-    share = {name: marks.count("1") / len(marks) for name, marks in (
+    shares = {name: share(marks) for name, marks in (
         [("base", record["base_test"]["right"]), ("teacher", record["teacher_test"]["right"])]
         if not record["method"]
         else [*((f"step {s}", m) for s, m in record["curve"]), ("test", record["test"]["right"])]
     )}  # fmt: skip
-    return f"{job}: {', '.join(f'{n} {v:.0%}' for n, v in share.items())}; {record['seconds']:.0f} s"
+    return f"{job}: {', '.join(f'{n} {v:.0%}' for n, v in shares.items())}; {record['seconds']:.0f} s"
 
 
 def about(place: Place, workers: int) -> dict[str, Any]:

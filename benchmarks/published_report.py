@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from benchmarks.published import METHODS, RESULTS, best_rates
+from benchmarks.published import METHODS, RESULTS, best_rates, share
 from benchmarks.published_tasks import TASKS
 from benchmarks.report import replace_section
 from opsd.compare import Estimate, estimate
@@ -15,10 +15,6 @@ from opsd.evaluation import wilson
 
 DATA, PLOT = RESULTS / "published.json", RESULTS / "published.png"
 Record = Mapping[str, Any]
-
-
-def share(marks: str) -> float:
-    return marks.count("1") / len(marks)
 
 
 def accuracy(marks: Sequence[str]) -> Estimate:

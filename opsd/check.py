@@ -22,7 +22,7 @@ from opsd.prompts import Encoded, decoded
 from opsd.run_dir import check_new
 from opsd.setup import Setup, absolute_paths, set_up
 from opsd.trackers import check_trackers
-from opsd.vocabulary import embedding_rows, holes, token_columns
+from opsd.vocabulary import embedding_rows, token_columns
 
 MISSING: Any = object()
 """In place of a part that cannot be made."""
@@ -115,9 +115,8 @@ def _tokenizer(config: Config, tokenizer: Any) -> Iterator[str]:
 def _vocabulary(config: Config, tokenizer: Any, model: nn.Module) -> Iterator[str]:
     lm = models.causal_lm(model)
     columns, rows = lm.get_output_embeddings().weight.shape[0], embedding_rows(lm)
-    valid = token_columns(columns, tokenizer)
+    valid, gaps = token_columns(columns, tokenizer)
     masked = f"ids {valid} to {columns - 1} are no tokens and masked" if valid < columns else "none masked"
-    gaps = holes(columns, tokenizer)
     masked += f"; {len(gaps)} ids between have no token ({gaps[0]} first) and are masked too" if gaps else ""
     yield f"vocabulary: {len(tokenizer.get_vocab())} tokens; embedding of {rows} rows, head of {columns}, {masked}"
 

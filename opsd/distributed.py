@@ -108,6 +108,14 @@ def gathered(value: T) -> list[T]:
     return found
 
 
+def merged(found: dict[int, T]) -> list[T]:
+    """All that the processes found, each its share, in the order of the places 0, 1, …"""
+    every: dict[int, T] = {}
+    for some in gathered(found):
+        every |= some
+    return [every[place] for place in range(len(every))]
+
+
 def of_first(make: Callable[[], T]) -> T:
     """What `make` returns, or raises, in the first process, where alone it is called."""
     if size() == 1:

@@ -31,7 +31,8 @@ class TopKTeacher:
     def top_k(self, examples: Sequence[Example], rollouts: Sequence[Rollout]) -> TopK:
         """(R, k) for the R tokens of `rollouts`, each read after the teacher's prompt of its example."""
         rows = sum(len(rollout.ids) for rollout in rollouts)
-        tokens = sorted(set(range(self.k + len(gaps_of(self.head)))) - set(gaps_of(self.head)))
+        gaps = set(gaps_of(self.head))
+        tokens = [i for i in range(self.k + len(gaps)) if i not in gaps]
         ids = torch.tensor(tokens[: self.k], device=self.device).expand(rows, self.k)
         return TopK(ids, torch.full((rows, self.k), -math.log(columns(self.head)), device=self.device))
 

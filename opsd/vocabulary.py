@@ -65,16 +65,13 @@ def check_prompts(lm: Any, tokenizer: Any, examples: Sequence[Example]) -> None:
                 )
 
 
-def token_columns(columns: int, tokenizer: Any) -> int:
-    """How many of the `columns` of the logits are tokens: those beyond the last token of `tokenizer` are padding."""
-    return min(columns, max(tokenizer.get_vocab().values(), default=columns - 1) + 1)
-
-
-def holes(columns: int, tokenizer: Any) -> tuple[int, ...]:
-    """The ids below `token_columns` that `tokenizer` has no token for."""
-    missing = sorted(set(range(token_columns(columns, tokenizer))) - set(tokenizer.get_vocab().values()))
+def token_columns(columns: int, tokenizer: Any) -> tuple[int, tuple[int, ...]]:
+    """How many of the `columns` of the logits are tokens, those beyond the last token of `tokenizer` being padding; and
+    the ids below that which it has no token for."""
+    known = set(tokenizer.get_vocab().values())
+    valid = min(columns, max(known, default=columns - 1) + 1)
     # Two ids may share a token, of which the vocabulary then names one.
-    return tuple(i for i in missing if tokenizer.convert_ids_to_tokens(i) is None)
+    return valid, tuple(i for i in range(valid) if i not in known and tokenizer.convert_ids_to_tokens(i) is None)
 
 
 @dataclass(frozen=True)
@@ -98,10 +95,9 @@ def _no_token(gaps: tuple[int, ...], rows: int, dtype: torch.dtype, device: torc
 def of_tokens(head: Head, tokenizer: Any) -> Head:
     """`head` whose columns that are no tokens of `tokenizer` take no part in a loss."""
     rows = head.weight.shape[0]
-    valid = token_columns(head.valid_vocab or rows, tokenizer)
+    valid, gaps = token_columns(head.valid_vocab or rows, tokenizer)
     head = replace(head, valid_vocab=valid) if valid < rows else head
-    gaps = holes(valid, tokenizer)
-    return TokenHead(head.weight, head.bias, head.logit_scale, head.softcap, head.valid_vocab, gaps) if gaps else head
+    return TokenHead(**vars(head) | {"gaps": gaps}) if gaps else head
 
 
 def gaps_of(head: Head) -> tuple[int, ...]:

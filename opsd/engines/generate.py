@@ -27,7 +27,7 @@ from opsd.prompts import Example
 from opsd.rollouts import Rollout, Sampling, derive_seed, first_end
 from opsd.run import Engine, Run
 from opsd.sharding import whole
-from opsd.vocabulary import end_ids, holes, pad_id, token_columns
+from opsd.vocabulary import end_ids, pad_id, token_columns
 from opsd_kernels.probe import evaluating
 
 
@@ -58,8 +58,8 @@ class GenerateEngine:
         lm = causal_lm(model)
         ends = end_ids(lm, tokenizer)
         columns = lm.get_output_embeddings().weight.shape[0]
-        valid = token_columns(columns, tokenizer)
-        return cls(ends, pad_id(lm, tokenizer, ends), options, valid, holes=holes(columns, tokenizer))
+        valid, holes = token_columns(columns, tokenizer)
+        return cls(ends, pad_id(lm, tokenizer, ends), options, valid, holes=holes)
 
     def check(self, model: nn.Module, where: str) -> None:
         """Has `model` write two tokens, the second with its cache.
@@ -117,9 +117,7 @@ class GenerateEngine:
                 chosen = order[start : start + batch]
                 written = self._write(lm, [prompts[i] for i in chosen], sampling, [seeds[i] for i in chosen])
                 rollouts |= zip(chosen, written, strict=True)
-        for others in distributed.gathered(rollouts):
-            rollouts |= others
-        return [rollouts[i] for i in range(len(prompts))]
+        return distributed.merged(rollouts)
 
     def _write(
         self, lm: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]

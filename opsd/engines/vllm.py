@@ -147,10 +147,7 @@ class VllmEngine:
         self.load(model)
         written = self.sample([prompts[i] for i in own], sampling, [seeds[i] for i in own])
         self.rest()
-        found: dict[int, Rollout] = {}
-        for some in distributed.gathered(dict(zip(own, written, strict=True))):
-            found |= some
-        return [found[i] for i in range(len(prompts))]
+        return distributed.merged(dict(zip(own, written, strict=True)))
 
     def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Rollout]:
         """One rollout for each prompt and seed, by the weights loaded last."""
